@@ -1,0 +1,59 @@
+# Two commands from a bare machine: `make demo` and `make test`.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+RANKS ?= $(shell [ "$$(nproc 2>/dev/null)" -ge 2 ] 2>/dev/null && echo 2 || echo 1)
+FREE_PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+SEED ?= 0
+RUN ?= runs/demo
+
+# DeepSpeed compiles a small op at its first start and looks for ninja on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint clean check-tools
+
+demo: $(VENV)/.installed
+	@echo "== the demo images: 10,000 pictures of ten shapes, as tar shards in demo_data/"
+	@$(BIN)/python data_tools/make_demo.py demo_data
+	@echo "== training: deepspeed --num_gpus $(RANKS) launcher/pretrain.py recipes/demo.yaml"
+	@echo "   (processes on the CPU where there is no GPU; the first start compiles an op: a minute)"
+	@$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(FREE_PORT) \
+		launcher/pretrain.py recipes/demo.yaml run.seed=$(SEED) run.dir=$(RUN)
+
+test: $(VENV)/.installed-test
+	@echo "== the tests; the last lines say what was skipped and why"
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) demo_data runs
+
+$(VENV)/.installed: setup.py | $(BIN)/python
+	@echo "== installing scale_smog and what it needs into $(VENV): 7 GB, a few minutes"
+	@$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: setup.py | $(BIN)/python
+	@echo "== installing scale_smog and its test tools into $(VENV): 7 GB, a few minutes"
+	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(BIN)/python: | check-tools
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# Names what a bare machine lacks, with the line that mends it.
+check-tools:
+	@[ -n "$(PYTHON)" ] || { echo "error: Python 3.11 or newer is needed:" \
+		"apt-get install python3 python3-venv python3-dev, or make PYTHON=/path/to/python"; exit 2; }
+	@missing=""; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sys, sysconfig as s; \
+		sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || missing="$$missing python3-dev"; \
+	command -v git >/dev/null || missing="$$missing git"; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	[ -z "$$missing" ] || { echo "error: this machine lacks$$missing: apt-get install$$missing"; exit 2; }

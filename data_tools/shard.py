@@ -1,0 +1,31 @@
+"""Writes an image folder as tar shards: python data_tools/shard.py SRC OUT [options]."""
+
+import argparse
+
+from scale_smog.data.processes import default_workers
+from scale_smog.data.sharding import shard_folder
+from scale_smog.errors import exits_on_user_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Writes an image folder as tar shards. The same command resumes a run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("src", help="one sub-folder per class, or a flat folder of unlabelled images")
+    add("out", help="dataset folder; may hold other splits already")
+    add("--split", default="train", help="name of the split")
+    add("--seed", type=int, default=0, help="of the shuffle")
+    add("--shard-mib", type=int, default=256, help="largest shard, MiB")
+    add("--shard-samples", type=int, default=2000, help="most samples in a shard")
+    add("--workers", type=int, default=default_workers(), help="number of processes")
+    add("--resize-shorter", type=int, metavar="PX", help="shrink images to this shorter side")
+    add("--max-bad", type=float, default=0.05, help="largest share of images put aside")
+    options = vars(parser.parse_args())
+    with exits_on_user_error():
+        shard_folder(options.pop("src"), options.pop("out"), **options)
+
+
+if __name__ == "__main__":
+    main()

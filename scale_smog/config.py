@@ -1,0 +1,168 @@
+"""Every setting of a run: frozen, strict models whose defaults are the paper's ResNet-50 values."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[tuple[Share, Share], Field(strict=False)]  # YAML has lists, not tuples
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys refused, nothing coerced, nothing changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunConfig(Section):
+    """How long, where, and how often to report."""
+
+    dir: str = ""  # default: runs/<recipe-name>
+    steps: Positive | None = None  # exactly one of steps and epochs
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    seed: NonNegative = 0
+    log_every: Positive = 10
+    checkpoint_every: NonNegative = 1000  # 0: only at the end
+    keep_checkpoints: Positive = 3
+    evaluate_every: NonNegative = 0  # 0: never during training
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of run.steps and run.epochs")
+        return self
+
+
+class DataConfig(Section):
+    """Which images, and who decodes and augments them."""
+
+    path: str
+    global_batch: Positive = 4096  # images of one step over all ranks
+    loader: Literal["dali", "torch", "synthetic"] = "dali"
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # where images are decoded and augmented
+    workers: NonNegative = 8  # decoding threads (dali) or processes (torch) of a rank
+    num_small_crops: NonNegative = 0  # the paper's multi-crop: 4
+    large_px: Positive = 224
+    small_px: Positive = 96
+
+
+class AugmentConfig(Section):
+    """BYOL's two asymmetric schemes (SMoG section 3.4).
+
+    `blur` and `solarize` hold scheme A's and scheme B's probability.
+    """
+
+    large_scale: Pair = (0.2, 1.0)  # area of a large crop
+    small_scale: Pair = (0.05, 0.2)  # area of a small crop
+    flip: Share = 0.5
+    jitter: Share = 0.8
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # turns: 0.5 is half the colour circle
+    grey: Share = 0.2
+    blur: Pair = (1.0, 0.1)  # small crops use scheme B's values
+    solarize: Pair = (0.0, 0.2)
+
+
+class ModelConfig(Section):
+    """The nets and the momentum net's coefficient."""
+
+    backbone: str = "resnet50"  # resnet_tiny, resnet18, resnet50, swin_tiny, or any timm name
+    width: Positive = 1
+    small_images: bool = False  # 3x3 stem for 32-px images
+    dim: Positive = 128  # of the projected features; 256 for transformers
+    head_width: Positive = 2048
+    batch_norm: Literal["global", "node", "local"] | Positive = "global"  # or ranks in a group
+    ema: Share = 0.999  # alpha: momentum <- alpha * momentum + (1 - alpha) * online
+
+
+class GroupingConfig(Section):
+    """Groups, their synchronous update and their periodic reset (SMoG sections 3.2 and 3.3)."""
+
+    num_groups: Annotated[int, Field(ge=2)] = 3000
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    beta_start: Share = 1.0
+    beta_end: Share = 0.99
+    operator: Literal["momentum", "averaging", "adopt_latest", "random_select"] = "momentum"
+    init: Literal["kmeans", "random"] = "kmeans"
+    reset_every: Positive = 300  # steps
+    bank_steps: Positive | None = None  # steps of features kept; default: reset_every
+    kmeans: bool = True  # cluster the bank at a reset
+    kmeans_iterations: Positive = 10
+    reset_momentum: bool = True  # momentum net <- online net at a reset
+    detach_groups: bool = False  # ablation: no gradient through the updated groups
+
+
+class OptimizerConfig(Section):
+    """lr = base_lr * global_batch / lr_batch, linear warm-up, cosine to zero (SMoG section 4.1)."""
+
+    name: Literal["lars", "adamw", "sgd"] = "lars"
+    base_lr: Annotated[float, Field(gt=0)] = 0.3
+    lr_batch: Positive = 256
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    momentum: Share = 0.9  # of LARS and SGD
+    warmup_epochs: Annotated[float, Field(ge=0)] = 10.0
+
+
+class EngineConfig(Section):
+    """How the nets are spread over the ranks, and in which precision they compute."""
+
+    kind: Literal["ddp", "zero1"] = "ddp"
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64 is for tests, with ddp
+
+    @model_validator(mode="after")
+    def _fp64_needs_ddp(self) -> Self:
+        if self.precision == "fp64" and self.kind != "ddp":
+            raise ValueError("engine.precision=fp64 is a test precision of engine.kind=ddp")
+        return self
+
+
+class EvaluationConfig(Section):
+    """The weighted kNN classifier on frozen backbone features."""
+
+    k: Positive = 20
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    batch: Positive = 256  # images of one forward pass of a rank
+    image_px: Positive = 224
+    crop_share: Annotated[float, Field(gt=0, le=1)] = 0.875  # of the shorter side: 224 of 256
+    num_train_images: NonNegative = 0  # images the neighbours are taken from; 0: all
+    num_test_images: NonNegative = 0
+    baselines: bool = False  # at the end, also judge raw pixels and the random net
+
+
+class Recipe(Section):
+    """A whole run. It stops at pretrain.py, loop.py and checkpoint.py; parts get their section."""
+
+    run: RunConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    grouping: GroupingConfig = GroupingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def bank_steps(self) -> int:
+        """Steps of features that the bank keeps."""
+        return self.grouping.bank_steps or self.grouping.reset_every
+
+    @property
+    def num_init_features(self) -> int:
+        """Features that the first k-means reads: max(4 K, global batch), at most the bank."""
+        bank = self.bank_steps * self.data.global_batch
+        return min(max(4 * self.grouping.num_groups, self.data.global_batch), bank)
+
+    @model_validator(mode="after")
+    def _enough_features_to_cluster(self) -> Self:
+        bank = self.bank_steps * self.data.global_batch
+        clusters = self.grouping.init == "kmeans" or self.grouping.kmeans
+        if clusters and self.grouping.num_groups > bank:
+            raise ValueError(
+                f"grouping.num_groups={self.grouping.num_groups} is more than the {bank} features "
+                f"to cluster (bank_steps x global_batch): take at most {bank} groups"
+            )
+        return self

@@ -1,0 +1,45 @@
+"""One rank's part of a plan: which samples, and what to do to them, step by step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from scale_smog.data.augment import View, ViewNumbers
+from scale_smog.data.manifest import TarDataset
+
+
+class Plan(Protocol):
+    """Sample ids and epochs as a function of the step."""
+
+    def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray: ...
+
+    def epochs(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Everything a loader needs to know to make the batch of any step, before any pixel exists."""
+
+    dataset: TarDataset
+    plan: Plan
+    views: Sequence[View]
+    seed: int
+    rank: int
+    world_size: int
+
+    def ids(self, step: int) -> np.ndarray:
+        """Sample ids [B] int64 of this rank."""
+        return self.plan.ids(step, self.rank, self.world_size)
+
+    def encoded(self, ids: np.ndarray) -> list[np.ndarray]:
+        """The stored image files, each [bytes] uint8."""
+        return [np.frombuffer(self.dataset.read(int(i)), dtype=np.uint8) for i in ids]
+
+    def numbers(self, step: int) -> list[ViewNumbers]:
+        """One entry a view, each for this rank's B samples."""
+        ids = self.ids(step)
+        epochs = self.plan.epochs(step, self.rank, self.world_size)
+        widths, heights = self.dataset.widths[ids], self.dataset.heights[ids]
+        return [view.numbers(self.seed, ids, epochs, widths, heights) for view in self.views]

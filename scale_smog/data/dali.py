@@ -1,0 +1,158 @@
+"""The DALI loader, on the GPU or the CPU; the only module that imports nvidia.dali."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+# DALI's type stubs know neither its constants nor chains of operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+import numpy as np
+import torch
+from nvidia.dali import fn, math, pipeline_def, types
+from torch import Tensor
+
+from scale_smog.data.augment import (
+    MEAN,
+    SOLARIZE_THRESHOLD,
+    STD,
+    View,
+    blur_window,
+)
+from scale_smog.data.batch import Batch
+from scale_smog.data.batch_source import BatchSource
+
+PREFETCH_BATCHES = 2
+
+
+class DaliLoader:
+    """Batches of `steps`, each image decoded once and augmented by a DALI pipeline.
+
+    Args:
+        source: what to load.
+        steps: of the plan.
+        threads: of the CPU part.
+        device: where the batches go.
+        on_gpu: decode and augment on that GPU; else on the CPU.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        steps: range,
+        threads: int,
+        device: torch.device,
+        on_gpu: bool,
+    ):
+        self._source = source
+        self._steps = steps
+        self._device = device
+        self._pipeline = _view_pipeline(
+            source.views,
+            _Feed(source, steps.start),
+            on_gpu=on_gpu,
+            batch_size=len(source.ids(steps.start)),
+            num_threads=max(1, threads),
+            device_id=device.index if on_gpu else None,
+            prefetch_queue_depth=PREFETCH_BATCHES,
+            exec_dynamic=True,
+        )
+        self._pipeline.build()
+
+    def __iter__(self) -> Iterator[Batch]:
+        num_large = sum(not view.small for view in self._source.views)
+        labels = self._source.dataset.labels
+        for step in self._steps:
+            views = [self._to_torch(output) for output in self._pipeline.run()]
+            ids = self._source.ids(step)
+            label = torch.from_numpy(labels[ids]).to(self._device, non_blocking=True)
+            yield Batch(views[:num_large], views[num_large:], label, torch.from_numpy(ids))
+
+    def _to_torch(self, output: Any) -> Tensor:
+        """[B, 3, px, px] over DALI's own HWC memory: channels_last without a copy."""
+        view = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+        return view.to(self._device, non_blocking=True)
+
+
+class _Feed:
+    """The callable behind `external_source`: encoded images, then the numbers that views need."""
+
+    def __init__(self, source: BatchSource, start: int):
+        self.source = source
+        self.start = start
+
+    def __call__(self, iteration: int) -> list[list[np.ndarray] | np.ndarray]:
+        step = self.start + iteration
+        feed: list[list[np.ndarray] | np.ndarray] = [self.source.encoded(self.source.ids(step))]
+        for view, numbers in zip(self.source.views, self.source.numbers(step), strict=True):
+            feed += [getattr(numbers, name) for name in _needed(view)]
+        return feed
+
+
+def _needed(view: View) -> list[str]:
+    """Fields of ViewNumbers that the graph of this view reads."""
+    names = ["box", "flip"]
+    names += ["colour", "from_mean", "offset"] * view.has_colour
+    names += ["sigma"] * view.has_blur
+    names += ["solarize"] * view.has_solarize
+    return names
+
+
+@pipeline_def(enable_conditionals=True)
+def _view_pipeline(views: Sequence[View], feed: _Feed, on_gpu: bool) -> tuple[Any, ...]:
+    names = [(i, name) for i, view in enumerate(views) for name in _needed(view)]
+    files, *nodes = fn.external_source(source=feed, num_outputs=1 + len(names), batch=True)
+    image = fn.decoders.image(files, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+    outputs = []
+    for i in range(len(views)):
+        own = {names[k][1]: nodes[k] for k in range(len(names)) if names[k][0] == i}
+        outputs.append(_make_view(image, views[i], own))
+    return tuple(outputs)
+
+
+def _make_view(image: Any, view: View, numbers: dict[str, Any]) -> Any:
+    """One view as graph nodes: HWC float32, normalised."""
+    box = numbers["box"]
+    window = fn.slice(image, box[:2], box[2:], axis_names="WH")
+    x = fn.resize(window, size=[view.px, view.px], interp_type=types.INTERP_CUBIC, antialias=True)
+    x = fn.cast(x, dtype=types.FLOAT)
+    if view.has_colour:
+        x = _recolour(x, numbers)
+    if view.has_blur:
+        x = _blur(x, numbers["sigma"], blur_window(view.px))
+    if view.has_solarize:
+        x = _solarize(x, numbers["solarize"])
+    # Nothing before depends on left and right, so the flip can join this last, fused operator.
+    return fn.crop_mirror_normalize(
+        x,
+        mirror=fn.cast(numbers["flip"], dtype=types.INT32),
+        mean=MEAN.tolist(),
+        std=STD.tolist(),
+        dtype=types.FLOAT,
+        output_layout="HWC",
+    )
+
+
+def _recolour(x: Any, numbers: dict[str, Any]) -> Any:
+    """The affine colour map; the part that depends on the crop's mean stays on x's device."""
+    mean = fn.reshape(fn.reductions.mean(x, axes=[0, 1]), shape=[1, 1, 3])
+    offset = fn.coord_transform(mean, M=numbers["from_mean"], T=numbers["offset"])
+    return math.clamp(fn.coord_transform(x, M=numbers["colour"]) + offset, 0.0, 255.0)
+
+
+# The two functions below branch for each sample: DALI turns `if` into a split of the batch.
+
+
+def _blur(x: Any, sigma: Any, window: int) -> Any:
+    if sigma > 0:
+        y = fn.gaussian_blur(x, sigma=sigma, window_size=window)
+    else:
+        y = x
+    return y
+
+
+def _solarize(x: Any, solarize: Any) -> Any:
+    if solarize:
+        above = x >= SOLARIZE_THRESHOLD
+        y = above * (255.0 - x) + (x < SOLARIZE_THRESHOLD) * x
+    else:
+        y = x
+    return y

@@ -1,0 +1,101 @@
+"""One stored image: decoded in full, turned upright, in a form that every loader reads alike."""
+
+import warnings
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+_REENCODE_QUALITY = 95
+_PASS_THROUGH = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format: extension
+
+
+class BadImageError(Exception):
+    """An image that must not enter a shard; the message is the reason."""
+
+
+class EncodedImage(NamedTuple):
+    """An image as it enters a shard."""
+
+    content: bytes
+    extension: str  # jpg, png or webp
+    width: int  # px
+    height: int  # px
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decodes an image in full.
+
+    Raises:
+        BadImageError: the bytes are empty, truncated, damaged, not an image, or more than 178
+            million pixels.
+    """
+    if not content:
+        raise BadImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters is raised; the rest names no file
+            image = Image.open(BytesIO(content))  # refuses more than 178 million pixels
+            image.load()
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:  # its own message holds a memory address
+        raise BadImageError("not an image that Pillow can read") from None
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
+        raise BadImageError(str(error) or type(error).__name__) from None
+    return image
+
+
+def normalise(content: bytes, resize_shorter: int | None = None) -> EncodedImage:
+    """Checks an image and brings it into a form every decoder reads alike.
+
+    8-bit RGB or grey JPEG, PNG and WebP without an EXIF orientation pass byte for byte. All else
+    (CMYK, palette, alpha, 16 bit, animations, GIF, BMP, TIFF, ...) becomes an RGB JPEG with its
+    orientation applied, because readers disagree about exactly these.
+
+    Args:
+        content: the encoded image.
+        resize_shorter: longest allowed shorter side, px; larger images are shrunk to it.
+
+    Raises:
+        BadImageError: the image cannot be decoded or encoded.
+    """
+    image = decode(content)
+    shorter = min(image.size) if resize_shorter is None else resize_shorter
+    if min(image.size) <= shorter and _reads_alike_everywhere(image, content):
+        return EncodedImage(content, _PASS_THROUGH[str(image.format)], *image.size)
+    try:
+        image = _as_rgb(ImageOps.exif_transpose(image))
+        if min(image.size) > shorter:
+            image = _shrink(image, shorter)
+        encoded = BytesIO()
+        image.save(encoded, "JPEG", quality=_REENCODE_QUALITY, exif=b"")
+    except (OSError, ValueError) as error:
+        raise BadImageError(f"cannot become an RGB JPEG: {error}") from None
+    return EncodedImage(encoded.getvalue(), "jpg", *image.size)
+
+
+def _reads_alike_everywhere(image: Image.Image, content: bytes) -> bool:
+    if image.format not in _PASS_THROUGH or image.mode not in ("RGB", "L"):
+        return False
+    if getattr(image, "is_animated", False):
+        return False
+    # Pillow shows a 16-bit RGB PNG as 8 bit; the depth is byte 24, in the header chunk.
+    if image.format == "PNG" and content[24] > 8:
+        return False
+    return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's convert() would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no agreed range")
+    return image.convert("RGB")
+
+
+def _shrink(image: Image.Image, shorter: int) -> Image.Image:
+    scale = shorter / min(image.size)
+    width, height = (max(shorter, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,90 @@
+"""Builds the loader that the recipe names."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from scale_smog import distributed
+from scale_smog.config import DataConfig, EvaluationConfig
+from scale_smog.data.augment import CentreView, View
+from scale_smog.data.batch import Batch
+from scale_smog.data.batch_source import BatchSource
+from scale_smog.data.manifest import TarDataset
+from scale_smog.data.plan import EpochPlan, SequentialPlan
+from scale_smog.data.synthetic import SyntheticLoader
+from scale_smog.data.torch_loader import TorchLoader
+from scale_smog.errors import UserError
+
+if TYPE_CHECKING:
+    from scale_smog.data.dali import DaliLoader
+
+
+def build_training_loader(
+    data: DataConfig,
+    views: Sequence[View],
+    dataset: TarDataset,
+    plan: EpochPlan,
+    steps: range,
+    device: torch.device,
+) -> Iterable[Batch]:
+    """This rank's batches of `steps`, made by the loader the recipe names.
+
+    Raises:
+        UserError: the ranks do not divide the batch; DALI or a GPU is asked for and missing.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    source = BatchSource(dataset, plan, views, plan.seed, rank, world_size)
+    if data.loader == "synthetic":
+        return SyntheticLoader(views, len(source.ids(0)), len(steps), device)
+    return _build(data, source, steps, device)
+
+
+def build_evaluation_loader(
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    dataset: TarDataset,
+    sample_ids: np.ndarray,
+    device: torch.device,
+) -> Iterable[Batch]:
+    """This rank's batches of centre crops of `sample_ids` [N], in the order of a SequentialPlan."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    share = -(-len(sample_ids) // world_size)
+    plan = SequentialPlan(sample_ids, min(evaluation.batch, share))  # few images: a small batch
+    view = CentreView(evaluation.image_px, evaluation.crop_share)
+    source = BatchSource(dataset, plan, [view], 0, rank, world_size)
+    return _build(data, source, range(plan.num_steps(world_size)), device)
+
+
+def require_loader(data: DataConfig, device: torch.device) -> None:
+    """Says early what building a loader would say late.
+
+    Raises:
+        UserError: DALI or a GPU is asked for and missing.
+    """
+    if data.device == "gpu" and device.type != "cuda":
+        raise UserError("data.device=gpu, but no GPU is visible: take data.device=auto or cpu")
+    if data.loader == "dali":
+        _dali_loader()
+
+
+def _build(
+    data: DataConfig, source: BatchSource, steps: range, device: torch.device
+) -> Iterable[Batch]:
+    require_loader(data, device)
+    if data.loader == "dali":
+        on_gpu = device.type == "cuda" and data.device != "cpu"
+        return _dali_loader()(source, steps, data.workers, device, on_gpu)
+    return TorchLoader(source, steps, data.workers, device)
+
+
+def _dali_loader() -> type["DaliLoader"]:
+    try:
+        from scale_smog.data.dali import DaliLoader
+    except ImportError as error:
+        raise UserError(
+            f"data.loader=dali needs nvidia-dali-cuda120 ({error}): "
+            "install it, or take data.loader=torch"
+        ) from None
+    return DaliLoader

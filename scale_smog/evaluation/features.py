@@ -1,0 +1,39 @@
+"""Embeds the images of a dataset, all ranks sharing the work."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scale_smog import distributed
+from scale_smog.config import DataConfig, EvaluationConfig
+from scale_smog.data import TarDataset
+from scale_smog.data.loaders import build_evaluation_loader
+
+
+def embed_images(
+    embed: Callable[[Tensor], Tensor],
+    data: DataConfig,
+    config: EvaluationConfig,
+    dataset: TarDataset,
+    ids: np.ndarray,
+    device: torch.device,
+) -> Tensor:
+    """Features of centre crops; a collective.
+
+    Args:
+        embed: [B, 3, H, W] -> [B, F].
+        data: who decodes.
+        config: size of the crops and of a batch.
+        dataset: where the images are.
+        ids: which ones, [N] int64.
+        device: of the crops.
+
+    Returns:
+        [N, F] float32 in the order of `ids`, on every rank.
+    """
+    batches = build_evaluation_loader(data, config, dataset, ids, device)
+    features = torch.stack([embed(batch.large[0]).float() for batch in batches])  # [S, B, F]
+    everyone = distributed.gather_columns(features)  # [S, W * B, F]
+    return everyone.flatten(0, 1)[: len(ids)]  # the last step repeats images to fill itself

@@ -1,0 +1,89 @@
+"""Pictures of a run for people to look at."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpecFromSubplotSpec
+from PIL import Image
+from torch import Tensor
+
+from scale_smog.data import TarDataset
+from scale_smog.grouping import perplexity
+
+NUM_GROUPS_SHOWN = 10
+NUM_IMAGES_SHOWN = 8
+INK, ACCENT = "#222222", "#2a6f97"
+
+
+def draw_groups(
+    path: Path, dataset: TarDataset, ids: np.ndarray, z: Tensor, groups: Tensor, usage: Tensor
+) -> None:
+    """One sheet: how much each group is used, and what the tightest groups hold.
+
+    Args:
+        path: PNG to write.
+        dataset: where the images are.
+        ids: sample ids [N] of a sample of the training images.
+        z: their unit features [N, D].
+        groups: [K, D].
+        usage: features a group over the last steps [K].
+    """
+    similarity = (z.to(groups.dtype) @ groups.T).cpu()  # [N, K]
+    nearest = similarity.argmax(dim=1)  # [N]
+    best = torch.where(nearest[:, None] == torch.arange(len(groups)), similarity, -torch.inf)
+    best, images = best.topk(min(NUM_IMAGES_SHOWN, len(ids)), dim=0)  # [8, K]: of own members
+    tightness = best.mean(dim=0)  # -inf where a group has fewer members than are shown
+    shown = tightness.argsort(descending=True, stable=True)[:NUM_GROUPS_SHOWN].tolist()
+
+    figure = Figure(figsize=(13, 7.5), dpi=110)  # without pyplot: no screen, nothing to close
+    left, right = figure.add_gridspec(1, 2, width_ratios=(2, 3), wspace=0.08)
+    _draw_usage(figure.add_subplot(left), usage.cpu())
+    grid = GridSpecFromSubplotSpec(len(shown), NUM_IMAGES_SHOWN, right, wspace=0.05, hspace=0.05)
+    for row, group in enumerate(shown):
+        for column, image in enumerate(images[best[:, group].isfinite(), group].tolist()):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(_decode(dataset, int(ids[image])))
+            axes.set(xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if column == 0:
+                axes.set_ylabel(f"{group}", rotation=0, ha="right", va="center", color=INK)
+            if row == 0 and column == 0:
+                title = f"Images closest to the {len(shown)} tightest groups, a row a group"
+                axes.set_title(title, loc="left", fontsize=11, color=INK)
+    figure.savefig(path, bbox_inches="tight", facecolor="white")
+
+
+def _draw_usage(axes: Axes, usage: Tensor) -> None:
+    """Sorted usage as a curve, even usage as a line."""
+    share = usage.double() / usage.sum().clamp(min=1) * len(usage)  # 1 is even usage
+    axes.fill_between(
+        range(len(share)), share.sort(descending=True).values, color=ACCENT, step="mid"
+    )
+    axes.axhline(1, color=INK, lw=1, ls=(0, (4, 3)))
+    axes.text(len(share), 1, "even ", ha="right", va="bottom", color=INK)
+    axes.set(xlim=(0, len(share)), ylim=(0, None), xlabel="groups, most used first")
+    axes.set_ylabel("features, relative to even usage")
+    in_use = int((usage > 0).sum())
+    axes.set_title(
+        f"{in_use} of {len(usage)} groups in use, perplexity {perplexity(usage):.0f}",
+        loc="left",
+        fontsize=11,
+        color=INK,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+
+
+def _decode(dataset: TarDataset, sample_id: int) -> Image.Image:
+    """A small copy: a sheet of full-size photographs would weigh tens of megabytes."""
+    image = Image.open(BytesIO(dataset.read(sample_id))).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize(
+        (96, 96), Image.Resampling.BICUBIC
+    )

@@ -1,0 +1,18 @@
+"""The grouping module: synchronous momentum groups, their feature bank and their k-means reset."""
+
+from scale_smog.grouping.feature_bank import FeatureBank
+from scale_smog.grouping.groups import MomentumGroups, ResetReport, chance_loss
+from scale_smog.grouping.kmeans import KMeansResult, spherical_kmeans
+from scale_smog.grouping.telemetry import GroupUsage, collapse_warning, perplexity
+
+__all__ = [
+    "FeatureBank",
+    "GroupUsage",
+    "KMeansResult",
+    "MomentumGroups",
+    "ResetReport",
+    "chance_loss",
+    "collapse_warning",
+    "perplexity",
+    "spherical_kmeans",
+]

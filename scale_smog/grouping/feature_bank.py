@@ -1,0 +1,53 @@
+"""The online features of the last steps, each rank keeping its own slice."""
+
+import torch
+from torch import Tensor
+
+from scale_smog import distributed
+
+
+class FeatureBank:
+    """A ring of the features of the last `num_steps` steps.
+
+    Rows are numbered globally (step in the ring, then rank, then image), so what is drawn by
+    number does not depend on the number of ranks.
+
+    Args:
+        num_steps: S, steps kept.
+        batch: B, images of a step on this rank, equal on all ranks.
+        dim: D.
+        device: where the ring lives.
+    """
+
+    def __init__(self, num_steps: int, batch: int, dim: int, device: torch.device):
+        self._ring = torch.zeros(num_steps, batch, dim, device=device)  # [S, B, D] float32
+        self._num_pushed = 0
+
+    def push(self, z: Tensor) -> None:
+        """Stores features [B, D], over the oldest ones."""
+        self._ring[self._num_pushed % len(self._ring)] = z.detach()
+        self._num_pushed += 1
+
+    def features(self) -> Tensor:
+        """What has been stored: [N, D] float32, N = B x min(steps pushed, S)."""
+        return self._ring[: self._num_pushed].flatten(0, 1)
+
+    def global_rows(self) -> Tensor:
+        """The global number [N] int64 of each row of `features`."""
+        num_steps, batch, _ = self._ring[: self._num_pushed].shape
+        step = torch.arange(num_steps, device=self._ring.device)[:, None]
+        image = torch.arange(batch, device=self._ring.device)[None, :]
+        size = batch * distributed.world_size()
+        return (step * size + distributed.rank() * batch + image).flatten()
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The ring of all ranks [S, global batch, D] and the number of pushes; a collective."""
+        ring = distributed.gather_columns(self._ring)
+        return {"ring": ring, "num_pushed": torch.tensor(self._num_pushed)}
+
+    def load_full_state(self, state: dict[str, Tensor]) -> None:
+        """Takes this rank's slice of a ring saved with any number of ranks."""
+        batch = self._ring.shape[1]
+        start = distributed.rank() * batch
+        self._ring.copy_(state["ring"][:, start : start + batch])
+        self._num_pushed = int(state["num_pushed"])

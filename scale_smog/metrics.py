@@ -1,0 +1,149 @@
+"""What a run says of itself: progress bar, metrics.jsonl, TensorBoard; rank 0 speaks."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from scale_smog import distributed
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+class StepClock:
+    """Wall time since the last report, and how much of it was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new report."""
+        self._start = time.perf_counter()
+        self._waited_s = 0.0
+        self._num_steps = 0
+
+    def next(self, batches: Any) -> Any:
+        """The next batch; the time it takes counts as waiting."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited_s += time.perf_counter() - start
+        self._num_steps += 1
+        return batch
+
+    def report(self, global_batch: int) -> dict[str, float]:
+        """Images a second over all ranks, and the share of the time spent waiting; restarts."""
+        elapsed = time.perf_counter() - self._start
+        speed = self._num_steps * global_batch / elapsed
+        share = self._waited_s / elapsed
+        self.restart()
+        return {"images_per_s": speed, "data_wait": share}
+
+
+class Metrics:
+    """The writers of a run; on other ranks than 0 every method does nothing.
+
+    Args:
+        run_dir: folder of the run.
+        step: finished steps; later lines of an interrupted run are cut.
+        num_steps: of the whole run, for the ETA.
+        global_batch: images of a step, for the ETA.
+    """
+
+    def __init__(self, run_dir: Path, step: int, num_steps: int, global_batch: int):
+        self._is_main = distributed.is_main()
+        self._global_batch = global_batch
+        if not self._is_main:
+            return
+        path = run_dir / "metrics.jsonl"
+        _cut_after(path, step)
+        self._lines = open(path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            initial=step, total=num_steps, unit="step", disable=not self._on_terminal, smoothing=0.1
+        )
+
+    def advance(self) -> None:
+        """Moves the progress bar by a step."""
+        if self._is_main:
+            self._bar.update()
+
+    def log(self, line: dict[str, float]) -> None:
+        """Writes one logged step everywhere; `line` holds `step`."""
+        if not self._is_main:
+            return
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for name, value in line.items():
+            if name != "step":
+                self._board.add_scalar(name, value, line["step"])
+        shown = {k: f"{line[k]:.4g}" for k in ("loss", "images_per_s") if k in line}
+        shown["data_wait"] = f"{line.get('data_wait', 0):.0%}"
+        self._bar.set_postfix(shown, refresh=False)
+        if not self._on_terminal:
+            images_left = (self._bar.total - line["step"]) * self._global_batch
+            self.say(
+                f"step {line['step']}/{self._bar.total}  loss {line['loss']:.4f} "
+                f"(chance {line['chance_loss']:.2f})  groups {line['group_perplexity']:.0f}  "
+                f"{line['images_per_s']:.0f} img/s  data wait {line['data_wait']:.0%}  "
+                f"ETA {images_left / line['images_per_s']:.0f} s"
+            )
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes values that do not belong to every logged step to TensorBoard."""
+        if self._is_main:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def images(self, name: str, views: list[Tensor], num: int = 8) -> None:
+        """Shows the first images of each kind of view [B, 3, H, W]: a row of what the nets see."""
+        if not self._is_main:
+            return
+        rows = [view[:num].cpu().float() * IMAGENET_STD + IMAGENET_MEAN for view in views]
+        grids = [make_grid(row.clamp(0, 1), nrow=num) for row in rows]
+        for i, grid in enumerate(grids):
+            self._board.add_image(f"{name}/{i}", grid, 1)
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Shows the distribution of `values`."""
+        if self._is_main:
+            self._board.add_histogram(name, values.cpu(), step)
+
+    def say(self, text: str) -> None:
+        """Prints a line without tearing the progress bar."""
+        if self._is_main:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Closes all writers."""
+        if self._is_main:
+            self._bar.close()
+            self._board.close()
+            self._lines.close()
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drops a torn last line and the lines of steps that a resumed run will do again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line)
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)

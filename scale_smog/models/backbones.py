@@ -1,0 +1,38 @@
+"""Every backbone by its name: our ResNets and Swin-T, and whatever else timm has."""
+
+from torch import nn
+
+from scale_smog.errors import UserError
+from scale_smog.models import resnet, swin
+
+RESNETS = {
+    "resnet_tiny": resnet.resnet_tiny,
+    "resnet18": resnet.resnet18,
+    "resnet50": resnet.resnet50,
+}
+
+
+def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.Module:
+    """Builds a backbone with random weights and no classifier.
+
+    Args:
+        name: `resnet_tiny`, `resnet18`, `resnet50`, `swin_tiny`, or any name that timm knows.
+        width: Factor on all channels, for the ResNets only.
+        small_images: A stem for images of about 32 px, for the ResNets only.
+
+    Returns:
+        A net from images [B, 3, H, W] to features [B, d]; its attribute `num_features` is d.
+
+    Raises:
+        UserError: There is no such net, or it has no such width or stem.
+    """
+    if width < 1:
+        raise UserError(f"width: {width} is not a factor on channels; the smallest is 1")
+    if name in RESNETS:
+        return RESNETS[name](width, small_images)
+    if name != "swin_tiny":
+        swin.require_timm_name(name, other_names=[*RESNETS, "swin_tiny"])
+    if width != 1 or small_images:
+        option = "width" if width != 1 else "small_images"
+        raise UserError(f"{option}: only {', '.join(RESNETS)} have it, {name} does not")
+    return swin.swin_tiny() if name == "swin_tiny" else swin.timm_backbone(name)

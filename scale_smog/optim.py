@@ -1,0 +1,147 @@
+"""LARS, and every optimizer built the same way over an engine's shards."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scale_smog.config import OptimizerConfig
+from scale_smog.distributed import all_reduce
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of one online parameter that this rank updates: all of it, or a flat range."""
+
+    name: str
+    number: int  # of the parameter, the same on all ranks
+    value: nn.Parameter  # master values, sharing memory with the engine's
+    start: int  # of this part in the flattened parameter
+    excluded: bool  # biases and norms: no weight decay, no trust ratio (BYOL appendix)
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive SGD (You, Gitman, Ginsburg, arXiv:1708.03888).
+
+    A layer's update is scaled by trust |w| / (|g| + weight_decay |w|). Parameters may be parts of
+    layers: then `numbers` tells which parts belong together, and the norms are summed over ranks
+    in one all-reduce. Nothing waits for the device.
+
+    Args:
+        params: tensors or param groups. A group may hold `adapt` (False: plain momentum SGD) and
+            `numbers`, the layer number of each tensor, [n] int64 on their device.
+        lr: learning rate.
+        momentum: of the scaled gradient.
+        weight_decay: L2.
+        trust: trust coefficient.
+        num_layers: layers over all ranks; needed with `numbers`.
+        norm_group: ranks that hold the other parts of the layers; None: layers are whole.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+        *,
+        num_layers: int = 0,
+        norm_group: dist.ProcessGroup | None = None,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(params, {**defaults, "adapt": True, "numbers": None})
+        # A rank that holds nothing of any layer still joins the reduction of the norms.
+        held = [p for group in self.param_groups for p in group["params"]]
+        self._like = held[0].detach() if held else torch.zeros(())
+        self.num_layers = num_layers
+        self.norm_group = norm_group
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update from the tensors' `.grad`. With `norm_group` set, a collective."""
+        for group in self.param_groups:
+            values = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in values]
+            ratios = self._trust_ratios(values, grads, group) if group["adapt"] else []
+            if not values:  # this rank holds nothing; it has joined the reduction above
+                continue
+            updates = torch._foreach_add(grads, values, alpha=group["weight_decay"])
+            if ratios:
+                torch._foreach_mul_(updates, ratios)
+            buffers = [self._buffer(p) for p in values]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(values, buffers, alpha=-group["lr"])
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+    def _trust_ratios(
+        self, values: list[Tensor], grads: list[Tensor], group: dict[str, Any]
+    ) -> list[Tensor]:
+        """One 0-d tensor a value, 1 where a norm is zero."""
+        numbers = group["numbers"]
+        num_layers = self.num_layers if numbers is not None else len(values)
+        if num_layers == 0:
+            return []
+        index = numbers
+        if index is None:
+            index = torch.arange(num_layers, device=self._like.device)
+        norms = self._like.new_zeros(2, num_layers)  # of w and g
+        if values:
+            norms[0].index_add_(0, index, torch.stack(torch._foreach_norm(values)).square())
+            norms[1].index_add_(0, index, torch.stack(torch._foreach_norm(grads)).square())
+        if self.norm_group is not None:
+            all_reduce(norms, self.norm_group)
+        w, g = norms.sqrt_()
+        ratio = group["trust"] * w / (g + group["weight_decay"] * w)
+        ratio = torch.where((w > 0) & (g > 0), ratio, torch.ones_like(ratio))
+        return list(ratio[index].unbind()) if values else []
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    shards: list[Shard],
+    num_parameters: int,
+    norm_group: dist.ProcessGroup | None,
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the shards' values, excluded parameters undecayed.
+
+    `set_rates` gives it the learning rate and the weight decay of a step.
+
+    Args:
+        config: the recipe's section.
+        shards: what this rank updates.
+        num_parameters: of the whole net, the same on all ranks.
+        norm_group: ranks that hold the other parts of the parameters; None: shards are whole.
+    """
+    adapted = [s for s in shards if not s.excluded]
+    excluded = [s for s in shards if s.excluded]
+    groups: list[dict[str, Any]] = [
+        {"params": [s.value for s in adapted], "decays": True},
+        {"params": [s.value for s in excluded], "decays": False},
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, foreach=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, foreach=True)
+    device = shards[0].value.device if shards else None
+    groups[0]["numbers"] = torch.tensor(
+        [s.number for s in adapted], dtype=torch.long, device=device
+    )
+    groups[1]["adapt"] = False
+    return Lars(groups, 0.0, config.momentum, num_layers=num_parameters, norm_group=norm_group)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Sets one step's learning rate and, where parameters decay, weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0

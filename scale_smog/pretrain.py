@@ -1,0 +1,244 @@
+"""Pre-training: builds the parts in the order of the data's flow, then runs the loop."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scale_smog import checkpoint, distributed, run_folder
+from scale_smog.config import Recipe
+from scale_smog.data import EpochPlan, TarDataset, manifest_sha256
+from scale_smog.data.augment import training_views
+from scale_smog.data.batch import Batch
+from scale_smog.data.loaders import build_training_loader, require_loader
+from scale_smog.engine import build_engine
+from scale_smog.errors import UserError
+from scale_smog.evaluation import KnnProbe, draw_groups, embed_images
+from scale_smog.grouping import FeatureBank, GroupUsage, MomentumGroups, perplexity
+from scale_smog.loop import TrainState, train
+from scale_smog.metrics import Metrics
+from scale_smog.models import build_nets, process_group_for, synchronise_batch_norm
+from scale_smog.profiling.memory import plan_memory
+from scale_smog.recipe import dump_recipe
+from scale_smog.schedules import Schedules
+
+PICTURE_FILE = "groups.png"
+NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
+
+
+def pretrain(recipe: Recipe) -> None:
+    """Trains a recipe to its end, or on from the newest checkpoint of its run folder.
+
+    Raises:
+        UserError: a setting, the dataset or the run folder does not fit; on every rank.
+    """
+    device = distributed.start()
+    try:
+        _pretrain(recipe, device)
+    finally:
+        distributed.stop()
+
+
+def _pretrain(recipe: Recipe, device: torch.device) -> None:
+    data, run_dir = recipe.data, Path(recipe.run.dir)
+    dataset = TarDataset(data.path, "train")
+    plan, schedules = plan_steps(recipe, dataset.num_samples)
+    views = training_views(data, recipe.augment)
+    facts = {"manifest_sha256": manifest_sha256(data.path)}
+    require_loader(data, device)
+    probe = build_probe(recipe, device)
+    batch = len(plan.ids(0, distributed.rank(), distributed.world_size()))
+    state = build_state(recipe, batch, device)
+
+    # From here on the settings are known to be good, and the run folder is written.
+    changes = run_folder.claim(recipe, facts["manifest_sha256"])
+    restored = checkpoint.load_newest(run_dir)
+    if restored:
+        state.load_full_state(restored[0], restored[1]["step"])
+    metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch)
+    for change in changes:
+        metrics.say(f"changed since the run began: {change}")
+
+    if state.step < schedules.num_steps:
+        metrics.say(f"{'resuming' if restored else 'starting'} {_describe(recipe, state)}")
+        if not restored and recipe.grouping.init == "kmeans":
+            steps = range(-(-recipe.num_init_features // data.global_batch))
+            start_groups(state, build_training_loader(data, views, dataset, plan, steps, device))
+
+        def evaluate(step: int) -> None:
+            if probe:
+                accuracy = probe.accuracy(state.engine.embed)
+                metrics.scalars(step, {"knn": accuracy})
+                metrics.say(f"step {step}  kNN top-1 {accuracy:.3f}")
+
+        steps = range(state.step, schedules.num_steps)
+        batches = build_training_loader(data, views, dataset, plan, steps, device)
+        is_done = train(recipe, state, batches, schedules, metrics, evaluate, facts)
+        if not is_done:
+            metrics.say(f"stopped after step {state.step}; the same command goes on from there")
+            metrics.close()
+            return
+    conclude(recipe, state, dataset, probe, metrics)
+    metrics.close()
+
+
+def _describe(recipe: Recipe, state: TrainState) -> str:
+    return (
+        f"{recipe.run.dir} after step {state.step}: {recipe.model.backbone} on "
+        f"{distributed.world_size()} rank(s) of {state.engine.device.type}, {recipe.engine.kind}, "
+        f"{recipe.engine.precision}, {recipe.grouping.num_groups} groups, data by "
+        f"{recipe.data.loader}"
+    )
+
+
+def plan_steps(recipe: Recipe, num_samples: int) -> tuple[EpochPlan, Schedules]:
+    """The order of the samples, and the rates, of a run on a dataset of that size."""
+    run, global_batch = recipe.run, recipe.data.global_batch
+    plan = EpochPlan(num_samples, global_batch, run.seed)
+    num_steps = run.steps or plan.steps(run.epochs or 0)
+    per_epoch = num_samples / global_batch
+    return plan, Schedules(recipe.optimizer, recipe.grouping, global_batch, num_steps, per_epoch)
+
+
+def build_state(recipe: Recipe, batch: int, device: torch.device) -> TrainState:
+    """Nets, engine, groups and bank of a run that has not begun; the same on all ranks."""
+    model, grouping = recipe.model, recipe.grouping
+    torch.manual_seed(recipe.run.seed)
+    online, momentum = build_nets(model)
+    ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    scope = process_group_for(model.batch_norm, ranks_per_node)
+    for net in (online, momentum):
+        synchronise_batch_norm(net.to(device), scope)
+    engine = build_engine(online, momentum, recipe.optimizer, recipe.engine, batch)
+    groups = MomentumGroups.from_config(grouping, model.dim, recipe.run.seed)
+    return TrainState(
+        engine=engine,
+        groups=groups.to(device, engine.dtype),
+        bank=FeatureBank(recipe.bank_steps, batch, model.dim, device),
+        usage=GroupUsage(grouping.num_groups, device),
+    )
+
+
+@torch.no_grad()
+def start_groups(state: TrainState, batches: Iterable[Batch]) -> None:
+    """First groups: k-means over features of the initial net (SMoG section 4.1)."""
+    z = [state.engine.forward_online(batch.large[0], [])[0] for batch in batches]
+    bank = FeatureBank(len(z), len(z[0]), z[0].shape[1], z[0].device)
+    for features in z:
+        bank.push(features)
+    state.groups.start_from(bank)
+
+
+def build_probe(recipe: Recipe, device: torch.device) -> KnnProbe | None:
+    """The kNN judge; None, and a word on the console, where the dataset cannot be judged on."""
+    try:
+        return KnnProbe(recipe.data, recipe.evaluation, device)
+    except UserError as error:
+        if distributed.is_main():
+            print(f"no kNN: {error}", flush=True)
+        return None
+
+
+def conclude(
+    recipe: Recipe,
+    state: TrainState,
+    dataset: TarDataset,
+    probe: KnnProbe | None,
+    metrics: Metrics,
+) -> None:
+    """Judges the finished run once, writes results.json and the picture, prints the table."""
+    run_dir = Path(recipe.run.dir)
+    results = distributed.broadcast_object(run_folder.read_results(run_dir))
+    if results.get("run", {}).get("step") != state.step:
+        usage = state.usage.counts()
+        results = {
+            "run": {"step": state.step},
+            "groups": {
+                "perplexity": perplexity(usage),
+                "in_use": int((usage > 0).sum()),
+                "num_groups": recipe.grouping.num_groups,
+            },
+        }
+        if probe:
+            results["knn"] = _knn_figures(recipe, state, probe)
+        _draw_groups(recipe, state, dataset, usage)
+        run_folder.add_results(run_dir, results)
+    metrics.say(_result_table(recipe, results))
+
+
+def _draw_groups(recipe: Recipe, state: TrainState, dataset: TarDataset, usage: Tensor) -> None:
+    # Shards are shuffled, so the first images are a fair sample. Never more than were trained on:
+    # a run of a few steps must not end with a longer evaluation.
+    num_trained = state.step * recipe.data.global_batch
+    ids = np.arange(min(NUM_PICTURED, num_trained, dataset.num_samples))
+    engine = state.engine
+    z = embed_images(engine.project, recipe.data, recipe.evaluation, dataset, ids, engine.device)
+    if distributed.is_main():
+        path = Path(recipe.run.dir) / PICTURE_FILE
+        draw_groups(path, dataset, ids, z, state.groups.centroids, usage)
+
+
+def _knn_figures(recipe: Recipe, state: TrainState, probe: KnnProbe) -> dict[str, float]:
+    figures = {"trained": probe.accuracy(state.engine.embed), **probe.settings}
+    if recipe.evaluation.baselines:
+        torch.manual_seed(recipe.run.seed)
+        random_net = build_nets(recipe.model)[0].backbone.to(state.engine.device).eval()
+        with torch.no_grad():
+            figures["random"] = probe.accuracy(random_net)
+        figures["raw_pixels"] = probe.accuracy(lambda images: images.flatten(1))
+    return figures
+
+
+def _result_table(recipe: Recipe, results: dict[str, dict[str, float]]) -> str:
+    run_dir, groups, knn = Path(recipe.run.dir), results["groups"], results.get("knn", {})
+    rows = [
+        (f"kNN top-1, {name}", f"{knn[key]:.3f}")
+        for key, name in (
+            ("raw_pixels", "raw pixels"),
+            ("random", "random net"),
+            ("trained", "trained net"),
+        )
+        if key in knn
+    ]
+    rows += [
+        ("groups in use", f"{groups['in_use']} of {groups['num_groups']}"),
+        ("group perplexity", f"{groups['perplexity']:.1f}"),
+        ("peak memory of a rank", f"{distributed.peak_memory_mib():.0f} MiB"),
+        ("results", str(run_dir / run_folder.RESULTS_FILE)),
+        ("TensorBoard log", str(run_dir / "tensorboard")),
+        ("checkpoint", str(checkpoint.generations(run_dir)[-1])),
+        ("picture of the groups", str(run_dir / PICTURE_FILE)),
+    ]
+    return "\n".join(["", *(f"  {name:<24}{value}" for name, value in rows)])
+
+
+def dry_run(recipe: Recipe) -> str:
+    """The resolved recipe, parameter counts, memory plan, steps and epochs, as text.
+
+    Raises:
+        UserError: the dataset or the number of ranks does not fit.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    dataset = TarDataset(recipe.data.path, "train")
+    plan, schedules = plan_steps(recipe, dataset.num_samples)
+    batch = len(plan.ids(0, 0, world_size))
+    memory = plan_memory(recipe, world_size)
+    epochs = schedules.num_steps / schedules.steps_per_epoch
+    rows = [
+        ("backbone parameters", f"{memory.num_backbone_parameters / 1e6:.2f} M"),
+        ("trained parameters", f"{memory.num_online_parameters / 1e6:.2f} M, heads included"),
+        ("images", f"{dataset.num_samples}"),
+        ("steps", f"{schedules.num_steps} ({epochs:.2f} epochs)"),
+        ("batch", f"{recipe.data.global_batch} = {world_size} rank(s) x {batch}"),
+        ("peak learning rate", f"{schedules.peak_lr:g} after {schedules.warmup_steps} steps"),
+        ("memory of a rank", f"{memory.total_mib:.0f} MiB, libraries' buffers not counted"),
+        ("  weights, gradients", f"{memory.weights_and_gradients_mib:.0f} MiB"),
+        ("  momentum net", f"{memory.momentum_net_mib:.0f} MiB"),
+        ("  optimizer", f"{memory.optimizer_mib:.0f} MiB"),
+        ("  activations", f"{memory.activations_mib:.0f} MiB"),
+        ("  groups and bank", f"{memory.groups_and_bank_mib:.0f} MiB"),
+    ]
+    return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<24}{value}" for name, value in rows)

@@ -1,0 +1,125 @@
+"""Strict YAML plus `section.key=value` overrides -> Recipe."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from scale_smog.config import Recipe
+from scale_smog.errors import UserError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads `1e-3` as a number (YAML 1.2)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UserError(f"{key_node.start_mark.name}: key '{key}' appears twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe file and applies overrides.
+
+    Args:
+        path: YAML file; sections and keys as in `scale_smog.config`.
+        overrides: `section.key=value` strings, the value in YAML.
+
+    Returns:
+        The resolved recipe, with `run.dir` filled in (`runs/<file name>` unless given).
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest is suggested), wrong type or range.
+    """
+    path = Path(path)
+    try:
+        tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
+    if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
+        raise UserError(f"{path}: a recipe is a mapping of sections to their keys")
+    for override in overrides:
+        _apply(tree, override)
+    run = tree.setdefault("run", {})
+    if not run.get("dir"):
+        run["dir"] = f"runs/{path.stem}"
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    try:
+        loader = _StrictLoader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not plain YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply(tree: dict[str, dict[str, Any]], override: str) -> None:
+    key, equals, value = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"override '{override}' is not of the form section.key=value")
+    values = tree.setdefault(section, {})
+    if key in ("run.steps", "run.epochs"):  # one length replaces the other
+        values.pop("steps", None)
+        values.pop("epochs", None)
+    values[name] = _parse_yaml(value, f"override '{override}'")
+
+
+def _explain(error: ValidationError) -> str:
+    """One line on the first thing that is wrong, naming the key and what to write instead."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"] if not str(part).endswith("]")]
+    key = ".".join(path[:2])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{_suggestion(path)}"
+    if first["type"] == "missing":
+        return f"key '{key}' is missing"
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    return f"key '{key}': {first['msg'].lower()}, not {first['input']!r}"
+
+
+def _suggestion(path: list[str]) -> str:
+    sections = Recipe.model_fields
+    if len(path) == 1:
+        return _nearest(path[0], {name: name for name in sections})
+    own = {name: f"{path[0]}.{name}" for name in _fields(path[0])}
+    everywhere = {name: f"{section}.{name}" for section in sections for name in _fields(section)}
+    candidates = everywhere if path[1] in everywhere else own  # right name, wrong section
+    return _nearest(path[1], candidates)
+
+
+def _fields(section: str) -> Iterable[str]:
+    model = Recipe.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, BaseModel)
+    return model.model_fields
+
+
+def _nearest(word: str, candidates: dict[str, str]) -> str:
+    matches = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    return f": did you mean '{candidates[matches[0]]}'?" if matches else ""

@@ -1,0 +1,61 @@
+"""What changes over a run, as pure functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+from scale_smog.config import GroupingConfig, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Now:
+    """The scheduled values of one step."""
+
+    epoch: float  # done after this step
+    lr: float
+    weight_decay: float
+    beta: float
+
+
+class Schedules:
+    """Learning rate: linear warm-up, then cosine to zero; beta: linear (SMoG sections 3.2, 4.1).
+
+    Args:
+        optimizer: base rate, its reference batch, warm-up.
+        grouping: first and last beta.
+        global_batch: scales the base rate.
+        num_steps: T, of the run.
+        steps_per_epoch: samples / global batch, not rounded.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerConfig,
+        grouping: GroupingConfig,
+        global_batch: int,
+        num_steps: int,
+        steps_per_epoch: float,
+    ):
+        self.peak_lr = optimizer.base_lr * global_batch / optimizer.lr_batch
+        self.weight_decay = optimizer.weight_decay
+        self.betas = (grouping.beta_start, grouping.beta_end)
+        self.num_steps = num_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.warmup_steps = min(num_steps, round(optimizer.warmup_epochs * steps_per_epoch))
+
+    def at(self, step: int) -> Now:
+        """Values of `step`, from 0."""
+        start, end = self.betas
+        beta = start + (end - start) * step / max(1, self.num_steps - 1)
+        epoch = (step + 1) / self.steps_per_epoch
+        return Now(epoch, self._lr(step), self.weight_decay, beta)
+
+    def _lr(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps happens at `step`; 0 is never."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,39 @@
+"""Packaging of scale_smog; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+LINUX = "platform_system == 'Linux'"
+
+setup(
+    name="scale_smog",
+    version="0.1.0",
+    description="Large-scale group-contrastive pre-training (SMoG), from tar shards on",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["scale_smog", "scale_smog.*"]),
+    install_requires=[
+        # torch and torchvision come together: a torchvision of another build does not import.
+        "torch>=2.11",
+        "torchvision",
+        f"deepspeed>=0.19; {LINUX}",
+        "timm>=1.0",
+        "webdataset>=1.0",
+        f"nvidia-dali-cuda120>=2.2; {LINUX} and platform_machine in 'x86_64 aarch64'",
+        "pyyaml",
+        "tensorboard",
+        "numpy",
+        "pillow",
+        "pydantic>=2.7",
+        "tqdm",
+        "safetensors",
+        "matplotlib",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "scikit-learn", "ruff", "pyright"],
+        "bench": ["lightly", "faiss-cpu", "scikit-learn"],
+    },
+)

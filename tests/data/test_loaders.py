@@ -1,0 +1,106 @@
+"""The two loaders make the same batches from one plan."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from scale_smog.config import AugmentConfig, DataConfig, EvaluationConfig
+from scale_smog.data import EpochPlan, TarDataset
+from scale_smog.data.augment import STD, training_views
+from scale_smog.data.loaders import build_evaluation_loader, build_training_loader
+from scale_smog.errors import UserError
+
+CPU = torch.device("cpu")
+has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+needs_dali = pytest.mark.skipif(not has_dali, reason="nvidia-dali is not installed")
+LOADERS = ["torch", pytest.param("dali", marks=needs_dali)]
+
+
+def load(tars, loader, steps, augment=None, **data_keys):
+    keys = {"global_batch": 8, "workers": 0, "num_small_crops": 2, "large_px": 48, "small_px": 24}
+    data = DataConfig(path=str(tars), loader=loader, **(keys | data_keys))
+    dataset = TarDataset(tars, "train")
+    plan = EpochPlan(dataset.num_samples, data.global_batch, seed=3)
+    views = training_views(data, augment or AugmentConfig())
+    return list(build_training_loader(data, views, dataset, plan, steps, CPU))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_batches_have_the_contracts_shapes(tars, loader):
+    (batch,) = load(tars, loader, range(1))
+    assert [tuple(v.shape) for v in batch.large] == [(8, 3, 48, 48)] * 2
+    assert [tuple(v.shape) for v in batch.small] == [(8, 3, 24, 24)] * 2
+    assert all(v.dtype == torch.float32 for v in [*batch.large, *batch.small])
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in batch.large)
+    assert batch.label.dtype == batch.sample_id.dtype == torch.int64
+    dataset = TarDataset(tars, "train")
+    assert (batch.label.numpy() == dataset.labels[batch.sample_id.numpy()]).all()
+
+
+@needs_dali
+def test_dali_and_torchvision_make_the_same_views(tars):
+    """Within 3 of 255 grey levels at the worst pixel, 0.3 on average."""
+    ours, theirs = load(tars, "dali", range(4)), load(tars, "torch", range(4))
+    std = torch.tensor(STD)[:, None, None]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.sample_id == b.sample_id).all()
+        for x, y in zip([*a.large, *a.small], [*b.large, *b.small], strict=True):
+            # Solarisation is a jump: a pixel at the threshold may fall on either side.
+            difference = ((x - y).abs() * std).flatten()
+            jumps = difference > 3
+            assert jumps.float().mean() < 1e-3
+            assert difference[~jumps].mean() < 0.3
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_restart_at_any_step_gives_the_same_pixels(tars, loader):
+    whole = load(tars, loader, range(12))  # 12 x 8 of 40 samples: past two epochs
+    for start in (1, 5, 9):
+        for a, b in zip(whole[start:], load(tars, loader, range(start, 12)), strict=True):
+            assert torch.equal(a.sample_id, b.sample_id)
+            assert all(torch.equal(x, y) for x, y in zip(a.large, b.large, strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(a.small, b.small, strict=True))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_pixels_do_not_depend_on_the_number_of_workers(tars, loader):
+    one, three = load(tars, loader, range(3), workers=1), load(tars, loader, range(3), workers=3)
+    for a, b in zip(one, three, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.large, b.large, strict=True))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_batch_in_hand_is_not_overwritten(tars, loader):
+    data = load(tars, loader, range(6))  # all held at once
+    again = load(tars, loader, range(6))
+    assert all(torch.equal(a.large[0], b.large[0]) for a, b in zip(data, again, strict=True))
+    assert not torch.equal(data[0].large[0], data[5].large[0])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_without_augmentation_the_evaluation_crop_is_the_picture(tars, loader):
+    data = DataConfig(path=str(tars), loader=loader, workers=0)
+    dataset = TarDataset(tars, "test")
+    config = EvaluationConfig(batch=8, image_px=32, crop_share=1.0)
+    ids = np.arange(dataset.num_samples)
+    batches = list(build_evaluation_loader(data, config, dataset, ids, CPU))
+    seen = torch.cat([b.sample_id for b in batches])
+    assert seen[: len(ids)].tolist() == ids.tolist()
+    pixels = batches[0].large[0][0] * torch.tensor(STD)[:, None, None] / 255
+    assert pixels.std() > 0.05  # a picture, not a constant
+
+
+def test_a_gpu_that_is_not_there_is_named(tars):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=r"data\.device=gpu"):
+        load(tars, "torch", range(1), device="gpu")
+
+
+def test_dali_missing_is_one_clear_line(tars, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scale_smog.data.dali", None)
+    with pytest.raises(UserError, match=r"data\.loader=torch"):
+        load(tars, "dali", range(1))

@@ -1,0 +1,142 @@
+"""Spherical k-means: the same bits however the rows are spread."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_on_ranks
+from torch.nn import functional
+
+from scale_smog.errors import UserError
+from scale_smog.grouping import spherical_kmeans
+from scale_smog.grouping.kmeans import INERTIA_SCALE, SPLIT_TILT, SUM_SCALE
+
+NUM_GROUPS, DIM = 40, 16
+
+
+def unit_rows(num: int, seed: int, dim: int = DIM) -> torch.Tensor:
+    """Rows around a few directions, some of them twice: there are exact ties."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(num // 20 + 1, dim, generator=generator)
+    rows = centres.repeat(20, 1)[:num] + 0.4 * torch.randn(num, dim, generator=generator)
+    rows[: num // 10] = rows[num // 2 : num // 2 + num // 10]
+    return functional.normalize(rows)
+
+
+def numpy_lloyd(features, centroids, iterations):
+    """The same algorithm, written plainly in NumPy with every score in float64."""
+    x = features.numpy()
+    fixed = np.round(x.astype(np.float64) * SUM_SCALE).astype(np.int64)
+    c = functional.normalize(centroids).numpy()
+    for iteration in range(iterations + 1):
+        nearest = np.argmax(x.astype(np.float64) @ c.astype(np.float64).T, axis=1)
+        counts = np.bincount(nearest, minlength=len(c))
+        distance = np.square(x.astype(np.float64) - c[nearest].astype(np.float64)).sum(1)
+        if iteration == iterations:
+            inertia = np.round(distance * INERTIA_SCALE).astype(np.int64).sum() / INERTIA_SCALE
+            return c, nearest, counts, inertia
+        new = c.astype(np.float64).copy()
+        for k in range(len(c)):
+            total = fixed[nearest == k].sum(0).astype(np.float64)
+            if counts[k] and np.linalg.norm(total) > 0:
+                new[k] = total / np.linalg.norm(total)
+        empty, by_size = np.flatnonzero(counts == 0), np.argsort(-counts, kind="stable")
+        tilt = np.where(np.arange(c.shape[1]) % 2 == 0, 1 + SPLIT_TILT, 1 - SPLIT_TILT)
+        for i, k in enumerate(empty):
+            donor = by_size[i]
+            if counts[donor] > 1:
+                new[k] = new[donor] * tilt
+                new[donor] = new[donor] * (2 - tilt)
+        c = (new / np.linalg.norm(new, axis=1, keepdims=True)).astype(np.float32)
+
+
+def cluster_slice(features, centroids, iterations, cuts):
+    """On rank r: the rows between cut r and cut r + 1."""
+    rank = torch.distributed.get_rank()
+    mine = features[cuts[rank] : cuts[rank + 1]]
+    result = spherical_kmeans(mine, centroids, iterations=iterations)
+    return result.centroids, result.assignments, result.counts, result.inertia
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 7])
+def test_it_equals_a_plain_numpy_lloyd_at_every_iteration(iterations):
+    features, start = unit_rows(3000, 0), unit_rows(NUM_GROUPS, 1)
+    result = spherical_kmeans(features, start, iterations=iterations)
+    centroids, nearest, counts, inertia = numpy_lloyd(features, start, iterations)
+    assert (result.centroids.numpy() == centroids).all()
+    assert (result.assignments.numpy() == nearest).all()
+    assert (result.counts.numpy() == counts).all()
+    assert result.inertia == inertia
+
+
+@pytest.mark.parametrize(
+    "cuts", [(0, 1500, 3000), (0, 1, 3000), (0, 900, 900, 3000), (0, 0, 700, 2999, 3000)]
+)
+def test_ragged_and_empty_slices_of_any_number_of_ranks_give_the_same_bits(cuts):
+    features, start = unit_rows(3000, 0), unit_rows(NUM_GROUPS, 1)
+    alone = spherical_kmeans(features, start, iterations=5)
+    ranks = run_on_ranks(len(cuts) - 1, cluster_slice, features, start, 5, cuts)
+    for centroids, _, counts, inertia in ranks:
+        assert torch.equal(centroids, alone.centroids)
+        assert torch.equal(counts, alone.counts)
+        assert inertia == alone.inertia
+    assert torch.equal(torch.cat([r[1] for r in ranks]), alone.assignments)
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    features, start = unit_rows(3000, 0), unit_rows(NUM_GROUPS, 1)
+    alone = spherical_kmeans(features, start, iterations=5)
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(2))
+    shuffled = spherical_kmeans(features[order], start, iterations=5)
+    assert torch.equal(shuffled.centroids, alone.centroids)
+    assert torch.equal(shuffled.assignments, alone.assignments[order])
+
+
+def test_of_equal_centroids_the_lowest_index_wins():
+    features = unit_rows(500, 0)
+    start = unit_rows(6, 1)[[0, 1, 1, 2, 2, 2]]
+    result = spherical_kmeans(features, start, iterations=0)
+    assert set(result.assignments.tolist()) <= {0, 1, 3}
+
+
+def test_empty_groups_split_the_largest():
+    features = unit_rows(2000, 0)
+    start = features[:1].repeat(NUM_GROUPS, 1)  # all but one start empty
+    result = spherical_kmeans(features, start, iterations=12)
+    assert result.num_splits > 0 and (result.counts > 0).all()
+
+
+def test_more_groups_than_distinct_rows_is_survived():
+    features = unit_rows(3, 0).repeat(10, 1)
+    result = spherical_kmeans(features, unit_rows(8, 1), iterations=5)
+    assert result.centroids.isfinite().all() and result.counts.sum() == 30
+    assert result.inertia < 1e-3
+
+
+def test_each_iteration_lowers_the_inertia():
+    features, start = unit_rows(3000, 0), unit_rows(3000, 0)[:NUM_GROUPS]
+    inertias = [spherical_kmeans(features, start, iterations=i).inertia for i in range(6)]
+    assert all(after <= before for before, after in itertools.pairwise(inertias))
+    assert inertias[-1] < 0.9 * inertias[0]
+
+
+def test_rows_that_cancel_keep_their_centroid():
+    row = unit_rows(1, 0)
+    orthogonal = torch.zeros_like(row)
+    orthogonal[0, 0], orthogonal[0, 1] = row[0, 1], -row[0, 0]
+    result = spherical_kmeans(torch.cat([row, -row]), orthogonal, iterations=3)
+    assert torch.allclose(result.centroids, functional.normalize(orthogonal))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_refused_with_their_number(bad):
+    features = unit_rows(100, 0)
+    features[7, 3] = bad
+    with pytest.raises(UserError, match="1 of 100 features are not finite"):
+        spherical_kmeans(features, unit_rows(4, 1), iterations=1)
+
+
+def test_no_rows_at_all_are_refused():
+    with pytest.raises(UserError, match="no features"):
+        spherical_kmeans(torch.zeros(0, DIM), unit_rows(4, 1), iterations=1)

@@ -1,0 +1,110 @@
+"""LARS against a plain reference, whole and in parts."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from torch import nn
+
+from scale_smog.config import OptimizerConfig
+from scale_smog.optim import Lars, Shard, build_optimizer, set_rates
+
+SHAPES = {"conv": (6, 3, 3, 3), "conv.bias": (6,), "fc": (5, 7), "zero": (4, 4), "one": (1, 9)}
+LR, DECAY, MOMENTUM, TRUST = 0.4, 1e-2, 0.9, 1e-3
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    made["zero"].zero_()
+    return made
+
+
+def plain_lars(num_steps: int) -> dict[str, torch.Tensor]:
+    """One parameter at a time, in float64."""
+    values = {name: x.double() for name, x in tensors(0).items()}
+    buffers = {name: torch.zeros_like(x) for name, x in values.items()}
+    for step in range(num_steps):
+        for name, gradient in tensors(step + 1).items():
+            w, g, update = values[name], gradient.double(), gradient.double()
+            if w.dim() > 1:
+                ratio = 1.0
+                if w.norm() > 0 and g.norm() > 0:
+                    ratio = TRUST * w.norm() / (g.norm() + DECAY * w.norm())
+                update = ratio * (g + DECAY * w)
+            buffers[name] = MOMENTUM * buffers[name] + update
+            values[name] = w - LR * buffers[name]
+    return values
+
+
+def run_lars(num_steps: int, cuts: list[int]) -> torch.Tensor:
+    """All parameters flattened one behind another; this rank updates from its cut to the next."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    flat = torch.cat([x.flatten() for x in tensors(0).values()])
+    low, high = cuts[rank], cuts[rank + 1]
+    shards, spans, start = [], [], 0
+    for number, (name, shape) in enumerate(SHAPES.items()):
+        size = torch.Size(shape).numel()
+        first, last = max(start, low), min(start + size, high)
+        if first < last:
+            value = nn.Parameter(flat[first:last])
+            is_excluded = len(shape) <= 1
+            shards.append(Shard(name, number, value, first - start, is_excluded))
+            spans.append((first, last))
+        start += size
+    config = OptimizerConfig(name="lars", momentum=MOMENTUM)
+    optimizer = build_optimizer(
+        config, shards, len(SHAPES), dist.group.WORLD if world_size > 1 else None
+    )
+    for step in range(num_steps):
+        gradient = torch.cat([x.flatten() for x in tensors(step + 1).values()])
+        for shard, (first, last) in zip(shards, spans, strict=True):
+            shard.value.grad = gradient[first:last]
+        set_rates(optimizer, LR, DECAY)
+        optimizer.step()
+    return flat[low:high].clone()
+
+
+TOTAL = sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [0, TOTAL],
+        [0, 100, TOTAL],  # the convolution straddles
+        [0, 40, 165, TOTAL],
+        [0, 200, 200, TOTAL],  # a rank that holds nothing
+    ],
+)
+def test_layers_in_any_parts_are_scaled_as_whole_layers(cuts):
+    expected = torch.cat([x.flatten() for x in plain_lars(4).values()])
+    world_size = len(cuts) - 1
+    parts = [run_lars(4, cuts)] if world_size == 1 else run_on_ranks(world_size, run_lars, 4, cuts)
+    assert (torch.cat(parts).double() - expected).abs().max() < 1e-6
+
+
+def test_an_ordinary_model_can_use_lars():
+    model = nn.Linear(4, 3)
+    optimizer = Lars(model.parameters(), lr=0.1, weight_decay=1e-4)
+    before = model.weight.detach().clone()
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    moved = (model.weight - before).norm() / before.norm()
+    assert 0 < moved < 2e-4  # lr x trust
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_excluded_parameters_do_not_decay(name):
+    values = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    shards = [
+        Shard(str(i), i, value, 0, excluded)
+        for i, (value, excluded) in enumerate(zip(values, (False, True), strict=True))
+    ]
+    optimizer = build_optimizer(OptimizerConfig(name=name), shards, 2, None)
+    for value in values:
+        value.grad = torch.zeros(3)
+    set_rates(optimizer, 0.1, 0.5)
+    optimizer.step()
+    assert torch.equal(values[1].detach(), torch.ones(3))
+    assert (values[0] < 1).all()

@@ -1,0 +1,156 @@
+"""The command line: what a user sees."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_recipe import write_small_recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_program(name: str, *arguments: str, monkeypatch) -> int:
+    """Runs launcher/NAME as a program in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        runpy.run_path(str(ROOT / "launcher" / name), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.path=nowhere"], "nowhere"),
+        (["data.path=."], "data_tools/shard.py"),
+        (["grouping.num_groops=3"], "did you mean 'grouping.num_groups'"),
+        (["data.device=gpu"], "data.device=gpu"),
+        (["model.backbone=resnet51"], "resnet51"),
+        (["grouping.num_groups=37"], "37"),
+        (["run.dir=/proc/nowhere"], "run.dir"),
+        (["engine.kind=zero1", "engine.precision=fp64"], "fp64"),
+    ],
+)
+def test_bad_input_gets_one_line_exit_code_2_and_leaves_nothing(
+    tmp_path, tars, monkeypatch, capsys, overrides, words
+):
+    if "data.device=gpu" in overrides:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+    recipe = str(write_small_recipe(tmp_path, tars))
+    assert run_program("pretrain.py", recipe, *overrides, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_real_process_exits_with_2_and_without_a_traceback(tmp_path):
+    program = [sys.executable, str(ROOT / "launcher" / "pretrain.py"), "nowhere.yaml"]
+    ended = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: cannot read recipe nowhere.yaml")
+    assert "Traceback" not in ended.stderr
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, tars, monkeypatch, capsys):
+    recipe = str(write_small_recipe(tmp_path, tars))
+    arguments = ["--dry-run", "run.epochs=3", "--local_rank=0"]
+    assert run_program("pretrain.py", recipe, *arguments, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    for words in ("num_groups: 10", "10 (3.00 epochs)", "memory of a rank", "backbone parameters"):
+        assert words in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_leaves_everything_a_user_looks_for(tmp_path, tars, monkeypatch, capsys):
+    recipe = str(write_small_recipe(tmp_path, tars))
+    arguments = ["evaluation.baselines=true", "run.evaluate_every=4", "run.checkpoint_every=4"]
+    assert run_program("pretrain.py", recipe, *arguments, monkeypatch=monkeypatch) == 0
+    run_dir, out = tmp_path / "run", capsys.readouterr().out
+    results = json.loads((run_dir / "results.json").read_text())
+    assert set(results["knn"]) >= {"raw_pixels", "random", "trained", "k", "temperature"}
+    assert results["groups"]["num_groups"] == 10 and 1 <= results["groups"]["perplexity"] <= 10
+    lines = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    expected = "step epoch loss chance_loss lr beta images_per_s data_wait groups_in_use"
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert set(expected.split()) | {"group_perplexity"} <= set(lines[0])
+    assert lines[0]["chance_loss"] == pytest.approx(2.302585)
+    assert (run_dir / "groups.png").stat().st_size > 10_000
+    assert list((run_dir / "tensorboard").iterdir())
+    for words in ("raw pixels", "random net", "trained net", "groups.png", "step-00000008"):
+        assert words in out
+
+    before = results["knn"]["trained"]
+    arguments = ["knn", str(run_dir), "evaluation.k=5"]
+    assert run_program("evaluate.py", *arguments, monkeypatch=monkeypatch) == 0
+    assert f"{before:.4f}" in capsys.readouterr().out
+    assert json.loads((run_dir / "results.json").read_text())["knn"]["trained"] == before
+
+
+def test_evaluating_what_is_no_checkpoint_is_one_clear_line(tmp_path, monkeypatch, capsys):
+    assert run_program("evaluate.py", "knn", str(tmp_path), monkeypatch=monkeypatch) == 2
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_an_unlabelled_set_trains_and_says_that_it_cannot_be_judged(tmp_path, monkeypatch, capsys):
+    from images import jpeg
+
+    from scale_smog.data.sharding import shard_folder
+
+    source = tmp_path / "flat"
+    source.mkdir()
+    for i in range(20):
+        (source / f"{i}.jpg").write_bytes(jpeg(30, 30, i))
+    shard_folder(source, tmp_path / "tars", workers=1)
+    recipe = str(write_small_recipe(tmp_path, tmp_path / "tars"))
+    assert run_program("pretrain.py", recipe, "run.steps=2", monkeypatch=monkeypatch) == 0
+    assert "no kNN" in capsys.readouterr().out
+
+
+def launch(*command: str) -> None:
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.launcher
+def test_losses_agree_over_launchers_ranks_and_engines(tmp_path, tars):
+    """At the recipe's own rate. In fp32 rounding alone soon flips groups, so fp64 is the proof."""
+    pretrain = str(ROOT / "launcher" / "pretrain.py")
+    torchrun = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", pretrain]
+    deepspeed = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}", pretrain]
+
+    def run(name: str, launcher: list[str], *overrides: str) -> list[float]:
+        recipe = str(write_small_recipe(tmp_path / name, tars))
+        launch(*launcher, recipe, *overrides)
+        return losses(tmp_path / name / "run")
+
+    fp64 = ["run.steps=20", "engine.precision=fp64"]
+    one, two = run("one", [sys.executable, pretrain], *fp64), run("two", torchrun, *fp64)
+    assert len(one) == 20 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-8
+
+    ddp = run("ddp", torchrun, "run.steps=3")
+    zero = run("zero", deepspeed, "run.steps=3", "engine.kind=zero1")
+    assert abs(ddp[0] - zero[0]) < 1e-5
+    assert max(abs(a - b) for a, b in zip(ddp, zero, strict=True)) < 1e-2
+    assert abs(ddp[2] - ddp[0]) > 1e-2

@@ -1,0 +1,156 @@
+"""A run that is stopped and started again is the run that was never stopped."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from small_recipe import small_recipe
+
+from scale_smog import UserError, checkpoint, loop
+from scale_smog.pretrain import pretrain
+
+EVERY_STEP = ("run.checkpoint_every=1",)
+
+
+def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    tensors, _ = checkpoint.load(checkpoint.generations(run_dir)[-1])
+    return {name: x.clone() for name, x in tensors.items()}  # they are a view of the file
+
+
+def assert_equal_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
+def test_a_run_killed_after_any_step_ends_with_the_same_bits(tmp_path, tars, optimizer):
+    overrides = (*EVERY_STEP, f"optimizer.name={optimizer}", "data.num_small_crops=1")
+    pretrain(small_recipe(tmp_path, tars, *overrides))
+    whole = final_state(tmp_path / "run")
+    assert whole["groups.centroids"].isfinite().all()
+    for step in range(1, 8):
+        again = tmp_path / f"after-{step}" / "run"
+        shutil.copytree(tmp_path / "run", again)
+        for folder in checkpoint.generations(again)[step:]:
+            shutil.rmtree(folder)
+        pretrain(small_recipe(again.parent, tars, *overrides))
+        assert_equal_bits(final_state(again), whole)
+        lines = (again / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
+
+
+def test_a_signal_ends_the_run_after_a_step_and_the_same_command_goes_on(
+    tmp_path, tars, monkeypatch
+):
+    pretrain(small_recipe(tmp_path / "whole", tars))
+    real_log = loop._log
+
+    def log_then_signal(recipe, state, *rest):
+        real_log(recipe, state, *rest)
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "_log", log_then_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    recipe = small_recipe(tmp_path / "stopped", tars)
+    pretrain(recipe)
+    assert [f.name for f in checkpoint.generations(Path(recipe.run.dir))] == ["step-00000004"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(loop, "_log", real_log)
+    pretrain(recipe)
+    whole, resumed = (tmp_path / name / "run" for name in ("whole", "stopped"))
+    assert_equal_bits(final_state(resumed), final_state(whole))
+
+
+def test_a_finished_run_is_found_and_not_trained_again(tmp_path, tars, monkeypatch, capsys):
+    recipe = small_recipe(tmp_path, tars)
+    pretrain(recipe)
+    monkeypatch.setattr(loop, "_log", lambda *_: pytest.fail("trained again"))
+    capsys.readouterr()
+    pretrain(recipe)
+    assert "kNN top-1, trained net" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing file", "missing seal"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, tars, damage):
+    recipe = small_recipe(tmp_path, tars, *EVERY_STEP)
+    pretrain(recipe)
+    run_dir = Path(recipe.run.dir)
+    whole, newest = final_state(run_dir), checkpoint.generations(run_dir)[-1]
+    target = newest / (checkpoint.SEAL_FILE if damage == "missing seal" else "online.safetensors")
+    content = bytearray(target.read_bytes())
+    if damage.startswith("missing"):
+        target.unlink()
+    elif damage == "truncated":
+        target.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 1
+        target.write_bytes(content)
+    assert checkpoint.whole_or_why(newest)
+    loaded = checkpoint.load_newest(run_dir)
+    assert loaded is not None and loaded[1]["step"] == 7
+    pretrain(recipe)
+    assert_equal_bits(final_state(run_dir), whole)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, tars):
+    recipe = small_recipe(tmp_path, tars, *EVERY_STEP, "run.keep_checkpoints=2")
+    pretrain(recipe)
+    names = [f.name for f in checkpoint.generations(Path(recipe.run.dir))]
+    assert names == ["step-00000007", "step-00000008"]
+
+
+def test_a_torn_last_metrics_line_is_cut(tmp_path, tars):
+    recipe = small_recipe(tmp_path, tars, *EVERY_STEP)
+    pretrain(recipe)
+    run_dir = Path(recipe.run.dir)
+    for folder in checkpoint.generations(run_dir)[5:]:
+        shutil.rmtree(folder)
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 9, "lo')
+    pretrain(recipe)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("grouping.num_groups=9", "grouping.num_groups=10"),
+        ("run.steps=7", "run.steps=8"),
+        ("run.seed=1", "run.seed=0"),
+        ("data.global_batch=8", "data.global_batch=12"),
+    ],
+)
+def test_another_recipe_in_the_run_folder_is_refused_by_key(tmp_path, tars, override, key):
+    pretrain(small_recipe(tmp_path, tars))
+    with pytest.raises(UserError, match=key):
+        pretrain(small_recipe(tmp_path, tars, override))
+
+
+def test_allowed_changes_are_logged_and_the_run_grows(tmp_path, tars, capsys):
+    pretrain(small_recipe(tmp_path, tars))
+    pretrain(small_recipe(tmp_path, tars, "run.steps=10", "run.log_every=5"))
+    out = capsys.readouterr().out
+    assert "run.steps: 8 -> 10" in out and "run.log_every: 1 -> 5" in out
+    assert checkpoint.generations(tmp_path / "run")[-1].name == "step-00000010"
+
+
+def test_another_dataset_or_a_foreign_folder_is_refused(tmp_path, tars):
+    pretrain(small_recipe(tmp_path, tars))
+    other = shutil.copytree(tars, tmp_path / "other")
+    manifest = other / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("class0", "class9"))
+    with pytest.raises(UserError, match="another dataset"):
+        pretrain(small_recipe(tmp_path, other))
+    foreign = tmp_path / "foreign" / "run"
+    foreign.mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("do not touch")
+    with pytest.raises(UserError, match="not a run's folder"):
+        pretrain(small_recipe(tmp_path / "foreign", tars))
+    assert [f.name for f in foreign.iterdir()] == ["thesis.txt"]
