@@ -6,6 +6,7 @@ Overrides change the run's recipe, such as `evaluation.k=200` or `data.path=anot
 
 import argparse
 
+from scale_smog import distributed
 from scale_smog.errors import exits_on_user_error
 from scale_smog.evaluation.program import evaluate_knn
 
@@ -27,3 +28,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    distributed.end_process()

@@ -5,7 +5,7 @@ The same program runs alone and under deepspeed, torchrun and srun.
 
 import argparse
 
-from scale_smog import load_recipe
+from scale_smog import distributed, load_recipe
 from scale_smog.errors import exits_on_user_error
 from scale_smog.pretrain import dry_run, pretrain
 
@@ -27,3 +27,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    distributed.end_process()

@@ -26,6 +26,8 @@ class Preemption:
 
     def close(self) -> None:
         """Gives the signals their former meaning back: what follows can be ended at once."""
+        if self._work is not None:
+            self._work.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
