@@ -4,7 +4,6 @@ Sums are integers, so their order does not matter; near ties of a float32 assign
 in float64, so it does not matter either which kernel or chunk a row went through.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +66,11 @@ def spherical_kmeans(
     features = features.detach().float()
     centroids = functional.normalize(centroids.detach().float())
     _check_rows(features, process_group)
-    everything = torch.arange(len(features), device=features.device)
     sums = torch.zeros(len(centroids), features.shape[1] + 1, dtype=torch.int64).to(features.device)
     num_splits = 0
     with full_float32(features.device):
         nearest = assign(features, centroids)
-        _add(sums, features, everything, nearest, 1)
+        add_rows(sums, features, nearest, 1)
         for _ in range(iterations):
             totals = all_reduce(sums.clone(), process_group)  # [K, D + 1]
             before, (centroids, splits) = centroids, _next_centroids(centroids, totals)
@@ -80,9 +78,10 @@ def spherical_kmeans(
                 break  # the rounds that remain would change nothing
             num_splits += int(splits)
             left, nearest = nearest, assign(features, centroids)
-            moved = (left != nearest).nonzero()[:, 0]
-            _add(sums, features, moved, left, -1)  # sums of integers can be mended, row by row
-            _add(sums, features, moved, nearest, 1)
+            for moved in (left != nearest).nonzero()[:, 0].split(SUM_ROWS):
+                rows = features.index_select(0, moved)
+                add_rows(sums, rows, left[moved], -1)  # exact, so they can be mended
+                add_rows(sums, rows, nearest[moved], 1)
     own = torch.cat([sums[:, -1], _inertia(features, nearest, centroids)])  # [K + 1]
     totals = all_reduce(own, process_group)
     inertia = totals[-1].item() / INERTIA_SCALE
@@ -104,20 +103,21 @@ def assign(features: Tensor, centroids: Tensor) -> Tensor:
     Matrix products have one constant shape whatever N is: a library may take another kernel, and
     round differently, for another shape.
     """
-    num_groups, dim = centroids.shape
+    num_groups = len(centroids)
     columns = functional.pad(centroids, (0, 0, 0, -num_groups % LANES)).T  # [D, C], C >= K
-    rows = features.new_zeros(CHUNK_ROWS, dim)
     scores = features.new_empty(CHUNK_ROWS, columns.shape[1])  # reused: fresh memory is slow
     nearest = torch.empty(len(features), dtype=torch.int64, device=features.device)
     is_tied = torch.empty(len(features), dtype=torch.bool, device=features.device)
-    for chunk in _chunks(len(features), CHUNK_ROWS):
-        num_rows = chunk.stop - chunk.start
-        rows[:num_rows] = features[chunk]
-        torch.mm(rows, columns, out=scores)  # [n, C]
+    for start in range(0, len(features), CHUNK_ROWS):
+        rows = features[start : start + CHUNK_ROWS]  # [n, D]
+        num_rows = len(rows)
+        if num_rows < CHUNK_ROWS:
+            rows = functional.pad(rows, (0, 0, 0, CHUNK_ROWS - num_rows))
+        torch.mm(rows, columns, out=scores)  # [CHUNK_ROWS, C]
         scores[:, num_groups:] = -torch.inf
         best, lead = _best_and_lead(scores)
-        nearest[chunk] = best[:num_rows]
-        is_tied[chunk] = lead[:num_rows] <= NEAR_TIE
+        nearest[start : start + num_rows] = best[:num_rows]
+        is_tied[start : start + num_rows] = lead[:num_rows] <= NEAR_TIE
     for tied in is_tied.nonzero()[:, 0].split(EXACT_ROWS):
         nearest[tied] = _nearest_exactly(features[tied], centroids)
     return nearest
@@ -148,34 +148,26 @@ def _nearest_exactly(rows: Tensor, centroids: Tensor) -> Tensor:
     return torch.where(is_best, column, len(centroids)).amin(dim=1)
 
 
-def _add(sums: Tensor, features: Tensor, rows: Tensor, nearest: Tensor, sign: int) -> None:
-    """Adds or subtracts some rows, by number, at their centroids.
+def add_rows(sums: Tensor, rows: Tensor, nearest: Tensor, sign: int) -> None:
+    """Adds (sign 1) or takes away (-1) rows [N, D] at their centroids [N] int64, in place.
 
-    Args:
-        sums: [K, D + 1] int64, fixed-point sums and counts by centroid; changed in place.
-        features: [N, D].
-        rows: [M] int64, those that count.
-        nearest: [N] int64.
-        sign: 1 or -1.
+    `sums` [K, D + 1] int64 holds fixed-point sums, and in its last column the number of rows.
     """
-    for some in rows.split(SUM_ROWS):
-        fixed = (features[some] * (sign * SUM_SCALE)).round_().double()  # whole numbers
-        part = fixed.new_zeros(len(sums), fixed.shape[1])  # [K, D]
-        sums[:, :-1] += part.index_add_(0, nearest[some], fixed).long()  # nothing was rounded off
-    sums[:, -1] += sign * torch.bincount(nearest[rows], minlength=len(sums))
+    for some, at in zip(rows.split(SUM_ROWS), nearest.split(SUM_ROWS), strict=True):
+        part = some.new_zeros(len(sums), some.shape[1], dtype=torch.float64)  # whole numbers
+        for few, here in zip(some.split(CHUNK_ROWS), at.split(CHUNK_ROWS), strict=True):
+            part.index_add_(0, here, (few * (sign * SUM_SCALE)).round_().double())
+        sums[:, :-1] += part.long()
+    sums[:, -1] += sign * torch.bincount(nearest, minlength=len(sums))
 
 
 def _inertia(features: Tensor, nearest: Tensor, centroids: Tensor) -> Tensor:
     """[1] int64: fixed-point sum of this rank's squared distances."""
     inertia = torch.zeros(1, dtype=torch.int64, device=features.device)
-    for chunk in _chunks(len(features), CHUNK_ROWS):
-        offset = features[chunk].double() - centroids[nearest[chunk]].double()  # [n, D]
+    for rows, at in zip(features.split(CHUNK_ROWS), nearest.split(CHUNK_ROWS), strict=True):
+        offset = rows.double() - centroids.index_select(0, at).double()  # [n, D]
         inertia += (offset.square_().sum(dim=1) * INERTIA_SCALE).round_().long().sum()
     return inertia
-
-
-def _chunks(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def _next_centroids(centroids: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
