@@ -150,6 +150,7 @@ def _log(
             **clock.report(recipe.data.global_batch),
             "groups_in_use": int((usage > 0).sum()),
             "group_perplexity": perplexity(usage),
+            "largest_group_share": (usage.max() / usage.sum()).item(),
         }
     )
     metrics.histogram(state.step, "group_usage", usage)

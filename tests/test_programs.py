@@ -1,12 +1,14 @@
 """The command line: what a user sees."""
 
 import json
+import math
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_recipe import write_small_recipe
 
@@ -92,6 +94,14 @@ def test_a_run_leaves_everything_a_user_looks_for(tmp_path, tars, monkeypatch, c
     assert run_program("evaluate.py", *arguments, monkeypatch=monkeypatch) == 0
     assert f"{before:.4f}" in capsys.readouterr().out
     assert json.loads((run_dir / "results.json").read_text())["knn"]["trained"] == before
+
+    features = np.random.default_rng(0).standard_normal((60, 8))
+    np.savez(tmp_path / "other.npz", features=features, labels=np.arange(60) % 4)
+    both = ["groups", str(run_dir), str(tmp_path / "other.npz")]
+    assert run_program("evaluate.py", *both, monkeypatch=monkeypatch) == 0
+    assert (run_dir / "group_entropy.png").stat().st_size > 10_000
+    groups = json.loads((run_dir / "results.json").read_text())["groups"]
+    assert groups["num_groups"] == 10 and 0 < groups["entropy_weighted"] <= math.log(4)
 
 
 def test_evaluating_what_is_no_checkpoint_is_one_clear_line(tmp_path, monkeypatch, capsys):

@@ -110,3 +110,14 @@ def test_a_dumped_recipe_reads_back_equal(minimal: Path, tmp_path: Path) -> None
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe))
     assert load_recipe(again) == recipe
+
+
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES / "ablations").glob("7*.yaml")), ids=lambda path: path.stem
+)
+def test_an_ablation_changes_the_groups_alone(path: Path) -> None:
+    baseline = load_recipe(RECIPES / "ablations" / "baseline.yaml").model_dump()
+    ablation = load_recipe(path).model_dump()
+    ablation["run"]["dir"] = baseline["run"]["dir"]
+    changed = {section for section in baseline if baseline[section] != ablation[section]}
+    assert changed == {"grouping"}

@@ -1,7 +1,16 @@
 """What a trained net is worth."""
 
 from scale_smog.evaluation.features import embed_images
+from scale_smog.evaluation.group_quality import GroupQuality, group_quality
 from scale_smog.evaluation.knn import KnnProbe, knn_accuracy, knn_predict
 from scale_smog.evaluation.pictures import draw_groups
 
-__all__ = ["KnnProbe", "draw_groups", "embed_images", "knn_accuracy", "knn_predict"]
+__all__ = [
+    "GroupQuality",
+    "KnnProbe",
+    "draw_groups",
+    "embed_images",
+    "group_quality",
+    "knn_accuracy",
+    "knn_predict",
+]

@@ -132,6 +132,41 @@ def test_without_a_differentiable_reduction_the_part_through_the_groups_is_lost(
     assert all(r[1].norm() == 0 for r in ranks)
 
 
+@pytest.mark.parametrize("operator", ["momentum", "averaging", "adopt_latest", "random_select"])
+def test_the_gradient_of_an_update_is_that_of_finite_differences(operator):
+    groups = make_groups(operator)
+    z = unit(6, DIM, seed=0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: groups.updated_by(z, BETA), z)
+
+
+def check_gradient_over_ranks():
+    """Finite differences of this rank's features; the other ranks hold still, yet take part."""
+    groups, z = make_groups(), unit(4, DIM, seed=distributed.rank())
+    weight = unit(NUM_GROUPS, DIM, seed=9)
+
+    def loss(mine):
+        return (groups.updated_by(mine, BETA) * weight).sum()
+
+    mine = z.clone().requires_grad_()
+    loss(mine).backward()
+    step, numeric = 1e-6, torch.zeros_like(z)
+    for i in range(z.numel()):
+        for sign in (1, -1):
+            moved = z.clone()
+            if distributed.rank() == 0:
+                moved.view(-1)[i] += sign * step
+            # Every rank has the same loss of the same groups: theirs all move with rank 0's z.
+            total = distributed.all_reduce(loss(moved).detach())
+            numeric.view(-1)[i] += sign * total / (2 * step)
+    return mine.grad, numeric
+
+
+def test_the_gradient_over_ranks_is_that_of_finite_differences():
+    gradient, numeric = run_on_ranks(2, check_gradient_over_ranks)[0]
+    assert (gradient - numeric).norm() < 1e-7 * numeric.norm()
+    assert numeric.norm() > 1e-3
+
+
 def reduce_and_check():
     """On every rank: a sum over ranks, and the gradient of this rank's part of a loss on it."""
     own = torch.full((3,), 1.0 + distributed.rank(), dtype=torch.float64, requires_grad=True)
@@ -203,12 +238,13 @@ def restore_bank(state):
     return groups.centroids
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_bank_restored_on_another_number_of_ranks_clusters_to_the_same_bits(world_size):
+def test_a_bank_restored_on_another_number_of_ranks_clusters_to_the_same_bits():
     rows = torch.stack([unit(BATCH, DIM, seed=s).float() for s in range(5)])
-    state = cluster_bank(rows)[3]
-    alone = restore_bank(state)
-    assert all(torch.equal(alone, c) for c in run_on_ranks(world_size, restore_bank, state))
+    saved = run_on_ranks(4, cluster_bank, rows)[0][3]
+    alone = restore_bank(saved)
+    for world_size in (2, 3):
+        ranks = run_on_ranks(world_size, restore_bank, saved)
+        assert all(torch.equal(alone, centroids) for centroids in ranks)
 
 
 def test_uniform_predictions_lose_the_chance_level():

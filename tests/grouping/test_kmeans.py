@@ -1,11 +1,15 @@
 """Spherical k-means: the same bits however the rows are spread."""
 
 import itertools
+from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
 from ranks import run_on_ranks
+from sklearn.cluster import KMeans
+from sklearn.metrics import pairwise_distances_argmin
 from torch.nn import functional
 
 from scale_smog.errors import UserError
@@ -93,6 +97,35 @@ def test_the_order_of_the_rows_does_not_matter():
     assert torch.equal(shuffled.assignments, alone.assignments[order])
 
 
+def test_scikit_learn_driven_one_iteration_at_a_time_agrees():
+    features = unit_rows(20_000, 0, dim=32)
+    start = features[2000:10_000:40]  # no row twice
+    x, centres = features.numpy(), start.numpy()
+    for iteration in range(10):
+        ours = spherical_kmeans(features, start, iterations=iteration)
+        assert (ours.counts > 0).all()  # scikit-learn fills empty clusters in its own way
+        labels = pairwise_distances_argmin(x, centres)
+        inertia = np.square(x - centres[labels]).sum()
+        assert abs(ours.inertia - inertia) < 1e-5 * inertia
+        assert (labels == ours.assignments.numpy()).mean() >= 0.9999
+        step = KMeans(len(centres), init=centres, n_init=1, max_iter=1).fit(x)
+        centres = functional.normalize(torch.from_numpy(step.cluster_centers_)).numpy()
+
+
+def test_from_its_own_start_faiss_finds_nothing_better():
+    features, excess = unit_rows(10_000, 0), []
+    for seed in range(5):
+        kmeans = faiss.Kmeans(
+            DIM, 100, niter=15, spherical=True, seed=seed, max_points_per_centroid=10**9
+        )
+        kmeans.train(features.numpy())
+        theirs = 2 * (len(features) - kmeans.index.search(features.numpy(), 1)[0].sum())
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        ours = spherical_kmeans(features, features[order[:100]], iterations=15)
+        excess.append(ours.inertia / theirs - 1)
+    assert abs(np.mean(excess)) <= 0.005 and max(excess) <= 0.01, excess
+
+
 def test_of_equal_centroids_the_lowest_index_wins():
     features = unit_rows(500, 0)
     start = unit_rows(6, 1)[[0, 1, 1, 2, 2, 2]]
@@ -119,6 +152,39 @@ def test_each_iteration_lowers_the_inertia():
     inertias = [spherical_kmeans(features, start, iterations=i).inertia for i in range(6)]
     assert all(after <= before for before, after in itertools.pairwise(inertias))
     assert inertias[-1] < 0.9 * inertias[0]
+
+
+def test_rows_of_zeros_go_to_the_first_group_and_do_not_move_it():
+    features, start = unit_rows(500, 0), unit_rows(8, 1)
+    with_zeros = torch.cat([features, torch.zeros(5, DIM)])
+    alone = spherical_kmeans(features, start, iterations=4)
+    result = spherical_kmeans(with_zeros, start, iterations=4)
+    assert torch.equal(result.centroids, alone.centroids)
+    assert (result.assignments[500:] == 0).all()
+
+
+@pytest.mark.parametrize("num_groups", [1, 31, 33, 127])
+def test_any_number_of_groups_is_exact(num_groups):
+    features, start = unit_rows(2500, 0), unit_rows(num_groups, 1)
+    result = spherical_kmeans(features, start, iterations=2)
+    centroids, nearest, _, _ = numpy_lloyd(features, start, 2)
+    assert (result.centroids.numpy() == centroids).all()
+    assert (result.assignments.numpy() == nearest).all()
+
+
+def test_no_table_of_all_scores_is_made():
+    """Nor anything else that grows like N x K: 200 MB here; a chunk's scores are 4 MB."""
+    features, start = unit_rows(100_000, 0), unit_rows(512, 1)
+    spherical_kmeans(features[:4096], start, iterations=1)  # libraries take their own memory
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = memory_kib("VmRSS")
+    spherical_kmeans(features, start, iterations=2)
+    assert memory_kib("VmHWM") - before < 64 * 1024
+
+
+def memory_kib(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def test_rows_that_cancel_keep_their_centroid():
