@@ -7,9 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def parse_arguments(doc: str | None) -> argparse.Namespace:
-    """The options all benchmarks share: `--quick` (a small case), `--threads`, `--repeats`."""
+def parse_arguments(doc: str | None, **positional: str) -> argparse.Namespace:
+    """The options all benchmarks share: `--quick` (a small case), `--threads`, `--repeats`.
+
+    `positional` maps the names of a program's own arguments to their help.
+    """
     parser = argparse.ArgumentParser(description=doc)
+    for name, help_ in positional.items():
+        parser.add_argument(name, help=help_)
     parser.add_argument("--quick", action="store_true", help="a small case, in seconds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
     parser.add_argument("--repeats", type=int, help="rounds; default 5, or 2 with --quick")

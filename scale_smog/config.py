@@ -1,6 +1,6 @@
 """Every setting of a run: frozen, strict models whose defaults are the paper's ResNet-50 values."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,6 +43,8 @@ class DataConfig(Section):
     loader: Literal["dali", "torch", "synthetic"] = "dali"
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where images are decoded and augmented
     workers: NonNegative = 8  # decoding threads (dali) or processes (torch) of a rank
+    order: Literal["global", "block"] = "global"  # block: mixed within block_shards shards
+    block_shards: Positive = 16
     num_small_crops: NonNegative = 0  # the paper's multi-crop: 4
     large_px: Positive = 224
     small_px: Positive = 96
@@ -104,20 +106,103 @@ class OptimizerConfig(Section):
     lr_batch: Positive = 256
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
     momentum: Share = 0.9  # of LARS and SGD
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0  # longest gradient of the whole net; 0: any
     warmup_epochs: Annotated[float, Field(ge=0)] = 10.0
 
 
 class EngineConfig(Section):
     """How the nets are spread over the ranks, and in which precision they compute."""
 
-    kind: Literal["ddp", "zero1"] = "ddp"
-    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64 is for tests, with ddp
+    kind: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = "ddp"
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: a test precision, not under ZeRO
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"  # of gradients on their way between ranks
+    accumulate: Positive = 1  # micro-batches of a step; batch norm sees one, all else the batch
+    activation_checkpointing: bool = False  # forget a stage's activations, compute them again
+    compile: bool = False  # torch.compile, stage by stage
+    deepspeed: dict[str, Any] = {}  # further settings of DeepSpeed, for zero1, zero2 and zero3
 
     @model_validator(mode="after")
-    def _fp64_needs_ddp(self) -> Self:
-        if self.precision == "fp64" and self.kind != "ddp":
-            raise ValueError("engine.precision=fp64 is a test precision of engine.kind=ddp")
+    def _fp64_is_not_for_zero(self) -> Self:
+        if self.precision == "fp64" and self.is_zero:
+            raise ValueError(
+                "engine.precision=fp64 is a test precision of ddp, fsdp and hsdp: "
+                f"engine.kind={self.kind} keeps its weights in fp32"
+            )
+        if self.precision == "fp64" and self.reduce_precision == "bf16":
+            raise ValueError("engine.precision=fp64 does not go with engine.reduce_precision=bf16")
         return self
+
+    @model_validator(mode="after")
+    def _compiled_code_holds_its_weights(self) -> Self:
+        if self.compile and self.kind == "zero3":
+            raise ValueError(
+                "engine.compile does not go with engine.kind=zero3, which fetches weights layer by "
+                "layer; take fsdp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_settings_keep_engines_equal(self) -> Self:
+        if self.deepspeed and not self.is_zero:
+            raise ValueError(f"engine.deepspeed is for zero1 to zero3, not engine.kind={self.kind}")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError("engine.deepspeed: zero_optimization is a mapping of settings")
+        given = [(name, name, DEEPSPEED_KEYS) for name in self.deepspeed]
+        given += [(f"zero_optimization.{name}", name, DEEPSPEED_ZERO_KEYS) for name in zero]
+        for path, name, allowed in given:
+            if name not in allowed:
+                ours = DEEPSPEED_OURS.get(name)
+                advice = f"set {ours} instead" if ours else f"free are {', '.join(sorted(allowed))}"
+                raise ValueError(
+                    f"engine.deepspeed: {path} might train another model than the other engines: "
+                    f"{advice}"
+                )
+        return self
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed runs this engine."""
+        return self.kind.startswith("zero")
+
+
+# Settings of DeepSpeed that change how it works and reports, never what is trained.
+DEEPSPEED_KEYS = {
+    "zero_optimization",
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+}
+DEEPSPEED_ZERO_KEYS = {
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+}
+DEEPSPEED_OURS = {  # what the recipe has a key of its own for
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "amp": "engine.precision",
+    "bf16": "engine.precision",
+    "communication_data_type": "engine.reduce_precision",
+    "fp16": "engine.precision",
+    "gradient_accumulation_steps": "engine.accumulate",
+    "gradient_clipping": "optimizer.clip_norm",
+    "optimizer": "optimizer.name",
+    "scheduler": "optimizer.warmup_epochs",
+    "stage": "engine.kind",
+    "torch_autocast": "engine.precision",
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "engine.accumulate",
+}
 
 
 class EvaluationConfig(Section):

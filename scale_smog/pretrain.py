@@ -13,7 +13,7 @@ from scale_smog.config import Recipe
 from scale_smog.data import EpochPlan, TarDataset, manifest_sha256
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
-from scale_smog.data.loaders import build_training_loader, require_loader
+from scale_smog.data.loaders import build_plan, build_training_loader, require_loader
 from scale_smog.engine import build_engine
 from scale_smog.errors import UserError
 from scale_smog.evaluation import KnnProbe, draw_groups, embed_images
@@ -45,7 +45,7 @@ def pretrain(recipe: Recipe) -> None:
 def _pretrain(recipe: Recipe, device: torch.device) -> None:
     data, run_dir = recipe.data, Path(recipe.run.dir)
     dataset = TarDataset(data.path, "train")
-    plan, schedules = plan_steps(recipe, dataset.num_samples)
+    plan, schedules = plan_steps(recipe, dataset)
     views = training_views(data, recipe.augment)
     facts = {"manifest_sha256": manifest_sha256(data.path)}
     require_loader(data, device)
@@ -86,20 +86,24 @@ def _pretrain(recipe: Recipe, device: torch.device) -> None:
 
 
 def _describe(recipe: Recipe, state: TrainState) -> str:
-    return (
+    text = (
         f"{recipe.run.dir} after step {state.step}: {recipe.model.backbone} on "
         f"{distributed.world_size()} rank(s) of {state.engine.device.type}, {recipe.engine.kind}, "
         f"{recipe.engine.precision}, {recipe.grouping.num_groups} groups, data by "
         f"{recipe.data.loader}"
     )
+    num = recipe.engine.accumulate
+    if num > 1:
+        text += f"\n{num} micro-batches a step: batch norm sees one, groups and bank the batch"
+    return text
 
 
-def plan_steps(recipe: Recipe, num_samples: int) -> tuple[EpochPlan, Schedules]:
-    """The order of the samples, and the rates, of a run on a dataset of that size."""
+def plan_steps(recipe: Recipe, dataset: TarDataset) -> tuple[EpochPlan, Schedules]:
+    """The order of the samples, and the rates, of a run on a dataset."""
     run, global_batch = recipe.run, recipe.data.global_batch
-    plan = EpochPlan(num_samples, global_batch, run.seed)
+    plan = build_plan(recipe.data, dataset, run.seed)
     num_steps = run.steps or plan.steps(run.epochs or 0)
-    per_epoch = num_samples / global_batch
+    per_epoch = dataset.num_samples / global_batch
     return plan, Schedules(recipe.optimizer, recipe.grouping, global_batch, num_steps, per_epoch)
 
 
@@ -108,8 +112,7 @@ def build_state(recipe: Recipe, batch: int, device: torch.device) -> TrainState:
     model, grouping = recipe.model, recipe.grouping
     torch.manual_seed(recipe.run.seed)
     online, momentum = build_nets(model)
-    ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-    scope = process_group_for(model.batch_norm, ranks_per_node)
+    scope = process_group_for(model.batch_norm, distributed.ranks_per_node())
     for net in (online, momentum):
         synchronise_batch_norm(net.to(device), scope)
     engine = build_engine(online, momentum, recipe.optimizer, recipe.engine, batch)
@@ -223,7 +226,7 @@ def dry_run(recipe: Recipe) -> str:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = TarDataset(recipe.data.path, "train")
-    plan, schedules = plan_steps(recipe, dataset.num_samples)
+    plan, schedules = plan_steps(recipe, dataset)
     batch = len(plan.ids(0, 0, world_size))
     memory = plan_memory(recipe, world_size)
     epochs = schedules.num_steps / schedules.steps_per_epoch

@@ -42,6 +42,10 @@ class ViewNumbers:
     sigma: Array  # [B] float32; 0: no blur
     solarize: Array  # [B] bool
 
+    def row(self, index: int) -> "ViewNumbers":
+        """The numbers of one image, still with a batch dimension of 1."""
+        return ViewNumbers(**{name: v[index : index + 1] for name, v in vars(self).items()})
+
 
 def blur_window(px: int) -> int:
     """Width of the blur kernel: a tenth of the view, odd (BYOL: 23 at 224 px, 9 at 96 px)."""

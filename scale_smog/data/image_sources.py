@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from scale_smog.data.manifest import (
-    UNLABELLED,
-)
+from scale_smog.data.manifest import UNLABELLED
 from scale_smog.errors import UserError
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -36,6 +34,7 @@ class Source:
     classes: tuple[str, ...]
     images: tuple[SourceImage, ...]
     read: Callable[[str], bytes]
+    refused: tuple[tuple[str, str], ...] = ()  # (name, reason): straight to the quarantine list
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over names, labels and sizes: tells one source from another cheaply."""
@@ -47,12 +46,15 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _FolderReader:
+class FolderReader:
+    """Reads files by their name below a folder."""
+
     folder: Path
 
     def __call__(self, name: str) -> bytes:
         try:
-            return (self.folder / name).read_bytes()
+            with open(f"{self.folder}/{name}", "rb", buffering=0) as file:
+                return file.read()
         except OSError as error:  # the disk's fault, not the image's: not a case for quarantine
             raise UserError(f"cannot read {self.folder / name}: {error.strerror}") from None
 
@@ -80,10 +82,10 @@ def folder_source(folder: str | Path) -> Source:
     classes = _class_names(folder, names)
     label_of = {name: label for label, name in enumerate(classes)}
     images = tuple(
-        SourceImage(name, label_of.get(name.split("/")[0], UNLABELLED), _size(folder / name))
+        SourceImage(name, label_of.get(name.split("/")[0], UNLABELLED), _size(f"{folder}/{name}"))
         for name in names
     )
-    return Source(classes, images, _FolderReader(folder))
+    return Source(classes, images, FolderReader(folder))
 
 
 def _list_images(folder: Path) -> tuple[list[str], int]:
@@ -91,11 +93,13 @@ def _list_images(folder: Path) -> tuple[list[str], int]:
     names, num_skipped = [], 0
     for parent, folders, files in os.walk(folder, onerror=_raise_unlistable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(parent).relative_to(folder)
+        relative = Path(parent).relative_to(folder).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
         for name in files:
             # Hidden files are nobody's images, whatever their extension (macOS writes `._a.jpg`).
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_EXTENSIONS:
-                names.append((relative / name).as_posix())
+            extension = os.path.splitext(name)[1].lower()
+            if not name.startswith(".") and extension in IMAGE_EXTENSIONS:
+                names.append(prefix + name)
             else:
                 num_skipped += 1
     return sorted(names), num_skipped
@@ -119,8 +123,8 @@ def _class_names(folder: Path, names: list[str]) -> tuple[str, ...]:
     return tuple(folders)
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -1,13 +1,14 @@
 """One stored image: decoded in full, turned upright, in a form that every loader reads alike."""
 
 import warnings
+from dataclasses import dataclass
 from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-_REENCODE_QUALITY = 95
+_JPEG_QUALITY = 95
 _PASS_THROUGH = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format: extension
 
 
@@ -24,8 +25,17 @@ class EncodedImage(NamedTuple):
     height: int  # px
 
 
-def decode(content: bytes) -> Image.Image:
-    """Decodes an image in full.
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to images on their way into a shard."""
+
+    full_check: bool = True  # decode every image, not only its header
+    resize_shorter: int | None = None  # longest allowed shorter side, px; larger ones are shrunk
+    reencode: int | None = None  # JPEG quality; all images become JPEGs of it
+
+
+def decode(content: bytes, pixels: bool = True) -> Image.Image:
+    """Decodes an image in full, or its header only.
 
     Raises:
         BadImageError: the bytes are empty, truncated, damaged, not an image, or more than 178
@@ -37,7 +47,8 @@ def decode(content: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters is raised; the rest names no file
             image = Image.open(BytesIO(content))  # refuses more than 178 million pixels
-            image.load()
+            if pixels:
+                image.load()
     except MemoryError:
         raise
     except UnidentifiedImageError:  # its own message holds a memory address
@@ -47,7 +58,7 @@ def decode(content: bytes) -> Image.Image:
     return image
 
 
-def normalise(content: bytes, resize_shorter: int | None = None) -> EncodedImage:
+def normalise(content: bytes, treatment: Treatment = Treatment()) -> EncodedImage:
     """Checks an image and brings it into a form every decoder reads alike.
 
     8-bit RGB or grey JPEG, PNG and WebP without an EXIF orientation pass byte for byte. All else
@@ -56,22 +67,23 @@ def normalise(content: bytes, resize_shorter: int | None = None) -> EncodedImage
 
     Args:
         content: the encoded image.
-        resize_shorter: longest allowed shorter side, px; larger images are shrunk to it.
+        treatment: how much to check, and what to change.
 
     Raises:
         BadImageError: the image cannot be decoded or encoded.
     """
-    image = decode(content)
-    shorter = min(image.size) if resize_shorter is None else resize_shorter
-    if min(image.size) <= shorter and _reads_alike_everywhere(image, content):
+    image = decode(content, pixels=treatment.full_check)
+    shorter = treatment.resize_shorter or min(image.size)
+    may_pass = treatment.reencode is None and min(image.size) <= shorter
+    if may_pass and _reads_alike_everywhere(image, content):
         return EncodedImage(content, _PASS_THROUGH[str(image.format)], *image.size)
     try:
         image = _as_rgb(ImageOps.exif_transpose(image))
         if min(image.size) > shorter:
             image = _shrink(image, shorter)
         encoded = BytesIO()
-        image.save(encoded, "JPEG", quality=_REENCODE_QUALITY, exif=b"")
-    except (OSError, ValueError) as error:
+        image.save(encoded, "JPEG", quality=treatment.reencode or _JPEG_QUALITY, exif=b"")
+    except (OSError, ValueError, SyntaxError) as error:
         raise BadImageError(f"cannot become an RGB JPEG: {error}") from None
     return EncodedImage(encoded.getvalue(), "jpg", *image.size)
 

@@ -1,7 +1,8 @@
 """Builds the loader that the recipe names."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -12,13 +13,17 @@ from scale_smog.data.augment import CentreView, View
 from scale_smog.data.batch import Batch
 from scale_smog.data.batch_source import BatchSource
 from scale_smog.data.manifest import TarDataset
+from scale_smog.data.memory_loader import MemoryLoader
 from scale_smog.data.plan import EpochPlan, SequentialPlan
 from scale_smog.data.synthetic import SyntheticLoader
 from scale_smog.data.torch_loader import TorchLoader
 from scale_smog.errors import UserError
 
-if TYPE_CHECKING:
-    from scale_smog.data.dali import DaliLoader
+
+def build_plan(data: DataConfig, dataset: TarDataset, seed: int) -> EpochPlan:
+    """The order of a run's samples."""
+    sizes = dataset.shard_sizes if data.order == "block" else None
+    return EpochPlan(dataset.num_samples, data.global_batch, seed, sizes, data.block_shards)
 
 
 def build_training_loader(
@@ -38,6 +43,9 @@ def build_training_loader(
     source = BatchSource(dataset, plan, views, plan.seed, rank, world_size)
     if data.loader == "synthetic":
         return SyntheticLoader(views, len(source.ids(0)), len(steps), device)
+    if data.loader == "torch" and data.device == "gpu":
+        require_loader(data, device)
+        return MemoryLoader(source, steps, device)
     return _build(data, source, steps, device)
 
 
@@ -66,7 +74,7 @@ def require_loader(data: DataConfig, device: torch.device) -> None:
     if data.device == "gpu" and device.type != "cuda":
         raise UserError("data.device=gpu, but no GPU is visible: take data.device=auto or cpu")
     if data.loader == "dali":
-        _dali_loader()
+        _import_dali()
 
 
 def _build(
@@ -74,17 +82,18 @@ def _build(
 ) -> Iterable[Batch]:
     require_loader(data, device)
     if data.loader == "dali":
-        on_gpu = device.type == "cuda" and data.device != "cpu"
-        return _dali_loader()(source, steps, data.workers, device, on_gpu)
+        dali = _import_dali()
+        if device.type == "cuda" and data.device != "cpu":
+            return dali.DaliLoader(source, steps, data.workers, device, on_gpu=True)
+        return dali.DaliCpuLoader(source, steps, data.workers, device)
     return TorchLoader(source, steps, data.workers, device)
 
 
-def _dali_loader() -> type["DaliLoader"]:
+def _import_dali() -> ModuleType:
     try:
-        from scale_smog.data.dali import DaliLoader
+        return import_module("scale_smog.data.dali")
     except ImportError as error:
         raise UserError(
             f"data.loader=dali needs nvidia-dali-cuda120 ({error}): "
             "install it, or take data.loader=torch"
         ) from None
-    return DaliLoader

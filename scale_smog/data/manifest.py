@@ -127,6 +127,13 @@ def format_index(samples: Sequence[Sequence[Member]]) -> bytes:
     return "\n".join([f"v1.2 {len(samples)}", *lines, ""]).encode()
 
 
+def npy_bytes(rows: np.ndarray) -> bytes:
+    """A sidecar as the content of an .npy file."""
+    buffer = BytesIO()
+    np.save(buffer, rows)
+    return buffer.getvalue()
+
+
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
@@ -184,13 +191,17 @@ def load_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{file} is damaged at {key}: {first['msg']}") from None
 
 
-def manifest_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of the manifest of the dataset folder `path`; names its content exactly.
+def manifest_sha256(path: str | Path, split: str = "train") -> str:
+    """Hex SHA-256 that names the content of one split of the dataset folder `path` exactly.
+
+    Other splits may come and go without a change of it.
 
     Raises:
-        UserError: the folder is missing or has no manifest.
+        UserError: the folder is missing, has no manifest or no such split.
     """
-    return hashlib.sha256(_manifest_bytes(Path(path))).hexdigest()
+    manifest = load_manifest(path)
+    described = manifest.model_copy(update={"splits": {split: manifest.split(split)}})
+    return hashlib.sha256(described.model_dump_json().encode()).hexdigest()
 
 
 def _manifest_bytes(folder: Path) -> bytes:
@@ -235,6 +246,7 @@ class TarDataset:
         labels: int64 [N], -1 where unlabelled.
         widths: int32 [N], px.
         heights: int32 [N], px.
+        shard_sizes: samples of each shard.
     """
 
     def __init__(self, path: str | Path, split: str) -> None:
@@ -247,7 +259,8 @@ class TarDataset:
         shards = manifest.split(split).shards
         self._folder = Path(path).absolute()
         self._names = [entry.name for entry in shards]
-        self._first_ids = list(accumulate((e.num_samples for e in shards), initial=0))
+        self.shard_sizes = [entry.num_samples for entry in shards]
+        self._first_ids = list(accumulate(self.shard_sizes, initial=0))
         _check_tar_sizes(self._folder, shards)
         self._rows = np.concatenate([load_sidecar(self._folder, entry) for entry in shards])
 

@@ -1,5 +1,6 @@
 """Which sample is seen when: a pure function of (seed, step), the same at every world size."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -20,14 +21,29 @@ class EpochPlan:
         num_samples: samples of the dataset.
         global_batch: samples of one step over all ranks.
         seed: of the order.
+        shard_sizes: samples of each shard. If given, an epoch goes through the shards in random
+            order, `block_shards` at a time, whose samples it mixes: fewer files are read at
+            once, which network filesystems and page caches like. Default: all samples are mixed.
+        block_shards: shards of one block.
     """
 
-    def __init__(self, num_samples: int, global_batch: int, seed: int = 0):
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch: int,
+        seed: int = 0,
+        shard_sizes: Sequence[int] | None = None,
+        block_shards: int = 16,
+    ):
         if num_samples < 1 or global_batch < 1:
             raise UserError(f"a plan needs samples and a batch: {num_samples}, {global_batch}")
+        if shard_sizes is not None and sum(shard_sizes) != num_samples:
+            raise UserError(f"{num_samples} samples, but the shards have {sum(shard_sizes)}")
         self.num_samples = num_samples
         self.global_batch = global_batch
         self.seed = seed
+        self._shard_sizes = None if shard_sizes is None else tuple(shard_sizes)
+        self._block_shards = block_shards
 
     def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Sample ids [B] int64 of one rank at one step: its contiguous slice of the global batch.
@@ -39,7 +55,7 @@ class EpochPlan:
         ids = np.empty(len(position), dtype=np.int64)
         for epoch in np.unique(position // self.num_samples):
             here = position // self.num_samples == epoch
-            order = _permutation(self.num_samples, self.seed, int(epoch))
+            order = self._order(int(epoch))
             ids[here] = order[position[here] % self.num_samples]
         return ids
 
@@ -50,6 +66,11 @@ class EpochPlan:
     def steps(self, epochs: float) -> int:
         """Whole steps in a number of epochs, at least 1."""
         return max(1, int(epochs * self.num_samples / self.global_batch + 1e-9))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._shard_sizes is None:
+            return _permutation(self.num_samples, self.seed, epoch)
+        return _block_order(self._shard_sizes, self._block_shards, self.seed, epoch)
 
     def _positions(self, step: int, rank: int, world_size: int) -> np.ndarray:
         if self.global_batch % world_size:
@@ -92,9 +113,30 @@ class SequentialPlan:
         return np.zeros(self.batch, dtype=np.int64)
 
 
+@lru_cache(maxsize=2)
+def _block_order(sizes: tuple[int, ...], block_shards: int, seed: int, epoch: int) -> np.ndarray:
+    """Random order [sum(sizes)] int64 that mixes the samples of `block_shards` shards at a time."""
+    num_shards, ends = len(sizes), np.cumsum(sizes)
+    # The draws behind the samples' are the shards', so that the two orders share no numbers.
+    drawn = _random_words64(int(ends[-1]) + num_shards, seed, epoch)
+    shards = np.argsort(drawn[-num_shards:], kind="stable")
+    turn = np.empty(num_shards, dtype=np.int64)  # of each shard: the block it comes in
+    turn[shards] = np.arange(num_shards) // block_shards
+    return np.lexsort((drawn[:-num_shards], np.repeat(turn, sizes)))
+
+
 @lru_cache(maxsize=2)  # a batch may straddle two epochs
 def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Random order [num_samples] int64: the ranks of one random number a sample."""
-    # Sorting raw draws instead of Generator.permutation, whose algorithm NumPy may change.
-    draws = random_words(seed, np.arange(num_samples), epoch, stream=-1, num_words=2)
-    return np.argsort((draws[:, 0] << np.uint64(32)) | draws[:, 1], kind="stable")
+    """Random order [num_samples] int64: samples sorted by one random number each."""
+    keys = _random_words64(num_samples, seed, epoch)
+    # The low bits hold the sample: no two keys are equal, and sorted keys are the order itself.
+    low = np.uint64((1 << (num_samples - 1).bit_length()) - 1)
+    keys = (keys & ~low) | np.arange(num_samples, dtype=np.uint64)
+    keys.sort()
+    return (keys & low).astype(np.int64)
+
+
+def _random_words64(num: int, seed: int, epoch: int) -> np.ndarray:
+    """Raw draws [num] uint64, to sort by: NumPy may change what `permutation` returns."""
+    words = random_words(seed, np.arange(-(-num // 2)), epoch, stream=-1, num_words=4)
+    return ((words[:, ::2] << np.uint64(32)) | words[:, 1::2]).reshape(-1)[:num]

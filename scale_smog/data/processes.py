@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import TypeVar
 
 from scale_smog.errors import UserError
@@ -17,6 +18,12 @@ _Result = TypeVar("_Result")
 def default_workers() -> int:
     """Number of cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def prepare_processes(*modules: str) -> None:
+    """Starts, in the background, the process that workers fork from, with `modules` imported."""
+    multiprocessing.set_forkserver_preload([__name__, *modules])
+    forkserver.ensure_running()
 
 
 def run_in_processes(
@@ -34,7 +41,6 @@ def run_in_processes(
     # Not fork: it would copy the locks of whatever threads the caller runs. Not spawn: every
     # worker would import everything again.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(workers, context, initializer=_exit_with_parent) as pool:
         futures = {pool.submit(function, job): index for index, job in enumerate(jobs)}
         try:

@@ -6,42 +6,34 @@ same bytes, and an interrupted run continues with the shards that are not finish
 """
 
 import fcntl
-import os
 import re
 import shutil
 import sys
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from scale_smog.data.image_sources import Source, SourceImage, folder_source
-from scale_smog.data.images import BadImageError, normalise
+from scale_smog.data.image_sources import Source
+from scale_smog.data.images import Treatment
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    SIDECAR_DTYPE,
     Manifest,
-    Member,
-    ShardEntry,
     SplitManifest,
-    file_sha256,
-    format_index,
     load_manifest,
-    replace_durably,
     write_atomically,
     write_manifest,
 )
-from scale_smog.data.processes import default_workers, run_in_processes
+from scale_smog.data.processes import default_workers, prepare_processes, run_in_processes
+from scale_smog.data.shard_writer import BadImage, ShardJob, ShardRecord, finish_shard
+from scale_smog.data.source_kinds import open_source
 from scale_smog.errors import UserError
 
 _MIB = 2**20
@@ -97,138 +89,19 @@ def cut_into_shards(sizes: Sequence[int], shard_mib: int, shard_samples: int) ->
     return [slice(*ends) for ends in pairwise([*cuts, len(sizes)])]
 
 
-# ------------------------------------------------------------------------------------- one shard
-
-
-class _BadImage(_Model):
-    file: str
-    reason: str
-
-
-class _ShardRecord(_Model):
-    """What a finished shard leaves in the work folder; `entry` is None if no image was good."""
-
-    entry: ShardEntry | None
-    bad: tuple[_BadImage, ...]
-
-
-@dataclass(frozen=True)
-class _ShardJob:
-    name: str  # such as train-000003
-    first_key: int
-    images: tuple[SourceImage, ...]
-    read: Callable[[str], bytes]
-    resize_shorter: int | None
-    out: Path
-    work: Path
-
-
-def _finish_shard(job: _ShardJob) -> _ShardRecord:
-    record_path = job.work / f"{job.name}.json"
-    if record_path.exists():
-        record = _ShardRecord.model_validate_json(record_path.read_bytes())
-        if record.entry is None or not record.entry.mismatched_files(job.out):
-            return record
-    record = _write_shard(job)
-    write_atomically(record_path, record.model_dump_json().encode())
-    return record
-
-
-def _write_shard(job: _ShardJob) -> _ShardRecord:
-    partial = job.work / f"{job.name}.tar"
-    with open(partial, "wb") as file:
-        samples, rows, bad = _write_tar(file, job)
-        file.flush()
-        os.fsync(file.fileno())
-    if not samples:  # DALI refuses an empty index, so such a shard is left out
-        partial.unlink()
-        return _ShardRecord(entry=None, bad=tuple(bad))
-
-    tar, idx, npy = (job.out / f"{job.name}.{extension}" for extension in ("tar", "idx", "npy"))
-    replace_durably(partial, tar)
-    write_atomically(idx, format_index(samples))
-    write_atomically(npy, _npy_bytes(np.array(rows, SIDECAR_DTYPE)))
-    entry = ShardEntry(
-        name=tar.name,
-        num_samples=len(samples),
-        bytes=tar.stat().st_size,
-        sha256=file_sha256(tar),
-        idx_sha256=file_sha256(idx),
-        npy_sha256=file_sha256(npy),
-    )
-    return _ShardRecord(entry=entry, bad=tuple(bad))
-
-
-def _write_tar(
-    file: IO[bytes], job: _ShardJob
-) -> tuple[list[list[Member]], list[tuple[int, ...]], list[_BadImage]]:
-    """Writes all good images; returns their members, their sidecar rows, and the bad ones."""
-    samples, rows, bad = [], [], []
-    # USTAR: the default PAX headers make DALI's own index inference and `tar` disagree.
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, source in enumerate(job.images, start=job.first_key):
-            try:
-                image = normalise(job.read(source.name), job.resize_shorter)
-            except BadImageError as error:
-                bad.append(_BadImage(file=source.name, reason=str(error)))
-                continue
-            member = _add_member(tar, file, f"{key:012d}", image.extension, image.content)
-            label = _add_member(tar, file, f"{key:012d}", "cls", str(source.label).encode())
-            crc32 = zlib.crc32(image.content)
-            size = (image.width, image.height)
-            rows.append((key, member.offset, member.size, *size, source.label, crc32))
-            samples.append([member, label])
-    return samples, rows, bad
-
-
-def _add_member(
-    tar: tarfile.TarFile, file: IO[bytes], key: str, extension: str, content: bytes
-) -> Member:
-    info = tarfile.TarInfo(f"{key}.{extension}")  # owner, names and time default to 0 and empty
-    info.size = len(content)
-    offset = file.tell() + tarfile.BLOCKSIZE
-    tar.addfile(info, BytesIO(content))
-    return Member(extension, offset, info.size, info.name)
-
-
-def _npy_bytes(rows: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    np.save(buffer, rows)
-    return buffer.getvalue()
-
-
 # ------------------------------------------------------------------------------------ whole split
 
 
-def shard_folder(
-    source: str | Path,
-    out: str | Path,
-    *,
-    split: str = "train",
-    seed: int = 0,
-    shard_mib: int = 256,
-    shard_samples: int = 2000,
-    workers: int | None = None,
-    resize_shorter: int | None = None,
-    max_bad: float = 0.05,
-) -> SplitManifest:
-    """Writes an image folder (see `folder_source`) as the split `split` of the dataset `out`.
+def shard_folder(source: str | Path, out: str | Path, **options: Any) -> SplitManifest:
+    """Writes what `open_source` finds at `source` as a split of the dataset `out`.
 
-    The arguments, errors and guarantees are those of `shard_source`.
+    The options, errors and guarantees are those of `shard_source`.
     """
     if Path(out).resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"OUT {out} lies inside SRC {source}: choose a folder beside it")
-    return shard_source(
-        folder_source(source),
-        out,
-        split=split,
-        seed=seed,
-        shard_mib=shard_mib,
-        shard_samples=shard_samples,
-        workers=workers,
-        resize_shorter=resize_shorter,
-        max_bad=max_bad,
-    )
+    if options.get("workers") != 1:
+        prepare_processes(finish_shard.__module__)  # imports what workers need while we list
+    return shard_source(open_source(source), out, **options)
 
 
 def shard_source(
@@ -241,13 +114,15 @@ def shard_source(
     shard_samples: int = 2000,
     workers: int | None = None,
     resize_shorter: int | None = None,
+    reencode: int | None = None,
+    full_check: bool = True,
     max_bad: float = 0.05,
 ) -> SplitManifest:
     """Writes `source` as the split `split` of the dataset folder `out`.
 
-    The same source, seed, limits and `resize_shorter` give the same bytes, whatever the number
-    of workers and however often the run was interrupted: the same call continues it. A split
-    that is there already is left as it is. Bad images go to `{split}-quarantine.jsonl`.
+    The same source, seed, limits and treatment give the same bytes, whatever the number of
+    workers and however often the run was interrupted: the same call continues it. A split that
+    is there already is left as it is. Bad images go to `{split}-quarantine.jsonl`.
 
     Args:
         source: the images.
@@ -258,13 +133,19 @@ def shard_source(
         shard_samples: most samples in a shard.
         workers: number of processes; default: all cores.
         resize_shorter: shrink images to this shorter side, px; default: never.
+        reencode: make JPEGs of this quality of all images; default: only where needed.
+        full_check: decode every image; else only read its header.
         max_bad: largest share of bad images, 0 to 1.
 
     Raises:
         UserError: an argument is out of range, `out` holds something else under this split's
             name, its classes are others, or too many images are bad.
     """
-    _check_arguments(split, seed, shard_mib, shard_samples, workers, resize_shorter, max_bad)
+    _check_split_name(split)
+    counts = {"shard_mib": shard_mib, "shard_samples": shard_samples, "workers": workers}
+    counts |= {"resize_shorter": resize_shorter, "reencode": reencode}
+    _check_arguments(seed, counts, max_bad)
+    treatment = Treatment(full_check, resize_shorter, reencode)
     out = Path(out)
     work = out / f".sharding-{split}"
     plan = _Plan(
@@ -272,7 +153,7 @@ def shard_source(
         options={
             "shard_mib": shard_mib,
             "shard_samples": shard_samples,
-            "resize_shorter": resize_shorter,
+            **vars(treatment),
         },
         source_fingerprint=source.fingerprint(),
     )
@@ -284,46 +165,39 @@ def shard_source(
             images = [source.images[index] for index in shuffled(len(source.images), seed)]
             cuts = cut_into_shards([i.num_bytes for i in images], shard_mib, shard_samples)
             jobs = [
-                _ShardJob(
+                ShardJob(
                     name=f"{split}-{number:06d}",
                     first_key=cut.start,
                     images=tuple(images[cut]),
                     read=source.read,
-                    resize_shorter=resize_shorter,
+                    treatment=treatment,
                     out=out,
                     work=work,
                 )
                 for number, cut in enumerate(cuts)
             ]
             records = _run(jobs, split, workers or default_workers())
-            _write_quarantine(out, split, records, len(source.images), max_bad)
+            bad = [BadImage(file=name, reason=reason) for name, reason in source.refused]
+            bad += [image for record in records for image in record.bad]
+            _write_quarantine(out, split, bad, len(source.images) + len(source.refused), max_bad)
             done = _publish(out, split, source.classes, plan, records)
     shutil.rmtree(work, ignore_errors=True)
     return done
 
 
-def _check_arguments(
-    split: str,
-    seed: int,
-    shard_mib: int,
-    shard_samples: int,
-    workers: int | None,
-    resize_shorter: int | None,
-    max_bad: float,
-) -> None:
+def _check_split_name(split: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_]+", split):
         raise UserError(f"split is {split!r}; use letters, digits and underscores, such as train")
+
+
+def _check_arguments(seed: int, counts: dict[str, int | None], max_bad: float) -> None:
     if seed < 0:
         raise UserError(f"seed is {seed}; it must be 0 or more")
-    counts = {
-        "shard_mib": shard_mib,
-        "shard_samples": shard_samples,
-        "workers": workers,
-        "resize_shorter": resize_shorter,
-    }
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more")
+    if (counts["reencode"] or 0) > 95:
+        raise UserError(f"reencode is {counts['reencode']}; a JPEG's quality is 1 to 95")
     if not 0 <= max_bad <= 1:
         raise UserError(f"max_bad is {max_bad}; it is a share, 0 to 1")
 
@@ -396,13 +270,13 @@ def _start_or_continue(work: Path, split: str, plan: _Plan) -> None:
         )
 
 
-def _run(jobs: Sequence[_ShardJob], split: str, workers: int) -> list[_ShardRecord]:
+def _run(jobs: Sequence[ShardJob], split: str, workers: int) -> list[ShardRecord]:
     """Finishes all shards; their records in the order of the jobs."""
     records = {}
     num_images = sum(len(job.images) for job in jobs)
     # Shards finish in bursts, so the ETA is from the mean rate; no bar where nobody watches.
     with tqdm(total=num_images, desc=split, unit="img", smoothing=0, disable=None) as bar:
-        for index, record in run_in_processes(_finish_shard, jobs, workers):
+        for index, record in run_in_processes(finish_shard, jobs, workers):
             records[index] = record
             bar.update(len(jobs[index].images))
             for bad in record.bad:
@@ -411,9 +285,8 @@ def _run(jobs: Sequence[_ShardJob], split: str, workers: int) -> list[_ShardReco
 
 
 def _write_quarantine(
-    out: Path, split: str, records: Sequence[_ShardRecord], num_images: int, max_bad: float
+    out: Path, split: str, bad: Sequence[BadImage], num_images: int, max_bad: float
 ) -> None:
-    bad = [image for record in records for image in record.bad]
     path = out / f"{split}-quarantine.jsonl"
     write_atomically(path, "".join(f"{image.model_dump_json()}\n" for image in bad).encode())
     if len(bad) > max_bad * num_images or len(bad) == num_images:
@@ -428,7 +301,7 @@ def _publish(
     split: str,
     classes: tuple[str, ...],
     plan: _Plan,
-    records: Sequence[_ShardRecord],
+    records: Sequence[ShardRecord],
 ) -> SplitManifest:
     shards = tuple(record.entry for record in records if record.entry is not None)
     written = SplitManifest(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.images import BadImageError, decode
+from scale_smog.data.indexing import index_tar
 from scale_smog.data.manifest import (
     UNLABELLED,
     Manifest,
@@ -17,6 +18,7 @@ from scale_smog.data.manifest import (
     format_index,
     load_manifest,
     load_sidecar,
+    npy_bytes,
 )
 from scale_smog.data.processes import default_workers, run_in_processes
 from scale_smog.errors import UserError
@@ -27,6 +29,7 @@ class _ShardCheck:
     folder: Path
     entry: ShardEntry
     num_classes: int
+    indexed: bool  # a tar that others made, see indexing.py
 
 
 def verify_folder(out: str | Path) -> list[str]:
@@ -38,7 +41,11 @@ def verify_folder(out: str | Path) -> list[str]:
     folder = Path(out)
     manifest = load_manifest(folder)
     entries = [entry for split in manifest.splits.values() for entry in split.shards]
-    checks = [_ShardCheck(folder, entry, len(manifest.classes)) for entry in entries]
+    checks = [
+        _ShardCheck(folder, entry, len(manifest.classes), "indexed" in split.options)
+        for split in manifest.splits.values()
+        for entry in split.shards
+    ]
     of_shard = dict(run_in_processes(_shard_problems, checks, default_workers()))
     in_order = [problem for index in range(len(checks)) for problem in of_shard[index]]
     return _count_problems(manifest) + _extra_files(folder, entries) + in_order
@@ -71,6 +78,8 @@ def _shard_problems(check: _ShardCheck) -> list[str]:
     ]
     if entry.npy_name in mismatched or not (folder / entry.name).exists():
         return problems
+    if check.indexed:
+        return problems + _indexed_problems(folder, entry)
     try:
         rows = load_sidecar(folder, entry)
         with tarfile.open(folder / entry.name, "r:") as tar:
@@ -88,6 +97,21 @@ def _shard_problems(check: _ShardCheck) -> list[str]:
     for row, members in zip(rows, samples, strict=True):
         found = _sample_problems(content, row, members, check.num_classes)
         problems += [f"{entry.name}: {row['key']:012d}: {problem}" for problem in found]
+    return problems
+
+
+def _indexed_problems(folder: Path, entry: ShardEntry) -> list[str]:
+    """Of a tar that others made: index and sidecar must be what making them again would give."""
+    try:
+        tar = index_tar(folder / entry.name)
+    except UserError as error:
+        return [f"{entry.name}: {error}"]
+    problems = []
+    idx = folder / entry.idx_name
+    if idx.exists() and idx.read_bytes() != format_index(tar.members):
+        problems.append(f"{entry.idx_name}: does not index {entry.name}")
+    if (folder / entry.npy_name).read_bytes() != npy_bytes(tar.rows):
+        problems.append(f"{entry.npy_name}: does not describe {entry.name}")
     return problems
 
 

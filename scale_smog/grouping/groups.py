@@ -13,6 +13,7 @@ from scale_smog.config import GroupingConfig
 from scale_smog.counter_rng import random_words
 from scale_smog.grouping.feature_bank import FeatureBank
 from scale_smog.grouping.kmeans import KMeansResult, spherical_kmeans
+from scale_smog.grouping.precision import full_float32
 
 OPERATORS = ("momentum", "averaging", "adopt_latest", "random_select")
 
@@ -83,7 +84,7 @@ class MomentumGroups(nn.Module):
     @torch.no_grad()
     def assign(self, z: Tensor) -> Tensor:
         """Most similar group [B] int64 of features [B, D] (the argmax that Eq. 4 means)."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_float32(z.device):
             return (z @ self.centroids.T).argmax(dim=1)
 
     def updated_by(self, z: Tensor, beta: float) -> Tensor:
@@ -100,7 +101,7 @@ class MomentumGroups(nn.Module):
             [K, D] unit rows, differentiable with respect to z.
         """
         z = z.detach() if self.detach else z
-        with torch.autocast(z.device.type, enabled=False):
+        with full_float32(z.device):
             sums, counts = self._global_sums(z)  # [K, D], [K]
             self.counts = counts
             if self.operator == "random_select":

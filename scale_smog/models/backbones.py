@@ -1,5 +1,7 @@
 """Every backbone by its name: our ResNets and Swin-T, and whatever else timm has."""
 
+import re
+
 from torch import nn
 
 from scale_smog.errors import UserError
@@ -10,6 +12,7 @@ RESNETS = {
     "resnet18": resnet.resnet18,
     "resnet50": resnet.resnet50,
 }
+STAGE_NAME = re.compile(r"(layer|s)\d+")
 
 
 def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.Module:
@@ -36,3 +39,16 @@ def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.
         option = "width" if width != 1 else "small_images"
         raise UserError(f"{option}: only {', '.join(RESNETS)} have it, {name} does not")
     return swin.swin_tiny() if name == "swin_tiny" else swin.timm_backbone(name)
+
+
+def stages(backbone: nn.Module) -> list[nn.Module]:
+    """The parts of a backbone to be compiled, checkpointed or sharded one by one, in order.
+
+    These are `layer1`, `layer2`, … of a ResNet (in timm's RegNets `s1`, …), and what timm's other
+    nets hold in `layers`, `stages` or `blocks`; of a net with other names, the net itself.
+    """
+    children = dict(backbone.named_children())
+    for name in ("layers", "stages", "blocks"):
+        if name in children:
+            return list(children[name].children())
+    return [x for name, x in children.items() if STAGE_NAME.fullmatch(name)] or [backbone]

@@ -1,5 +1,7 @@
 """Batch normalisation over a group of ranks, on GPUs and on CPUs alike."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +73,48 @@ def synchronise_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) -
     return synchronised
 
 
+@contextmanager
+def untracked(module: nn.Module) -> Iterator[None]:
+    """Inside, batch norms in training mode leave their running statistics alone.
+
+    For a forward pass that repeats another one.
+    """
+    # Copies take the updates: autograd must see the same operations as in the first pass.
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    kept = [(norm, name, x) for norm in norms for name, x in norm.named_buffers(recurse=False)]
+    for norm, name, statistic in kept:
+        setattr(norm, name, statistic.clone())
+    try:
+        yield
+    finally:
+        for norm, name, statistic in kept:
+            setattr(norm, name, statistic)
+
+
+def unshared_statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Running means and variances [C] that differ between ranks: of scopes below global."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return []
+    norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
+    unshared = [m for m in norms if getattr(m, "process_group", None) is not dist.group.WORLD]
+    statistics = [x for m in unshared for x in (m.running_mean, m.running_var)]
+    return [x for x in statistics if x is not None]
+
+
+@torch.no_grad()
+def average_statistics(statistics: list[Tensor]) -> None:
+    """Replaces running statistics by their mean over all ranks; one all-reduce.
+
+    As running statistics are linear in those of the batches, this gives what one would have had
+    by averaging the batches' statistics over the scopes.
+    """
+    if statistics:
+        flat = torch.cat(statistics)
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        torch._foreach_copy_(statistics, flat.split([len(x) for x in statistics]))
+
+
 def _synchronised_copy(
     norm: nn.BatchNorm1d | nn.BatchNorm2d, group: dist.ProcessGroup
 ) -> "SynchronisedBatchNorm":
@@ -99,7 +143,8 @@ class SynchronisedBatchNorm(_BatchNorm):
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
-    def forward(self, input: Tensor) -> Tensor:
+    @torch.compiler.disable()  # what lies between two of them is compiled
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalises its input [B, C] or [B, C, H, W]; a collective in training mode."""
         if self.training and input.device.type == "cpu":
             y = self._forward_on_cpu(input)

@@ -116,7 +116,6 @@ class ResNet(nn.Module):
             self.add_module(f"layer{index + 1}", layer)
             in_channels = channels * 2**index * block.expansion
         self.num_features = in_channels
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -129,7 +128,7 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         for index in range(self.num_stages):
             x = getattr(self, f"layer{index + 1}")(x)
-        return self.avgpool(x).flatten(1)
+        return x.mean(dim=(2, 3))  # no view, as of a pooling module: FSDP2 warns of those
 
 
 def resnet50(width: int = 1, small_images: bool = False) -> ResNet:

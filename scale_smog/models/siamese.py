@@ -45,6 +45,10 @@ class OnlineNet(nn.Module):
             predicted = torch.cat([predicted, self._predict_small(small)])  # [V, B, D]
         return unit(projected), unit(predicted)
 
+    def features(self, view: Tensor) -> Tensor:
+        """The backbone's features [B, d] of a view [B, 3, H, W], for evaluation."""
+        return self.backbone(view)
+
     def _predict_small(self, small: Sequence[Tensor]) -> Tensor:
         images = torch.cat(list(small))  # [n·B, 3, h, w]
         predicted = self.predictor(self.projector(self.backbone(images)))  # [n·B, D]

@@ -1,14 +1,16 @@
-"""The memory plan of a recipe: what one rank will hold, counted without allocating it."""
+"""What one rank will hold and send at a recipe's step, counted without allocating it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scale_smog.config import Recipe
-from scale_smog.models import build_nets
+from scale_smog.models import build_nets, stages
 
 MIB = 2**20
+ZERO3_LIVE = 1e9  # weights that DeepSpeed keeps gathered by default
 STATES = {"lars": 1, "sgd": 1, "adamw": 2}  # optimizer values a parameter
 
 
@@ -36,28 +38,83 @@ class MemoryPlan:
         )
 
 
-def plan_memory(recipe: Recipe, world_size: int) -> MemoryPlan:
-    """Counts what a rank of `world_size` holds."""
-    model, data = recipe.model, recipe.data
+def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> MemoryPlan:
+    """Counts what a rank of `world_size` holds; hsdp splits over `ranks_per_node`.
+
+    Without checkpointing of activations, which this does not count.
+    """
+    model, data, engine = recipe.model, recipe.data, recipe.engine
     with torch.device("meta"):
         online, momentum = build_nets(recipe.model)
-    value_bytes = 8 if recipe.engine.precision == "fp64" else 4
-    num_online = _numel(online)
-    shares = world_size if recipe.engine.kind == "zero1" else 1
-    # ZeRO-1 keeps its own master copy of the slice it updates.
-    masters = num_online / shares if recipe.engine.kind == "zero1" else 0
+    value_bytes = 8 if engine.precision == "fp64" else 4
+    num_online, num_momentum = _numel(online), _numel(momentum)
+    parts = _parts(engine.kind, world_size, ranks_per_node)
+    # ZeRO has master values apart from those that the nets compute with.
+    masters = num_online / parts.optimizer if engine.is_zero else 0.0
+    weights = num_online / parts.weights + num_online / parts.gradients + masters
+    if parts.weights > 1:  # gathered weights, and the largest stage's gradients
+        largest = max(_numel(stage) for stage in stages(online.backbone))
+        weights += largest + (min(num_online, ZERO3_LIVE) if engine.is_zero else largest)
+    states = STATES[recipe.optimizer.name] * num_online / parts.optimizer
     batch = data.global_batch // world_size
     bank = recipe.bank_steps * batch * model.dim * 4
     groups = 3 * recipe.grouping.num_groups * (model.dim + 1) * value_bytes
     return MemoryPlan(
         num_backbone_parameters=_numel(online.backbone),
         num_online_parameters=num_online,
-        weights_and_gradients_mib=(2 * num_online + masters) * value_bytes / MIB,
-        momentum_net_mib=_numel(momentum) * value_bytes / MIB,
-        optimizer_mib=STATES[recipe.optimizer.name] * num_online * value_bytes / shares / MIB,
-        activations_mib=_activation_bytes(online, recipe, batch) / MIB,
+        weights_and_gradients_mib=weights * value_bytes / MIB,
+        momentum_net_mib=num_momentum / parts.weights * value_bytes / MIB,
+        optimizer_mib=states * value_bytes / MIB,
+        activations_mib=_activation_bytes(online, recipe, batch // engine.accumulate) / MIB,
         groups_and_bank_mib=(bank + groups) / MIB,
     )
+
+
+def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
+    """MiB that a rank sends at a step for weights and gradients, by the ring algorithms.
+
+    A ring all-reduce of n bytes among r ranks sends 2 n (r - 1) / r from each, an all-gather or a
+    reduce-scatter half of it (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
+    """
+    with torch.device("meta"):
+        online, momentum = build_nets(recipe.model)
+    num_online, num_momentum = _numel(online), _numel(momentum)
+    kind = recipe.engine.kind
+    weight_bytes = 8 if recipe.engine.precision == "fp64" else 4
+    grad_bytes = 2 if recipe.engine.reduce_precision == "bf16" else weight_bytes
+    parts = _parts(kind, world_size, ranks_per_node).weights
+    once = (world_size - 1) / world_size
+    if parts == 1:  # gradients are summed up and, under ZeRO, new weights sent round
+        gathered = num_online * weight_bytes if kind != "ddp" else 0
+        gradients = num_online * grad_bytes * (1 if kind == "zero2" else 2)
+        return (gathered + gradients) * once / MIB
+    # Weights are gathered for every forward pass, and once more for the backward pass.
+    num_passes = 2 if recipe.data.num_small_crops else 1
+    gathered = (2 * num_passes * num_online + num_momentum) * weight_bytes
+    sent = (gathered + num_online * grad_bytes) * (parts - 1) / parts
+    copies = world_size / parts  # hsdp: the nodes' copies add up their parts of the gradients
+    sent += 2 * num_online / parts * grad_bytes * (copies - 1) / copies
+    return sent / MIB
+
+
+class _Parts(NamedTuple):
+    """Over how many ranks each kind of tensor is split."""
+
+    optimizer: int
+    gradients: int
+    weights: int
+
+
+def _parts(kind: str, world_size: int, ranks_per_node: int) -> _Parts:
+    per_node = min(ranks_per_node, world_size)
+    return {
+        "ddp": _Parts(1, 1, 1),
+        "zero1": _Parts(world_size, 1, 1),
+        "zero2": _Parts(world_size, world_size, 1),
+        "zero3": _Parts(world_size, world_size, world_size),
+        "fsdp": _Parts(world_size, world_size, world_size),
+        "hsdp": _Parts(per_node, per_node, per_node),
+    }[kind]
 
 
 def _numel(module: torch.nn.Module) -> int:

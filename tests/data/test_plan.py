@@ -9,8 +9,10 @@ from scale_smog.errors import UserError
 
 @pytest.mark.parametrize("num_samples", [64, 61, 7])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_every_sample_comes_exactly_once_an_epoch_at_any_world_size(num_samples, world_size):
-    plan = EpochPlan(num_samples, global_batch=24, seed=5)
+@pytest.mark.parametrize("block", [False, True])
+def test_every_sample_comes_exactly_once_an_epoch_at_any_world_size(num_samples, world_size, block):
+    sizes = [5, num_samples - 6, 1] if block else None  # ragged shards
+    plan = EpochPlan(num_samples, 24, seed=5, shard_sizes=sizes, block_shards=2)
     num_epochs = 24  # N * 24 samples fill N whole steps
     stream = [
         sample
@@ -35,6 +37,21 @@ def test_each_epoch_and_each_seed_has_its_own_order():
     plan = EpochPlan(1000, global_batch=1000, seed=5)
     assert (plan.ids(0) != plan.ids(1)).mean() > 0.9
     assert (plan.ids(0) != EpochPlan(1000, 1000, seed=6).ids(0)).mean() > 0.9
+
+
+def test_the_block_order_mixes_within_a_few_shards_and_differs_each_epoch():
+    sizes = [100] * 10
+    plan = EpochPlan(1000, 1000, seed=5, shard_sizes=sizes, block_shards=2)
+    for step in range(2):
+        blocks = (plan.ids(step) // 100).reshape(5, 200)  # shards, in the order of the epoch
+        assert [len(set(block)) for block in blocks] == [2] * 5
+        assert all(90 > np.count_nonzero(block[:100] == block[0]) > 10 for block in blocks)
+    assert (plan.ids(0) // 100 != plan.ids(1) // 100).mean() > 0.5
+
+
+def test_shards_that_do_not_hold_the_samples_are_refused():
+    with pytest.raises(UserError, match="100 samples, but the shards have 99"):
+        EpochPlan(100, 10, shard_sizes=[50, 49])
 
 
 def test_the_step_is_the_only_state():

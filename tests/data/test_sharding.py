@@ -21,7 +21,7 @@ from PIL import Image
 
 from scale_smog.data import sharding
 from scale_smog.data.image_sources import folder_source
-from scale_smog.data.images import BadImageError, decode, normalise
+from scale_smog.data.images import BadImageError, Treatment, decode, normalise
 from scale_smog.data.manifest import TarDataset, load_manifest
 from scale_smog.data.sharding import cut_into_shards, shard_folder, shuffled
 from scale_smog.errors import UserError
@@ -311,8 +311,8 @@ def test_exif_orientation_is_baked_in(kind):
 
 def test_resize_shorter_only_shrinks():
     small = _encoded(_photo(0, 40, 30), "PNG")
-    assert normalise(small, resize_shorter=30).content == small
-    large = normalise(_encoded(_photo(0, 301, 150), "PNG"), resize_shorter=30)
+    assert normalise(small, Treatment(resize_shorter=30)).content == small
+    large = normalise(_encoded(_photo(0, 301, 150), "PNG"), Treatment(resize_shorter=30))
     assert (large.extension, large.width, large.height) == ("jpg", 60, 30)
 
 

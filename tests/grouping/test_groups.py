@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from scale_smog import distributed
 from scale_smog.grouping import FeatureBank, MomentumGroups
+from scale_smog.grouping.precision import full_float32
 from scale_smog.loss import group_contrastive_loss
 
 NUM_GROUPS, DIM, BATCH, BETA = 12, 8, 24, 0.9
@@ -259,3 +260,14 @@ def test_every_view_of_an_image_has_the_same_target():
     ids = torch.arange(BATCH) % NUM_GROUPS
     one_by_one = torch.stack([group_contrastive_loss(view, groups, ids, 0.1) for view in p])
     assert torch.allclose(group_contrastive_loss(p, groups, ids, 0.1), one_by_one.mean())
+
+
+def test_reduced_matmul_precision_reaches_no_assignment():
+    """Whatever precision a user sets for the nets, inside it is the highest, and outside theirs."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_float32(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,138 @@
+"""Peak memory of a rank and bytes it sends at a step, for each engine, measured and predicted.
+
+Two gloo ranks on this machine train ResNet-50 x4 in float32 on a few small images, so that weights
+and not activations are what is measured. Memory is the process's own peak in a step, without what
+it held before the nets were built; bytes are what the kernel counted the process to have written.
+Beside them: the plan's figures for the same two ranks, and for the recipe on 64 GPUs.
+"""
+
+import json
+import os
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from compare import parse_arguments
+
+from scale_smog.config import EngineConfig, ModelConfig, Recipe
+from scale_smog.engine import Engine, build_engine
+from scale_smog.grouping import MomentumGroups
+from scale_smog.loss import group_contrastive_loss
+from scale_smog.models import build_nets, process_group_for, synchronise_batch_norm
+from scale_smog.profiling.memory import plan_memory, sent_mib
+
+KINDS = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
+NUM_RANKS, BATCH, IMAGE_PX, NUM_GPUS = 2, 2, 64, 64
+MIB = 2**20
+
+
+def main() -> None:
+    """Prints one line an engine, and a table."""
+    arguments = parse_arguments(__doc__)
+    width = 1 if arguments.quick else 4
+    rows = []
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(measure, (folder, kind, width), nprocs=NUM_RANKS)
+            peak, sent = torch.load(Path(folder) / "result.pt")
+        here = recipe(kind, width, NUM_RANKS * BATCH, IMAGE_PX, "fp32")
+        there = recipe(kind, width, NUM_GPUS * 64, 224, "bf16")
+        figures = {
+            "engine": kind,
+            "peak_mib": round(peak),
+            "planned_mib": round(plan_memory(here, NUM_RANKS).total_mib),
+            "sent_mib": round(sent),
+            "planned_sent_mib": round(sent_mib(here, NUM_RANKS)),
+            "gpus_64_mib": round(plan_memory(there, NUM_GPUS).total_mib),
+            "gpus_64_sent_mib": round(sent_mib(there, NUM_GPUS)),
+        }
+        print(json.dumps(figures), flush=True)
+        rows.append(figures)
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+
+
+def recipe(kind: str, width: int, global_batch: int, image_px: int, precision: str) -> Recipe:
+    """ResNet-50 of a width, without small crops."""
+    return Recipe.model_validate(
+        {
+            "run": {"steps": 2},
+            "data": {"path": "", "global_batch": global_batch, "large_px": image_px},
+            "model": {"width": width},
+            "grouping": {"init": "random", "kmeans": False},  # two steps fill no bank
+            "engine": {"kind": kind, "precision": precision},
+        }
+    )
+
+
+def measure(rank: int, folder: str, kind: str, width: int) -> None:
+    """Two steps on this rank; the second is measured."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS)}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=NUM_RANKS,
+        timeout=timedelta(minutes=5),
+    )
+    if kind.startswith("zero"):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401 (not part of what the nets need)
+    before = status_mib("VmRSS")
+    config = recipe(kind, width, NUM_RANKS * BATCH, IMAGE_PX, "fp32")
+    engine = build(config.model, config)
+    groups = MomentumGroups(config.grouping.num_groups, config.model.dim)
+    step(engine, groups)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    written = written_bytes()
+    step(engine, groups)
+    figures = torch.tensor([status_mib("VmHWM") - before, (written_bytes() - written) / MIB])
+    dist.all_reduce(figures, dist.ReduceOp.MAX)
+    if rank == 0:
+        torch.save(figures.tolist(), Path(folder) / "result.pt")
+    dist.destroy_process_group()
+
+
+def build(model: ModelConfig, config: Recipe) -> Engine:
+    """The engine of a recipe."""
+    torch.manual_seed(0)
+    online, momentum = build_nets(model)
+    scope = process_group_for("global")
+    for net in (online, momentum):
+        synchronise_batch_norm(net, scope)
+    engine: EngineConfig = config.engine
+    return build_engine(online, momentum, config.optimizer, engine, BATCH)
+
+
+def step(engine: Engine, groups: MomentumGroups) -> None:
+    """What the loop does in a step."""
+    views = torch.randn(2, BATCH, 3, IMAGE_PX, IMAGE_PX)
+    engine.ema(0.999)
+    z, p = engine.forward_online(views[0], [])
+    target = groups.assign(engine.forward_momentum(views[1]))
+    new_groups = groups.updated_by(z, 0.99)
+    engine.backward(group_contrastive_loss(p, new_groups, target, 0.1))
+    engine.step(0.1, 1e-6)
+    groups.commit(new_groups)
+
+
+def status_mib(name: str) -> float:
+    """A figure of the kernel on this process's memory."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if name in x)
+    return int(line.split()[1]) / 1024
+
+
+def written_bytes() -> int:
+    """Bytes that this process has written, to sockets too."""
+    line = next(x for x in Path("/proc/self/io").read_text().splitlines() if "wchar" in x)
+    return int(line.split()[1])
+
+
+if __name__ == "__main__":
+    main()

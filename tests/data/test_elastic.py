@@ -1,0 +1,99 @@
+"""A run goes on with the same samples and the same pixels on another number of ranks."""
+
+import gc
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import jpeg
+
+from scale_smog.config import AugmentConfig, DataConfig
+from scale_smog.data import EpochPlan, TarDataset
+from scale_smog.data.augment import training_views
+from scale_smog.data.batch_source import BatchSource
+from scale_smog.data.image_sources import Source, SourceImage
+from scale_smog.data.loaders import build_plan
+from scale_smog.data.sharding import shard_source
+from scale_smog.data.torch_loader import TorchLoader
+
+CPU = torch.device("cpu")
+NUM_STEPS = 50
+GLOBAL_BATCH = 12
+
+
+def load(tars, steps, loader, rank=0, world_size=1, workers=0):
+    if loader == "dali":
+        make = pytest.importorskip("scale_smog.data.dali").DaliCpuLoader
+    else:
+        make = TorchLoader
+    data = DataConfig(path="", num_small_crops=1, large_px=24, small_px=16)
+    views = training_views(data, AugmentConfig())
+    dataset = TarDataset(tars, "train")
+    plan = EpochPlan(dataset.num_samples, GLOBAL_BATCH, seed=3)
+    return make(BatchSource(dataset, plan, views, 3, rank, world_size), steps, workers, CPU)
+
+
+@pytest.mark.parametrize(
+    ("loader", "world_size", "workers"),
+    [("torch", 3, 0), ("torch", 1, 2), ("dali", 2, 1), ("dali", 4, 2)],
+)
+def test_fifty_batches_after_a_stop_are_the_same_bits_on_other_ranks(
+    tars, loader, world_size, workers
+):
+    stop = 7
+    steps = range(stop, stop + NUM_STEPS)  # 40 samples: past fifteen epochs
+    parts = [load(tars, steps, loader, r, world_size, workers) for r in range(world_size)]
+    whole = list(load(tars, range(stop + NUM_STEPS), loader, workers=1))[stop:]
+    for expected, *of_ranks in zip(whole, *parts, strict=True):
+        ids = torch.cat([batch.sample_id for batch in of_ranks])
+        assert torch.equal(ids, expected.sample_id)
+        for i in range(2):
+            assert torch.equal(torch.cat([b.large[i] for b in of_ranks]), expected.large[i])
+        assert torch.equal(torch.cat([b.small[0] for b in of_ranks]), expected.small[0])
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory) -> Path:
+    """500 shards of four small images."""
+    folder = tmp_path_factory.mktemp("many")
+    images = tuple(SourceImage(str(i), 0, 1000) for i in range(2000))
+    source = Source(("a",), images, _read_small)
+    shard_source(source, folder, shard_samples=4, workers=1, full_check=False)
+    return folder
+
+
+def _read_small(name: str) -> bytes:
+    return jpeg(12, 10, int(name) % 7)
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_memory_is_flat_and_files_are_few_over_2000_batches_of_500_shards(many_shards, loader):
+    if loader == "dali":
+        make = pytest.importorskip("scale_smog.data.dali").DaliCpuLoader
+    else:
+        make = TorchLoader
+    data = DataConfig(path="", large_px=8)
+    dataset = TarDataset(many_shards, "train")
+    assert len(dataset.shard_sizes) == 500
+    plan = EpochPlan(dataset.num_samples, 1, seed=0)
+    source = BatchSource(dataset, plan, training_views(data, AugmentConfig())[:1], 0, 0, 1)
+    files_before, most_files, resident_mib = len(os.listdir("/proc/self/fd")), 0, []
+    for step, _ in enumerate(make(source, range(2000), 0, CPU)):
+        if step % 100 == 99:
+            most_files = max(most_files, len(os.listdir("/proc/self/fd")))
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident_mib.append(pages * resource.getpagesize() / 2**20)
+    assert most_files - files_before < 64 + 40  # the reader's cache, and what DALI opens
+    assert resident_mib[-1] - resident_mib[4] < 20, resident_mib
+
+
+def test_the_order_is_taken_from_the_recipe(tars):
+    dataset = TarDataset(tars, "train")
+    data = DataConfig(path="", global_batch=dataset.num_samples, order="block", block_shards=1)
+    shard_of = np.repeat(np.arange(len(dataset.shard_sizes)), dataset.shard_sizes)
+    seen = shard_of[build_plan(data, dataset, seed=0).ids(0)]
+    assert np.count_nonzero(np.diff(seen)) == len(dataset.shard_sizes) - 1

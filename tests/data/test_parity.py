@@ -1,0 +1,104 @@
+"""Operation by operation, DALI and torch do the same to a view."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scale_smog.config import AugmentConfig
+from scale_smog.data import EpochPlan, TarDataset
+from scale_smog.data.augment import STD, RandomView, ViewNumbers
+from scale_smog.data.batch_source import BatchSource
+from scale_smog.data.memory_loader import MemoryLoader
+from scale_smog.data.sharding import shard_folder
+from scale_smog.data.torch_loader import TorchLoader
+
+CPU = torch.device("cpu")
+PX = 96
+STRENGTHS = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+NONE = AugmentConfig(flip=0, jitter=0, grey=0, **STRENGTHS)
+
+
+@dataclass(frozen=True)
+class WholeImage(RandomView):
+    """A view of the whole image, so that nothing is resized."""
+
+    is_whole: bool = field(default=True)
+
+    def numbers(self, seed, ids, epochs, widths, heights) -> ViewNumbers:
+        box = np.stack([0 * widths, 0 * widths, widths, heights], axis=1).astype(np.int32)
+        return replace(super().numbers(seed, ids, epochs, widths, heights), box=box)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Sixteen PNG pictures of 96 px: the full range of colours, as smooth as photographs."""
+    folder = tmp_path_factory.mktemp("parity")
+    for i in range(16):
+        rng = np.random.default_rng(i)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        path = folder / "images" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        coarse.resize((PX, PX), Image.Resampling.BICUBIC).save(path)
+    shard_folder(folder / "images", folder / "tars", workers=1)
+    return TarDataset(folder / "tars", "train")
+
+
+def jitter(**strengths):
+    return NONE.model_copy(update={"jitter": 1.0, **strengths})
+
+
+def whole(augment=NONE, blur=0.0, solarize=0.0):
+    return WholeImage(augment, 0, PX, (0.2, 1.0), blur, solarize)
+
+
+# Name: view, largest difference in grey levels of 255 at any pixel.
+OPERATIONS = {
+    "decode": (whole(), 0),
+    "crop and resize": (RandomView(NONE, 0, 64, (0.2, 1.0), 0.0, 0.0), 2),
+    "crop and enlarge": (RandomView(NONE, 0, PX, (0.05, 0.2), 0.0, 0.0), 2),
+    "flip": (whole(NONE.model_copy(update={"flip": 0.5})), 0),
+    "brightness": (whole(jitter(brightness=0.4)), 1),
+    "contrast": (whole(jitter(contrast=0.4)), 1),
+    "saturation": (whole(jitter(saturation=0.2)), 1),
+    "hue": (whole(jitter(hue=0.1)), 1),
+    "grey": (whole(NONE.model_copy(update={"grey": 1.0})), 1),
+    "blur": (whole(blur=1.0), 0.6),
+    "solarize": (whole(solarize=1.0), 0),
+}
+
+
+def pixels(loader):
+    """[64, 3, px, px] in grey levels: four epochs of the sixteen pictures."""
+    views = torch.cat([batch.large[0] for batch in loader])
+    return views * torch.tensor(STD, dtype=torch.float32)[:, None, None]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_of_dalis_graph_is_torchs_within_its_tolerance(photos, name):
+    dali = pytest.importorskip("scale_smog.data.dali")
+    view, tolerance = OPERATIONS[name]
+    source = BatchSource(photos, EpochPlan(16, 16, seed=1), [view], 1, 0, 1)
+    ours = pixels(dali.DaliLoader(source, range(4), 1, CPU, on_gpu=False))
+    theirs = pixels(TorchLoader(source, range(4), 0, CPU))
+    assert (ours - theirs).abs().max() < tolerance + 1e-2
+    cpu = pixels(dali.DaliCpuLoader(source, range(4), 2, CPU))
+    assert torch.equal(cpu, theirs)  # PNG: the decoders agree to the bit
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_views_of_a_set_in_memory_are_torchs_within_the_same_tolerance(photos, name):
+    view, tolerance = OPERATIONS[name]
+    source = BatchSource(photos, EpochPlan(16, 16, seed=1), [view], 1, 0, 1)
+    ours = pixels(MemoryLoader(source, range(4), CPU))
+    theirs = pixels(TorchLoader(source, range(4), 0, CPU))
+    assert (ours - theirs).abs().max() < tolerance + 1e-2
+
+
+def test_a_set_too_large_for_the_device_is_refused(photos, monkeypatch):
+    monkeypatch.setattr("scale_smog.data.memory_loader._CPU_BYTES", 2**18)
+    source = BatchSource(photos, EpochPlan(16, 16), [whole()], 0, 0, 1)
+    with pytest.raises(ValueError, match=r"data\.loader=dali, or data\.device=cpu"):
+        MemoryLoader(source, range(1), CPU)
