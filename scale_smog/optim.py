@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from scale_smog.config import OptimizerConfig
 from scale_smog.distributed import all_reduce
@@ -62,20 +63,33 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update from the tensors' `.grad`. With `norm_group` set, a collective."""
+        """One update from the tensors' `.grad`, which hold it afterwards: no copies are made.
+
+        With `norm_group` set, a collective.
+        """
         for group in self.param_groups:
             values = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in values]
+            grads = [p.grad for p in values if p.grad is not None]
             ratios = self._trust_ratios(values, grads, group) if group["adapt"] else []
             if not values:  # this rank holds nothing; it has joined the reduction above
                 continue
-            updates = torch._foreach_add(grads, values, alpha=group["weight_decay"])
+            torch._foreach_add_(grads, values, alpha=group["weight_decay"])
             if ratios:
-                torch._foreach_mul_(updates, ratios)
-            buffers = [self._buffer(p) for p in values]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(values, buffers, alpha=-group["lr"])
+                torch._foreach_mul_(grads, ratios)
+            # What is left is plain momentum SGD: torch reads and writes each tensor once for it.
+            buffers: list[Tensor | None] = [self._buffer(p) for p in values]
+            sgd(
+                values,
+                grads,
+                buffers,
+                fused=True,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=0.0,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -138,6 +152,23 @@ def build_optimizer(
     )
     groups[1]["adapt"] = False
     return Lars(groups, 0.0, config.momentum, num_layers=num_parameters, norm_group=norm_group)
+
+
+@torch.no_grad()
+def clip_gradients(
+    shards: list[Shard], max_norm: float, norm_group: dist.ProcessGroup | None
+) -> None:
+    """Scales all gradients alike so that the whole net's is at most `max_norm` long.
+
+    With `norm_group` set, a collective: one number is summed over the ranks that hold other parts.
+    """
+    grads = [shard.value.grad for shard in shards if shard.value.grad is not None]
+    square = torch.zeros(())
+    if grads:
+        square = torch.stack(torch._foreach_norm(grads)).square().sum()
+    if norm_group is not None:
+        all_reduce(square, norm_group)
+    torch._foreach_mul_(grads, (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

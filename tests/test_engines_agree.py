@@ -1,128 +1,254 @@
 """Every engine trains the same model: that of one rank on the whole batch, in float64."""
 
-import os
+import math
+from itertools import product
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import engine_runs as runs
 import pytest
 import torch
+from engine_runs import ENGINES
 from ranks import run_on_ranks
-from small_recipe import write_small_recipe
-from torch.nn import functional
 
-from scale_smog import checkpoint, distributed, load_recipe
-from scale_smog.data.batch import Batch
-from scale_smog.loop import train
-from scale_smog.metrics import Metrics
-from scale_smog.pretrain import build_state, plan_steps
+from scale_smog import checkpoint, distributed
+from scale_smog.engine import Engine
+from scale_smog.optim import Lars
 
-NUM_STEPS, NUM_IMAGES = 6, 40
-GENTLE = {"lars": "optimizer.base_lr=0.2", "adamw": "optimizer.base_lr=2e-4"}
-
-
-def batches(first: int, global_batch: int):
-    """This rank's slice of a global batch that depends on the step alone."""
-    size = global_batch // distributed.world_size()
-    mine = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
-    for step in range(first, NUM_STEPS):
-        generator = torch.Generator().manual_seed(step)
-        coarse = torch.randn(3 * global_batch, 3, 4, 4, generator=generator, dtype=torch.float64)
-        views = functional.interpolate(coarse, size=24, mode="bilinear").chunk(3)
-        label = torch.full((size,), -1)
-        yield Batch([views[0][mine], views[1][mine]], [views[2][mine]], label, label)
+OPTIMIZERS = ("lars", "adamw")
+FEW_STEPS = 6  # of the other precisions, a reset among them
+SAVED_STEP, LAST_STEP = 4, 6  # of the runs that go on elsewhere; the groups are reset in between
+NEIGHBOURS = dict(zip(ENGINES, (*ENGINES[1:], ENGINES[0]), strict=True))
+Ratios = dict[str, list[tuple[float, int, int]]]  # of a parameter: ratio, start and size of a part
 
 
-def run(world_size: int, folder: Path, optimizer: str, engine: str, precision: str, **options):
-    """What `run_on_rank` returns, of every rank."""
-    path = write_small_recipe(folder, "nowhere")
-    (folder / "run").mkdir(exist_ok=True)
-    overrides = [
-        f"run.steps={NUM_STEPS}",
-        "run.checkpoint_every=3",
-        f"optimizer.name={optimizer}",
-        GENTLE[optimizer],
-        f"engine.kind={engine}",
-        f"engine.precision={precision}",
-        "data.num_small_crops=1",
-    ]
-    return run_on_ranks(world_size, run_on_rank, path, overrides, options.get("resume", False))
+def ranks_of(engine: str) -> int:
+    """Two; four for hsdp, whose two nodes have two each."""
+    return 4 if engine == "hsdp" else 2
 
 
-def run_on_rank(path: Path, overrides: list[str], resume: bool):
-    """Trains on this rank; returns the full state and this rank's own groups."""
-    recipe = load_recipe(path, overrides)
-    os.environ["LOCAL_RANK"] = str(distributed.rank())
-    os.environ["LOCAL_WORLD_SIZE"] = str(distributed.world_size())
-    # Another seed on every rank: rank 0's weights must win.
-    recipe = recipe.model_copy(
-        update={"run": recipe.run.model_copy(update={"seed": distributed.rank()})}
-    )
-    global_batch = recipe.data.global_batch
-    state = build_state(recipe, global_batch // distributed.world_size(), torch.device("cpu"))
-    state.groups.load_state_dict(_groups())
-    _, schedules = plan_steps(recipe, NUM_IMAGES)
-    if resume:
-        tensors, facts = checkpoint.load(Path(recipe.run.dir) / "checkpoints" / "step-00000003")
-        state.load_full_state(tensors, facts["step"])
-    metrics = Metrics(Path(recipe.run.dir), state.step, NUM_STEPS, global_batch)
-    loader = batches(state.step, global_batch)
-    train(recipe, state, loader, schedules, metrics, lambda step: None, {})
-    metrics.close()
-    own = state.groups.centroids.clone()
-    return {k: v.clone() for k, v in state.full_state().items()}, own
+def ranks_per_node(engine: str) -> int | None:
+    """Half of the ranks for hsdp, where they are even."""
+    size = distributed.world_size()
+    return size // 2 if engine == "hsdp" and size % 2 == 0 else None
 
 
-def _groups():
-    generator = torch.Generator().manual_seed(0)
-    centroids = functional.normalize(torch.randn(10, 16, generator=generator))
-    return {
-        "centroids": centroids,
-        "num_members": torch.zeros(10),
-        "num_commits": torch.tensor(0),
-    }
+def train(folder: Path, num_steps: int = runs.NUM_STEPS, **settings: Any) -> None:
+    """A run on this rank, whose end is a checkpoint in `folder`."""
+    recipe = runs.recipe_of(folder, **settings)
+    state = runs.build_state(recipe, ranks_per_node(recipe.engine.kind))
+    runs.run(recipe, state, num_steps)
+    nets = [*state.engine.online.named_buffers(), *state.groups.named_buffers()]
+    assert runs.same_on_all_ranks(dict(nets))
 
 
-def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
-    """max |a - b| / max(1, max |b|) for each kind of tensor."""
-    assert a.keys() == b.keys()
-    kinds = {name.split(".")[0] for name in a}
-    worst = {}
-    for kind in kinds:
-        names = [name for name in a if name.split(".")[0] == kind]
-        scale = max(1.0, *(b[name].abs().max().item() for name in names))
-        worst[kind] = max((a[n].double() - b[n].double()).abs().max().item() for n in names) / scale
-    return worst
+def one_ratio(lars: Lars, values: Any, grads: Any, group: dict[str, Any]) -> Any:
+    """LARS as a flat optimizer sees it: one layer."""
+    return REAL_RATIOS(lars, values, grads, group | {"numbers": group["numbers"] * 0})
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_ddp_and_zero1_on_two_ranks_train_what_one_rank_trains_on_the_whole_batch(
-    tmp_path, optimizer
+REAL_RATIOS = Lars._trust_ratios
+FAULTS: dict[str, Any] = {
+    "one global ratio": lambda: mock.patch.object(Lars, "_trust_ratios", one_ratio),
+    "no momentum update": lambda: mock.patch.object(Engine, "ema", lambda engine, alpha: None),
+}
+
+
+def trust_ratios(folder: Path, engine: str) -> Ratios:
+    """Of this rank's parts of the parameters in the first step; 1 for biases and norms."""
+    recipe = runs.recipe_of(folder / "ratios", kind=engine)
+    state = runs.build_state(recipe, ranks_per_node(engine))
+    found: list[torch.Tensor] = []
+
+    def record(lars: Lars, *arguments: Any) -> Any:
+        found[:] = REAL_RATIOS(lars, *arguments)
+        return found
+
+    with mock.patch.object(Lars, "_trust_ratios", record):
+        runs.run(recipe, state, num_steps=1)
+    ratios: Ratios = {name: [] for name in dict(state.engine.online.named_parameters())}
+    of_adapted = iter(found)
+    for shard in state.engine.shards():
+        ratio = 1.0 if shard.excluded else next(of_adapted).item()
+        ratios[shard.name].append((ratio, shard.start, shard.value.numel()))
+    return ratios
+
+
+def save_and_go_on(folder: Path, engine: str) -> None:
+    """A checkpoint in the middle, and the end of the same, uninterrupted run."""
+    recipe = runs.recipe_of(folder / f"{engine} saved", kind=engine)
+    state = runs.build_state(recipe, ranks_per_node(engine))
+    runs.run(recipe, state, SAVED_STEP)
+    runs.run(recipe, state, LAST_STEP)
+
+
+def load_and_go_on(folder: Path, saved: str, engine: str) -> None:
+    """From the checkpoint of `saved` to the end, under `engine` on this number of ranks."""
+    size = distributed.world_size()
+    recipe = runs.recipe_of(folder / f"{saved} to {engine} on {size}", kind=engine)
+    state = runs.build_state(recipe, ranks_per_node(engine))
+    path = folder / f"{saved} saved" / "checkpoints" / f"step-{SAVED_STEP:08d}"
+    tensors, facts = checkpoint.load(path)
+    state.load_full_state(tensors, facts["step"])
+    runs.run(recipe, state, LAST_STEP)
+
+
+def load_each_under_another(folder: Path) -> None:
+    for saved, engine in NEIGHBOURS.items():
+        load_and_go_on(folder, saved, engine)
+
+
+def on_one_rank(folder: Path) -> dict[str, Ratios]:
+    load_each_under_another(folder)
+    return {engine: trust_ratios(folder, engine) for engine in ENGINES}
+
+
+def on_two_ranks(folder: Path) -> dict[str, Ratios]:
+    engines = [engine for engine in ENGINES if ranks_of(engine) == 2]
+    for engine in engines:
+        for optimizer in OPTIMIZERS:
+            for precision in ("fp32", "bf16"):
+                train_named(folder, engine, optimizer, precision)
+        save_and_go_on(folder, engine)
+    for saved, engine in product(ENGINES, ENGINES):
+        load_and_go_on(folder, saved, engine)
+    for engine in ("ddp", "fsdp"):
+        train_named(folder, engine, "lars", "fp64")
+    for engine in ("ddp", "zero1", "fsdp"):
+        for name, fault in FAULTS.items():
+            with fault():
+                train(folder / f"{engine} {name}", kind=engine)
+        train(folder / f"{engine} batch norm of a rank", kind=engine, batch_norm="local")
+    return {engine: trust_ratios(folder, engine) for engine in ENGINES}
+
+
+def on_three_ranks(folder: Path) -> dict[str, Ratios]:
+    load_each_under_another(folder)
+    return {engine: trust_ratios(folder, engine) for engine in ENGINES}
+
+
+def on_four_ranks(folder: Path) -> dict[str, Ratios]:
+    for optimizer in OPTIMIZERS:
+        for precision in ("fp32", "bf16"):
+            train_named(folder, "hsdp", optimizer, precision)
+        train_named(folder, "ddp", optimizer, "bf16")
+    train_named(folder, "hsdp", "lars", "fp64")
+    save_and_go_on(folder, "hsdp")
+    load_and_go_on(folder, "hsdp", "hsdp")
+    return {"hsdp": trust_ratios(folder, "hsdp")}
+
+
+def train_named(folder: Path, engine: str, optimizer: str, precision: str) -> None:
+    name = f"{engine} {optimizer} {precision} on {distributed.world_size()}"
+    num_steps = runs.NUM_STEPS if precision == "fp32" else FEW_STEPS
+    train(folder / name, num_steps, kind=engine, optimizer=optimizer, precision=precision)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs of this file are; each number of ranks is started once."""
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def ratios(folder: Path) -> dict[int, list[dict[str, Ratios]]]:
+    """Trust ratios by number of ranks and rank; the runs are made on the way."""
+    programs = {4: on_four_ranks, 2: on_two_ranks, 3: on_three_ranks, 1: on_one_rank}
+    return {size: run_on_ranks(size, program, folder) for size, program in programs.items()}
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path) -> dict[str, runs.States]:
+    """The state of the plain run in float64, by optimizer."""
+    return {name: runs.plain_run(runs.recipe_of(folder, optimizer=name)) for name in OPTIMIZERS}
+
+
+def worst(folder: Path, run: str, other: runs.States) -> float:
+    return max(runs.difference(runs.final_state(folder / run), other).values())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_trains_what_plain_torch_trains_on_one_rank_in_float64(
+    folder, ratios, exact, engine, optimizer
 ):
-    """ddp against one rank in float64; zero1, which is float32 only, against ddp in float32."""
-    ((one, _),) = run(1, tmp_path / "one", optimizer, "ddp", "fp64")
-    start, _ = checkpoint.load(tmp_path / "one" / "run" / "checkpoints" / "step-00000003")
-    weights = [name for name in one if name.startswith("online.") and "weight" in name]
-    assert max((one[n] - start[n]).norm() / start[n].norm() for n in weights) > 1e-4
-
-    ddp64 = run(2, tmp_path / "ddp64", optimizer, "ddp", "fp64")
-    ddp32 = run(2, tmp_path / "ddp32", optimizer, "ddp", "fp32")
-    zero1 = run(2, tmp_path / "zero1", optimizer, "zero1", "fp32")
-    for first, second in (ddp64, ddp32, zero1):
-        assert torch.equal(first[1], second[1]), "groups differ between ranks"
-        assert all(torch.equal(first[0][name], second[0][name]) for name in second[0])
-    assert max(difference(ddp64[0][0], one).values()) < 1e-12
-    assert max(difference(zero1[0][0], ddp32[0][0]).values()) < 1e-6
+    run = f"{engine} {optimizer} fp32 on {ranks_of(engine)}"
+    assert worst(folder, run, exact[optimizer]) < 1e-6
 
 
-def test_a_checkpoint_of_one_engine_goes_on_under_another_and_other_ranks(tmp_path):
-    """Plain float32 on one rank is 1e-6 away from float64 by itself."""
-    ((one, _),) = run(1, tmp_path / "one", "lars", "ddp", "fp64")
-    run(2, tmp_path / "two", "lars", "zero1", "fp32")
-    for world_size, engine in ((1, "ddp"), (3, "zero1")):
-        ranks = run(world_size, tmp_path / "two", "lars", engine, "fp32", resume=True)
-        assert max(difference(ranks[0][0], one).values()) < 5e-6
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "hsdp"])
+def test_in_float64_engines_differ_by_rounding_only(folder, ratios, engine):
+    exact = runs.plain_run(runs.recipe_of(folder), num_steps=FEW_STEPS)
+    assert worst(folder, f"{engine} lars fp64 on {ranks_of(engine)}", exact) < 1e-13
 
 
-def test_bfloat16_runs_agree_between_the_engines(tmp_path):
-    ddp = run(2, tmp_path / "ddp", "lars", "ddp", "bf16")
-    zero = run(2, tmp_path / "zero", "lars", "zero1", "bf16")
-    assert max(difference(zero[0][0], ddp[0][0]).values()) < 1e-6
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bfloat16_runs_agree_with_ddp(folder, ratios, engine, optimizer):
+    size = ranks_of(engine)
+    ddp = runs.final_state(folder / f"ddp {optimizer} bf16 on {size}")
+    assert worst(folder, f"{engine} {optimizer} bf16 on {size}", ddp) < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_compared_weights_have_moved(exact, optimizer):
+    online, _ = runs.build_tiny_nets(seed=0)
+    for name, start in online.named_parameters():
+        moved = exact[optimizer][f"online.{name}"] - start.detach()
+        assert moved.norm() >= 1e-3 * start.norm(), name
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "fsdp"])
+@pytest.mark.parametrize("fault", [*FAULTS, "batch norm of a rank"])
+def test_the_comparison_notices(folder, ratios, exact, engine, fault):
+    assert worst(folder, f"{engine} {fault}", exact["lars"]) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "engine"), [*product((1, 2, 3), ENGINES), (4, "hsdp")], ids=lambda value: str(value)
+)
+def test_trust_ratios_of_layers_are_the_plain_ones(folder, ratios, engine, size):
+    recipe = runs.recipe_of(folder)
+    plain = runs.plain_ratios(recipe)
+    sizes = {name: p.numel() for name, p in runs.build_tiny_nets(0)[0].named_parameters()}
+    straddles = is_empty = False
+    for name, numel in sizes.items():
+        expected = plain.get(name, 1.0)
+        by_rank = [of_rank[engine][name] for of_rank in ratios[size]]
+        parts = [part for found in by_rank for part in found]
+        assert all(ratio == pytest.approx(expected, rel=1e-5) for ratio, _, _ in parts), name
+        covered = {i for _, start, size in parts for i in range(start, start + size)}
+        assert covered == set(range(numel)), name
+        straddles |= any(start > 0 for _, start, _ in parts)
+        is_empty |= not all(by_rank)
+    is_split = engine != "ddp" and size > 1 and (engine, size) != ("hsdp", 2)  # two nodes of one
+    assert straddles == is_empty == is_split
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("saved", ENGINES)
+def test_a_checkpoint_goes_on_under_any_engine(folder, ratios, saved, engine):
+    whole = runs.final_state(folder / f"{saved} saved")
+    assert worst(folder, f"{saved} to {engine} on 2", whole) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("saved", "engine"), NEIGHBOURS.items())
+def test_a_checkpoint_goes_on_under_another_number_of_ranks(folder, ratios, saved, engine, size):
+    whole = runs.final_state(folder / f"{saved} saved")
+    assert worst(folder, f"{saved} to {engine} on {size}", whole) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_goes_on_to_the_bit_under_the_same_engine(folder, ratios, engine):
+    whole = runs.final_state(folder / f"{engine} saved")
+    resumed = runs.final_state(folder / f"{engine} to {engine} on {ranks_of(engine)}")
+    assert whole.keys() == resumed.keys()
+    assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
+
+
+def test_a_difference_of_nothing_and_of_not_a_number_are_told_apart():
+    good, bad = {"online.w": torch.ones(2)}, {"online.w": torch.tensor([1.0, math.nan])}
+    assert runs.difference(good, good) == {"online": 0.0}
+    assert runs.difference(bad, good) == {"online": math.inf}

@@ -15,10 +15,19 @@ def build_engine(
     batch: int,
 ) -> Engine:
     """The engine that the recipe names; see `Engine` for the arguments."""
-    if config.kind == "zero1":
-        from scale_smog.engine.zero import ZeroEngine
+    return _engine_class(config.kind)(online, momentum, optimizer, config, batch)
 
-        return ZeroEngine(online, momentum, optimizer, config, batch)
-    from scale_smog.engine.ddp import DdpEngine
 
-    return DdpEngine(online, momentum, optimizer, config, batch)
+def _engine_class(kind: str) -> type[Engine]:
+    # Imported when asked for: deepspeed alone takes seconds.
+    if kind == "ddp":
+        from scale_smog.engine.ddp import DdpEngine
+
+        return DdpEngine
+    if kind in ("fsdp", "hsdp"):
+        from scale_smog.engine.fsdp import FsdpEngine
+
+        return FsdpEngine
+    from scale_smog.engine.zero import Zero3Engine, ZeroEngine
+
+    return Zero3Engine if kind == "zero3" else ZeroEngine

@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,8 +11,18 @@ from torch import Tensor, nn
 
 from scale_smog import distributed
 from scale_smog.config import EngineConfig, OptimizerConfig
-from scale_smog.models import MomentumNet, OnlineNet
-from scale_smog.optim import Shard, build_optimizer, set_rates
+from scale_smog.engine.stages import prepare_stages
+from scale_smog.errors import UserError
+from scale_smog.models import (
+    MomentumNet,
+    OnlineNet,
+    average_statistics,
+    unshared_statistics,
+    untracked,
+)
+from scale_smog.optim import Shard, build_optimizer, clip_gradients, set_rates
+
+# Shapes: B images per rank, D feature size, V views of the online net.
 
 STATE_KEYS = {  # of torch's optimizers and of Lars, beside AdamW's step count
     "lars": ("momentum_buffer",),
@@ -20,12 +32,42 @@ STATE_KEYS = {  # of torch's optimizers and of Lars, beside AdamW's step count
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of the weights
 
 
+class Whole(NamedTuple):
+    """What is known of a parameter of the online net before an engine takes it apart."""
+
+    number: int
+    shape: torch.Size
+    is_excluded: bool  # no weight decay, no trust ratio
+
+
+class Part(NamedTuple):
+    """What this rank holds of a parameter: all of it in its shape, or a flat range."""
+
+    values: Tensor
+    start: int  # of the range in the flattened parameter
+
+
+class MicroBatch(NamedTuple):
+    """What passes through the online net at once."""
+
+    view: Tensor  # [b, 3, H, W]
+    small: list[Tensor]  # each [b, 3, h, w]
+
+
 class Engine(ABC):
     """Two nets spread over the ranks, and the optimizer and momentum update on their shards.
 
-    A subclass wraps the online net in `_prepare`, names the parts of the parameters that this rank
-    updates in `_build_shards`, and runs `backward` and `step`. Weights, momentum net and optimizer
-    state are float32 in every precision but fp64; bf16 is autocast.
+    A subclass wraps the nets in `_prepare`, names the parts of the parameters that this rank
+    updates in `_build_shards` and those that it holds in `_part`, and runs `_backward` and `_step`.
+    Weights, momentum net and optimizer state are float32 in every precision but fp64; bf16 is
+    autocast.
+
+    With `accumulate` = n the images of a rank pass through the nets in n micro-batches, so that
+    activations of only one are held. Batch norm sees one micro-batch at a time, of all ranks of
+    its scope. Everything else is as without: groups, bank, loss and gradient are those of the whole
+    batch. To that end the online net computes twice, first z and p of all micro-batches, then,
+    from the gradient of the loss with respect to them, each micro-batch's gradients (Gao et al.,
+    arXiv:2101.06983): a quarter more time.
 
     Args:
         online: trained net, on its device; rank 0's weights win.
@@ -33,7 +75,13 @@ class Engine(ABC):
         optimizer: the recipe's section.
         config: the recipe's section.
         batch: images of a rank at a step.
+
+    Raises:
+        UserError: the batch does not split into the micro-batches.
     """
+
+    norm_group: dist.ProcessGroup | None = None  # ranks that share what `shards()` hold of a layer
+    net_group: dist.ProcessGroup | None = None  # ranks that share a net's weights; None: each whole
 
     def __init__(
         self,
@@ -43,37 +91,61 @@ class Engine(ABC):
         config: EngineConfig,
         batch: int,
     ):
+        if batch % config.accumulate:
+            raise UserError(
+                f"engine.accumulate={config.accumulate} does not split the {batch} images of a rank"
+            )
         self.device = next(online.parameters()).device
         self.dtype = DTYPES[config.precision]
-        self._is_bf16 = config.precision == "bf16"
+        self.config = config
         self.online = online.to(self.dtype).train()
         self.momentum = momentum.to(self.dtype).train()
-        distributed.broadcast_module(self.online)
-        distributed.broadcast_module(self.momentum)
-        self._wrapped = self._prepare(batch)
+        for net in (self.online, self.momentum):
+            distributed.broadcast_module(net)
+        self._unshared = unshared_statistics([self.online, self.momentum])
+        self._wholes = {
+            name: Whole(number, p.shape, _is_excluded(name, p))
+            for number, (name, p) in enumerate(self.online.named_parameters())
+        }
+        prepare_stages(self.online, self.momentum, config)
+        if config.precision == "bf16":
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+            for net in (self.online, self.momentum):
+                # Inside the nets: DeepSpeed turns off an autocast that it is called in.
+                net.forward = autocast(net.forward)
+            self.online.features = autocast(self.online.features)
+        self._forward_online, self._forward_momentum = self._prepare(batch // config.accumulate)
         self._shards = self._build_shards()
-        num_parameters = len(list(self.online.parameters()))
-        self._optimizer = build_optimizer(optimizer, self._shards, num_parameters, self.norm_group)
-        self._optimizer_name = optimizer.name
+        self._optimizer = build_optimizer(
+            optimizer, self._shards, len(self._wholes), self.norm_group
+        )
+        self._optimizer_config = optimizer
         self._num_steps = 0
-
-    norm_group: dist.ProcessGroup | None = None  # ranks that share a layer's parts
+        self._awaiting: tuple[list[MicroBatch], Tensor, Tensor] | None = None
 
     @abstractmethod
-    def _prepare(self, batch: int) -> nn.Module:
-        """Wraps the online net; what it returns is called in the forward pass."""
+    def _prepare(self, micro_batch: int) -> tuple[nn.Module, nn.Module]:
+        """Wraps online and momentum net; what it returns is called in the forward passes."""
 
     @abstractmethod
     def _build_shards(self) -> list[Shard]:
         """The parts of the online parameters that this rank updates."""
 
+    def _part(self, parameter: Tensor) -> Part:
+        """What this rank holds of a parameter of a net."""
+        return Part(parameter.detach(), 0)
+
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of the mean over ranks of `loss`."""
+    def _micro_batch(self, is_last: bool) -> AbstractContextManager[object]:
+        """Around forward and backward pass of a micro-batch: ranks share gradients in the last."""
+
+    def _backward(self, loss: Tensor) -> None:
+        """Adds gradients of the mean over ranks of `loss`."""
+        loss.backward()
 
     @abstractmethod
     def _step(self) -> None:
-        """Runs the optimizer on the shards, shares the result, drops the gradients."""
+        """Has `_update` run where the shards' gradients are, and shares the result."""
 
     def shards(self) -> list[Shard]:
         """The parts of the online parameters that this rank updates, with their gradients."""
@@ -81,39 +153,47 @@ class Engine(ABC):
 
     def forward_online(self, view: Tensor, small: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """z [B, D] of the large view and p [V, B, D] of all views, with their graph."""
-        view, small = view.to(self.dtype), [crop.to(self.dtype) for crop in small]
-        with self._autocast():
-            return self._wrapped(view, small)
+        micro_batches = self._split(view, small)
+        if len(micro_batches) == 1:
+            return self._forward_online(*micro_batches[0])
+        with torch.no_grad():
+            outputs = [self._forward_online(*x) for x in micro_batches]  # [b, D], [V, b, D] each
+        z, p = torch.cat([z for z, _ in outputs]), torch.cat([p for _, p in outputs], dim=1)
+        if torch.is_grad_enabled():
+            self._awaiting = micro_batches, z.requires_grad_(), p.requires_grad_()
+        return z, p
 
     @torch.no_grad()
     def forward_momentum(self, view: Tensor) -> Tensor:
         """z' [B, D] of the other large view."""
-        with self._autocast():
-            return self.momentum(view.to(self.dtype))
+        return torch.cat([self._forward_momentum(x.view) for x in self._split(view)])
 
-    @torch.no_grad()
-    def embed(self, view: Tensor) -> Tensor:
-        """Backbone features [B, F] float32 with the running statistics, for evaluation."""
-        self.online.eval()
-        with self._autocast():
-            features = self.online.backbone(view.to(self.dtype))
-        self.online.train()
-        return features.float()
-
-    @torch.no_grad()
-    def project(self, view: Tensor) -> Tensor:
-        """z [B, D] of centre crops, with the running statistics, for looking at groups."""
-        self.online.eval()
-        with self._autocast():
-            z, _ = self.online(view.to(self.dtype))
-        self.online.train()
-        return z
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the mean over ranks of `loss`, averaged over ranks while it runs."""
+        if self._awaiting is None:
+            self._backward(loss)
+            return
+        micro_batches, z, p = self._awaiting
+        self._awaiting = None
+        loss.backward()  # as far as z and p
+        assert p.grad is not None
+        grad_z = torch.zeros_like(z) if z.grad is None else z.grad  # None: detached groups
+        grads_z, grads_p = (
+            grad_z.chunk(len(micro_batches)),
+            p.grad.chunk(len(micro_batches), dim=1),
+        )
+        for i, micro_batch in enumerate(micro_batches):
+            with self._micro_batch(is_last=i == len(micro_batches) - 1):
+                with untracked(self.online):
+                    z, p = self._forward_online(*micro_batch)  # [b, D], [V, b, D]
+                self._backward((z * grads_z[i]).sum() + (p * grads_p[i]).sum())
 
     def step(self, lr: float, weight_decay: float) -> None:
-        """One optimizer step with these rates."""
+        """One optimizer step with these rates; a collective."""
         set_rates(self._optimizer, lr, weight_decay)
         self._step()
         self._num_steps += 1
+        average_statistics(self._unshared)
 
     @torch.no_grad()
     def ema(self, alpha: float) -> None:
@@ -130,68 +210,115 @@ class Engine(ABC):
         for name, buffer in self.momentum.named_buffers():
             buffer.copy_(buffers[name])
 
+    @torch.no_grad()
+    def embed(self, view: Tensor) -> Tensor:
+        """Backbone features [B, F] float32 with the running statistics; a collective."""
+        self.online.eval()
+        features = self.online.features(view.to(self.dtype))
+        self.online.train()
+        return features.float()
+
+    @torch.no_grad()
+    def project(self, view: Tensor) -> Tensor:
+        """z [B, D] of centre crops, with the running statistics; a collective."""
+        self.online.eval()
+        z, _ = self.online(view.to(self.dtype))
+        self.online.train()
+        return z
+
     def full_state(self) -> dict[str, Tensor]:
         """Everything of the engine under names that know no engine; a collective.
 
         Returns:
-            `online.*`, `momentum.*` (as in the nets' state dicts) and, on rank 0 alone where it is
-            spread, `optimizer.<parameter>.<key>` with the parameter's full shape.
+            `online.*`, `momentum.*` (as in the nets' state dicts) and
+            `optimizer.<parameter>.<key>`, each in the parameter's full shape. What is spread over
+            ranks comes to rank 0 alone, on the CPU.
         """
-        state = {f"online.{name}": x for name, x in self.online.state_dict().items()}
-        state |= {f"momentum.{name}": x for name, x in self.momentum.state_dict().items()}
-        return state | self._full_optimizer_state()
+        state = {"optimizer.num_steps": torch.tensor(self._num_steps)}
+        for prefix, net in (("online", self.online), ("momentum", self.momentum)):
+            state |= {f"{prefix}.{name}": x for name, x in net.named_buffers()}
+            for name, parameter in net.named_parameters():
+                full = self._gather(self._part(parameter), self._wholes[name], self.net_group)
+                state |= {f"{prefix}.{name}": full} if full is not None else {}
+        shards = {shard.name: shard for shard in self._shards}
+        for name, whole in self._wholes.items():
+            for key in self._state_keys:
+                part = self._optimizer_part(shards.get(name), key)
+                full = self._gather(part, whole, self.norm_group)
+                state |= {f"optimizer.{name}.{key}": full} if full is not None else {}
+        return state
 
+    @torch.no_grad()
     def load_full_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `full_state`, from any engine and any number of ranks."""
-        for prefix, net in (("online.", self.online), ("momentum.", self.momentum)):
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            net.load_state_dict(own)
         self._num_steps = int(state["optimizer.num_steps"])
+        for prefix, net in (("online", self.online), ("momentum", self.momentum)):
+            for name, buffer in net.named_buffers():
+                buffer.copy_(state[f"{prefix}.{name}"])
+            for name, parameter in net.named_parameters():
+                values, start = self._part(parameter)
+                values.copy_(_range(state[f"{prefix}.{name}"], start, values))
         for shard in self._shards:
-            full = state[f"online.{shard.name}"]
-            shard.value.data.copy_(_part(shard, full).view_as(shard.value))
+            values = shard.value.detach()
+            values.copy_(_range(state[f"online.{shard.name}"], shard.start, values))
             own: dict[str, Tensor] = {}
-            for key in STATE_KEYS[self._optimizer_name]:
+            for key in self._state_keys:
                 full = state[f"optimizer.{shard.name}.{key}"]
-                own[key] = _part(shard, full).to(shard.value).view_as(shard.value).clone()
-            if self._optimizer_name == "adamw":
+                own[key] = torch.empty_like(values).copy_(_range(full, shard.start, values))
+            if self._optimizer_config.name == "adamw":
                 own["step"] = torch.tensor(float(self._num_steps))
             self._optimizer.state[shard.value] = own
-        self._after_load()
 
-    def _after_load(self) -> None:  # noqa: B027 (most engines have nothing to do)
-        """For engines that keep a second copy of what shards hold."""
+    def _update(self) -> None:
+        """Runs the optimizer on the shards, whose gradients are there, and drops these."""
+        if self._optimizer_config.clip_norm:
+            clip_gradients(self._shards, self._optimizer_config.clip_norm, self.norm_group)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
-    def _full_optimizer_state(self) -> dict[str, Tensor]:
-        """Every part put at its place in zeros, then summed over the ranks: exact."""
-        full = {"optimizer.num_steps": torch.tensor(self._num_steps)}
-        shards = {shard.name: shard for shard in self._shards}
-        for name, parameter in self.online.named_parameters():
-            for key in STATE_KEYS[self._optimizer_name]:
-                value = torch.zeros(parameter.numel(), dtype=self.dtype, device=self.device)
-                if name in shards and (own := self._optimizer.state[shards[name].value]):
-                    _part(shards[name], value).copy_(own[key].flatten())
-                if self.norm_group is not None:
-                    distributed.all_reduce(value, self.norm_group)
-                if self.norm_group is None or distributed.is_main():
-                    full[f"optimizer.{name}.{key}"] = value.view(parameter.shape)
-        return full
+    def _split(self, view: Tensor, small: Sequence[Tensor] = ()) -> list[MicroBatch]:
+        """The views in micro-batches, in the nets' precision and the convolutions' layout."""
+        num = self.config.accumulate
+        views = [
+            x.to(self.dtype, memory_format=torch.channels_last).chunk(num) for x in (view, *small)
+        ]
+        return [MicroBatch(large, list(crops)) for large, *crops in zip(*views, strict=True)]
+
+    @property
+    def _state_keys(self) -> tuple[str, ...]:
+        return STATE_KEYS[self._optimizer_config.name]
+
+    def _optimizer_part(self, shard: Shard | None, key: str) -> Part:
+        """This rank's part of the optimizer's state of a parameter; zeros before the first step."""
+        if shard is None:
+            return Part(torch.empty(0, dtype=self.dtype, device=self.device), 0)
+        own = self._optimizer.state[shard.value]
+        return Part(own[key] if own else torch.zeros_like(shard.value), shard.start)
+
+    def _gather(self, part: Part, whole: Whole, group: dist.ProcessGroup | None) -> Tensor | None:
+        """All of a parameter; of a shared one, None on ranks other than 0."""
+        if group is None:
+            return part.values.detach()
+        full = torch.zeros(whole.shape, dtype=self.dtype, device=self.device)
+        _range(full, part.start, part.values).copy_(part.values)
+        distributed.all_reduce(full, group)  # every element and zeros: exact
+        return full.cpu() if distributed.is_main() else None
 
     def _parameter_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Momentum parameters and the online ones they follow, in the same order."""
         online = dict(self.online.named_parameters())
-        pairs = [(x, online[name]) for name, x in self.momentum.named_parameters()]
-        return [m.detach() for m, _ in pairs], [o.detach() for _, o in pairs]
+        pairs = [
+            (self._part(x).values, self._part(online[name]).values)
+            for name, x in self.momentum.named_parameters()
+        ]
+        return [m for m, _ in pairs], [o for _, o in pairs]
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16)
 
-
-def is_excluded(name: str, parameter: Tensor) -> bool:
+def _is_excluded(name: str, parameter: Tensor) -> bool:
     """Biases and norms (BYOL, MoCo v3, Barlow Twins), and Swin's relative positions."""
     return parameter.dim() <= 1 or "relative_position_bias" in name
 
 
-def _part(shard: Shard, full: Tensor) -> Tensor:
-    """The shard's elements of a parameter's full values: a flat view."""
-    return full.view(-1)[shard.start : shard.start + shard.value.numel()]
+def _range(full: Tensor, start: int, like: Tensor) -> Tensor:
+    """The elements from `start` on of a parameter's full values: a view, shaped as `like`."""
+    return full.view(-1)[start : start + like.numel()].view(like.shape)

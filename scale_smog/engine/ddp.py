@@ -1,13 +1,16 @@
 """Whole nets on every rank, gradients averaged (torch DistributedDataParallel)."""
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from scale_smog import distributed
-from scale_smog.engine.base import Engine, is_excluded
+from scale_smog.engine.base import Engine
 from scale_smog.optim import Shard
 
 # torch 2.15 has a new name for the flag and warns of the old one.
@@ -18,26 +21,35 @@ _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _FLAGS else 
 class DdpEngine(Engine):
     """Every rank updates all parameters, all alike."""
 
-    def _prepare(self, batch: int) -> nn.Module:
+    def _prepare(self, micro_batch: int) -> tuple[nn.Module, nn.Module]:
+        if self.device.type == "cuda":
+            # This engine alone keeps its tensors as they are, so weights may lie as convolutions
+            # like them; ZeRO and FSDP2 refuse all but contiguous ones. On a CPU the momentum update
+            # of such weights takes 18 times as long.
+            for net in (self.online, self.momentum):
+                net.to(memory_format=torch.channels_last)
         if distributed.world_size() == 1:
-            return self.online
+            return self.online, self.momentum
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # Batch norm keeps its own buffers equal, where its scope is global.
         keep_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             self.online, device_ids=device_ids, gradient_as_bucket_view=True, **keep_buffers
         )
+        if self.config.reduce_precision == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped, self.momentum
 
     def _build_shards(self) -> list[Shard]:
         return [
-            Shard(name, number, p, 0, is_excluded(name, p))
-            for number, (name, p) in enumerate(self.online.named_parameters())
+            Shard(name, self._wholes[name].number, p, 0, self._wholes[name].is_excluded)
+            for name, p in self.online.named_parameters()
         ]
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward pass; gradients are averaged over ranks while it runs."""
-        loss.backward()
+    def _micro_batch(self, is_last: bool) -> AbstractContextManager[object]:
+        if is_last or not isinstance(self._forward_online, DistributedDataParallel):
+            return nullcontext()
+        return self._forward_online.no_sync()
 
     def _step(self) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._update()

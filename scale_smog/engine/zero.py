@@ -7,13 +7,15 @@ optimizer is a callback that runs the engine's own over the parts of the paramet
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scale_smog.engine.base import Engine, is_excluded
+from scale_smog import distributed
+from scale_smog.engine.base import Engine, Part
 from scale_smog.errors import UserError
 from scale_smog.optim import Shard
 
@@ -21,81 +23,121 @@ REDUCE_BUCKET_NUMEL = 50_000_000  # DeepSpeed allocates the whole bucket: 200 MB
 
 
 class ZeroEngine(Engine):
-    """ZeRO stage 1: gradients are averaged everywhere, optimizer state is split."""
+    """ZeRO stages 1 (optimizer state is split) and 2 (gradients too); the nets are whole."""
 
-    def _prepare(self, batch: int) -> nn.Module:
-        deepspeed = _import_deepspeed(self.device)
+    def _prepare(self, micro_batch: int) -> tuple[nn.Module, nn.Module]:
+        deepspeed = _import_deepspeed(self.device, self.config.kind)
         self.norm_group = dist.group.WORLD
-        parameters = list(self.online.parameters())
-        self._numbers = {
-            name: (number, is_excluded(name, p))
-            for number, (name, p) in enumerate(self.online.named_parameters())
-        }
+        self._names = {p: name for name, p in self.online.named_parameters()}
         self._deepspeed, *_ = deepspeed.initialize(
             model=self.online,
-            optimizer=_Callback(parameters, self._run_optimizer),
-            config=self._settings(batch),
+            optimizer=_Callback(list(self._names), self._run_optimizer),
+            config=self._settings(micro_batch),
             dist_init_required=False,
         )
-        return self._deepspeed
+        return self._deepspeed, self.momentum
 
-    def _settings(self, batch: int) -> dict[str, Any]:
-        return {
-            "train_micro_batch_size_per_gpu": batch,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,
+    def _settings(self, micro_batch: int) -> dict[str, Any]:
+        own: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": 1,  # `_micro_batch` says which backward pass is the last
+            "gradient_clipping": 0.0,  # `_update` clips
+            "communication_data_type": self.config.reduce_precision,
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {
-                "stage": 1,
-                "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
-                "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
-            },
-            # An empty list of modules keeps gradients in fp32 on the wire; by default those of
-            # convolutions would travel in bf16 and the engines would disagree.
-            "torch_autocast": {
-                "enabled": self._is_bf16,
-                "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],
-            },
         }
+        zero = {
+            "stage": int(self.config.kind.removeprefix("zero")),
+            "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
+            "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
+            **self._zero_settings,
+        }
+        further = self.config.deepspeed
+        return further | own | {"zero_optimization": zero | further.get("zero_optimization", {})}
+
+    _zero_settings: ClassVar = {"compute_grad_norm": False}  # else one more reduction
 
     def _build_shards(self) -> list[Shard]:
         zero = self._deepspeed.optimizer
-        self._flat_grads: list[tuple[nn.Parameter, Tensor, int]] = []
+        self._in_flat: list[tuple[nn.Parameter, Tensor, int]] = []
         shards = []
         for flat, group in zip(
             zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
         ):
             for parameter in group:
                 mapping = parameter._hp_mapping
-                if mapping is None:  # this rank holds nothing of the parameter
-                    continue
-                name = zero.param_names[parameter]
-                number, excluded = self._numbers[name]
-                in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
-                part = flat.detach()[in_flat.start : in_flat.start + in_flat.numel]
-                value = nn.Parameter(part)  # shares the memory of the flat tensor
-                self._flat_grads.append((value, flat, in_flat.start))
-                shards.append(Shard(name, number, value, in_parameter.start, excluded))
+                if mapping is not None:  # else this rank holds nothing of the parameter
+                    there = mapping.hp_fragment_address
+                    start = mapping.lp_fragment_address.start
+                    shards.append(self._shard(parameter, flat, there.start, there.numel, start))
         return shards
+
+    def _shard(
+        self, parameter: nn.Parameter, flat: Tensor, offset: int, numel: int, start: int
+    ) -> Shard:
+        """The part of a parameter that begins at `start` and lies in `flat` from `offset` on."""
+        name = self._names[parameter]
+        value = nn.Parameter(flat.detach()[offset : offset + numel])  # shares the memory of `flat`
+        self._in_flat.append((value, flat, offset))
+        return Shard(name, self._wholes[name].number, value, start, self._wholes[name].is_excluded)
 
     def _run_optimizer(self) -> None:
         """Called by DeepSpeed inside `step`, when the flat tensors hold averaged gradients."""
-        for value, flat, start in self._flat_grads:
+        for value, flat, offset in self._in_flat:
             assert flat.grad is not None
-            value.grad = flat.grad[start : start + value.numel()]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            value.grad = flat.grad[offset : offset + value.numel()]
+        self._update()
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward pass; gradients are averaged over ranks while it runs."""
+    def _micro_batch(self, is_last: bool) -> AbstractContextManager[object]:
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
         self._deepspeed.backward(loss)
 
     def _step(self) -> None:
         self._deepspeed.step()
 
-    def _after_load(self) -> None:
-        self._deepspeed.optimizer.update_lp_params()
+
+class Zero3Engine(ZeroEngine):
+    """ZeRO stage 3: both nets are split too, and weights gathered layer by layer."""
+
+    _zero_settings: ClassVar = {
+        "sub_group_size": 10**12,  # the optimizer is called once a step
+        "stage3_param_persistence_threshold": 0,  # else small weights miss the momentum update
+        "memory_efficient_linear": False,  # it replaces torch's linear, and autocast misses it
+    }
+
+    def _prepare(self, micro_batch: int) -> tuple[nn.Module, nn.Module]:
+        online, _ = super()._prepare(micro_batch)
+        self.net_group = dist.group.WORLD
+        settings = self._settings(micro_batch)
+        momentum, *_ = _import_deepspeed(self.device, self.config.kind).initialize(
+            model=self.momentum, config=settings, dist_init_required=False
+        )
+        return online, momentum
+
+    def _part(self, parameter: Any) -> Part:
+        numel, per_rank = parameter.ds_numel, parameter.ds_tensor.numel()
+        start = min(distributed.rank() * per_rank, numel)
+        # Behind the last value the tensor is filled up with garbage.
+        return Part(parameter.ds_tensor.detach()[: min(per_rank, numel - start)], start)
+
+    def _build_shards(self) -> list[Shard]:
+        zero = self._deepspeed.optimizer
+        self._in_flat = []
+        shards = []
+        for parameter in (p for group in zero.fp16_groups for p in group):
+            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+            values, start = self._part(parameter)
+            flat = zero.fp32_partitioned_groups_flat[group]
+            if values.numel():  # small tensors leave the last ranks without an element
+                shards.append(self._shard(parameter, flat, offset, values.numel(), start))
+        return shards
+
+    def _step(self) -> None:
+        super()._step()
+        if not self._deepspeed.was_step_applied():  # the other engines would go on with them
+            raise FloatingPointError("gradients are not finite: ZeRO-3 left out the step")
 
 
 class _Callback(torch.optim.Optimizer):
@@ -109,12 +151,12 @@ class _Callback(torch.optim.Optimizer):
         self._run()
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def _import_deepspeed(device: torch.device, kind: str) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError(f"engine.kind=zero1 needs deepspeed ({error}); or take ddp") from None
+        raise UserError(f"engine.kind={kind} needs deepspeed ({error}); or take ddp") from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

@@ -1,0 +1,38 @@
+"""What is done to each stage of a net, whatever the engine: checkpointing and compilation."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from scale_smog.config import EngineConfig
+from scale_smog.models import MomentumNet, OnlineNet, stages, untracked
+
+
+def prepare_stages(online: OnlineNet, momentum: MomentumNet, config: EngineConfig) -> None:
+    """Compiles and checkpoints, in place, what the recipe says; before an engine wraps the nets.
+
+    A stage's `forward` is replaced and not the stage: parameters keep their names, and the hooks
+    by which engines gather weights run outside the compiled code and before a recomputation.
+    """
+    if config.compile:
+        for stage in [*stages(online.backbone), *stages(momentum.backbone)]:
+            stage.forward = torch.compile(stage.forward)
+    if config.activation_checkpointing:
+        for stage in stages(online.backbone):
+            stage.forward = partial(
+                checkpoint,
+                stage.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in the nets is random
+                context_fn=partial(_contexts, stage),
+            )
+
+
+def _contexts(
+    stage: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the forward pass and around its repetition, which must not count a batch twice."""
+    return nullcontext(), untracked(stage)

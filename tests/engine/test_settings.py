@@ -1,0 +1,130 @@
+"""What an engine's section may say, and what becomes of it."""
+
+from typing import Any
+
+import engine_runs as runs
+import pytest
+import torch
+from ranks import run_on_ranks
+from small_recipe import small_recipe
+
+from scale_smog import UserError
+from scale_smog.config import DataConfig, ModelConfig
+from scale_smog.models import average_statistics, stages, unshared_statistics
+from scale_smog.models.backbones import build_backbone
+from scale_smog.profiling.memory import plan_memory, sent_mib
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("{gradient_clipping: 1.0}", "optimizer.clip_norm"),
+        ("{gradient_accumulation_steps: 4}", "engine.accumulate"),
+        ("{bf16: {enabled: true}}", "engine.precision"),
+        ("{torch_autocast: {enabled: true}}", "engine.precision"),
+        ("{optimizer: {type: Adam}}", "optimizer.name"),
+        ("{zero_optimization: {stage: 3}}", "engine.kind"),
+        ("{zero_optimization: {zero_quantized_gradients: true}}", "overlap_comm"),
+        ("{zero_optimisation: {overlap_comm: true}}", "zero_optimization"),
+    ],
+)
+def test_deepspeed_settings_that_change_the_training_are_refused(tmp_path, setting, words):
+    with pytest.raises(UserError, match=words):
+        small_recipe(tmp_path, "x", "engine.kind=zero2", f"engine.deepspeed={setting}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["engine.deepspeed={dump_state: true}"], "not engine.kind=ddp"),
+        (["engine.kind=zero3", "engine.compile=true"], "take fsdp"),
+        (["engine.kind=zero2", "engine.precision=fp64"], "ddp, fsdp and hsdp"),
+        (["engine.precision=fp64", "engine.reduce_precision=bf16"], "reduce_precision"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path, overrides, words):
+    with pytest.raises(UserError, match=words):
+        small_recipe(tmp_path, "x", *overrides)
+
+
+def settings_and_weights(folder: Any) -> dict[str, Any]:
+    """What DeepSpeed was told, and what reduction in bfloat16 changes on each engine."""
+    deepspeed = {
+        "wall_clock_breakdown": False,
+        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 600},
+    }
+    recipe = runs.recipe_of(folder / "zero", kind="zero2", deepspeed=deepspeed)
+    state = runs.build_state(recipe)
+    zero = state.engine._deepspeed._config.zero_config
+    runs.run(recipe, state, num_steps=3)
+    for kind in ("ddp", "zero1", "fsdp"):
+        for precision in ("fp32", "bf16"):
+            recipe = runs.recipe_of(
+                folder / kind / precision, kind=kind, reduce_precision=precision
+            )
+            runs.run(recipe, runs.build_state(recipe), num_steps=3)
+    return {"overlap": zero.overlap_comm, "bucket": zero.reduce_bucket_size, "stage": zero.stage}
+
+
+def test_deepspeed_settings_arrive_and_gradients_can_travel_in_bfloat16(tmp_path):
+    for told in run_on_ranks(2, settings_and_weights, tmp_path):
+        assert told == {"overlap": True, "bucket": 600, "stage": 2}
+    exact = runs.plain_run(runs.recipe_of(tmp_path), num_steps=3)
+    assert max(runs.difference(runs.final_state(tmp_path / "zero"), exact).values()) < 1e-6
+    for kind in ("ddp", "zero1", "fsdp"):
+        full, short = (runs.final_state(tmp_path / kind / x) for x in ("fp32", "bf16"))
+        assert max(runs.difference(full, exact).values()) < 1e-6
+        assert 1e-6 < runs.difference(short, exact)["online"] < 1e-2, kind
+
+
+def statistics_of_scopes(folder: Any) -> dict[Any, bool]:
+    """Whether ranks hold the same statistics after some steps, by scope."""
+    same = {}
+    for scope in ("global", "node", 2, "local"):
+        recipe = runs.recipe_of(folder / str(scope), batch_norm=scope)
+        state = runs.build_state(recipe)
+        runs.run(recipe, state, num_steps=2)
+        nets = {"o": state.engine.online, "m": state.engine.momentum}
+        buffers = {f"{n}.{k}": x for n, net in nets.items() for k, x in net.named_buffers()}
+        same[scope] = runs.same_on_all_ranks(buffers)
+    own = [torch.full((3,), float(torch.distributed.get_rank()))]
+    average_statistics(own)
+    assert own[0].tolist() == [0.5] * 3
+    assert not unshared_statistics([torch.nn.Linear(2, 2)])
+    return same
+
+
+def test_ranks_hold_the_same_statistics_whatever_the_scope_of_batch_norm(tmp_path):
+    for same in run_on_ranks(2, statistics_of_scopes, tmp_path):
+        assert same == {"global": True, "node": True, 2: True, "local": True}
+    whole, local = (runs.final_state(tmp_path / x) for x in ("global", "local"))
+    assert runs.difference(local, whole)["online"] > 1e-5
+
+
+def test_stages_of_nets():
+    expected = {"resnet_tiny": 3, "resnet18": 4, "swin_tiny": 4, "vit_tiny_patch16_224": 12}
+    for name, num_stages in expected.items():
+        assert len(stages(build_backbone(name))) == num_stages, name
+    net = torch.nn.Linear(2, 2)
+    assert stages(net) == [net]
+
+
+def test_the_plan_knows_what_each_engine_splits():
+    def plan(kind: str):
+        engine = {"kind": kind, "precision": "fp32"}
+        recipe = runs.recipe_of("x", **engine).model_copy(
+            update={"model": ModelConfig(backbone="resnet18")}
+        )
+        recipe = recipe.model_copy(
+            update={"data": DataConfig(path="", global_batch=4096, large_px=32, small_px=32)}
+        )
+        return plan_memory(recipe, 64), sent_mib(recipe, 64)
+
+    held = {kind: plan(kind)[0].total_mib for kind in runs.ENGINES}
+    assert held["fsdp"] < held["hsdp"] < held["ddp"]
+    assert held["zero2"] < held["zero1"] and held["zero3"] < held["zero2"]
+    sent = {kind: plan(kind)[1] for kind in runs.ENGINES}
+    weights = 4 * plan("ddp")[0].num_online_parameters / 2**20
+    assert sent["ddp"] == pytest.approx(2 * weights * 63 / 64)
+    assert sent["zero2"] == pytest.approx(sent["ddp"])
+    assert sent["fsdp"] > 1.5 * sent["ddp"]
