@@ -33,7 +33,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest>=8", "scikit-learn", "faiss-cpu", "ruff", "pyright"],
+        "test": ["pytest>=8", "scikit-learn", "faiss-cpu", "pyarrow", "ruff", "pyright"],
         "bench": ["lightly", "faiss-cpu", "scikit-learn"],
     },
 )

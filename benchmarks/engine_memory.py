@@ -1,9 +1,10 @@
 """Peak memory of a rank and bytes it sends at a step, for each engine, measured and predicted.
 
 Two gloo ranks on this machine train ResNet-50 x4 in float32 on a few small images, so that weights
-and not activations are what is measured. Memory is the process's own peak in a step, without what
-it held before the nets were built; bytes are what the kernel counted the process to have written.
-Beside them: the plan's figures for the same two ranks, and for the recipe on 64 GPUs.
+and not activations are what is measured; hsdp has four, in two nodes, and x2, a quarter of the
+weights, because four ranks of x4 take 24 GiB. Memory is the process's own peak in a step, without
+what it held before the nets were built; bytes are what the kernel counted the process to have
+written. Beside them: the plan's figures for the same ranks, and for x4 on 64 GPUs in nodes of 8.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from compare import parse_arguments
 
-from scale_smog.config import EngineConfig, ModelConfig, Recipe
+from scale_smog.config import Recipe
 from scale_smog.engine import Engine, build_engine
 from scale_smog.grouping import MomentumGroups
 from scale_smog.loss import group_contrastive_loss
@@ -25,27 +26,29 @@ from scale_smog.models import build_nets, process_group_for, synchronise_batch_n
 from scale_smog.profiling.memory import plan_memory, sent_mib
 
 KINDS = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
-NUM_RANKS, BATCH, IMAGE_PX, NUM_GPUS = 2, 2, 64, 64
+RANKS_PER_NODE, BATCH, IMAGE_PX, NUM_GPUS = 2, 2, 64, 64
 MIB = 2**20
 
 
 def main() -> None:
     """Prints one line an engine, and a table."""
     arguments = parse_arguments(__doc__)
-    width = 1 if arguments.quick else 4
     rows = []
     for kind in KINDS:
+        num_ranks = 4 if kind == "hsdp" else 2
+        width = 1 if arguments.quick else 2 if kind == "hsdp" else 4
+        here = recipe(kind, width, num_ranks * BATCH, IMAGE_PX, "fp32")
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(measure, (folder, kind, width), nprocs=NUM_RANKS)
+            mp.spawn(measure, (folder, here, num_ranks), nprocs=num_ranks)
             peak, sent = torch.load(Path(folder) / "result.pt")
-        here = recipe(kind, width, NUM_RANKS * BATCH, IMAGE_PX, "fp32")
-        there = recipe(kind, width, NUM_GPUS * 64, 224, "bf16")
+        there = recipe(kind, 4, NUM_GPUS * 64, 224, "bf16")
         figures = {
             "engine": kind,
+            "width": width,
             "peak_mib": round(peak),
-            "planned_mib": round(plan_memory(here, NUM_RANKS).total_mib),
+            "planned_mib": round(plan_memory(here, num_ranks, RANKS_PER_NODE).total_mib),
             "sent_mib": round(sent),
-            "planned_sent_mib": round(sent_mib(here, NUM_RANKS)),
+            "planned_sent_mib": round(sent_mib(here, num_ranks, RANKS_PER_NODE)),
             "gpus_64_mib": round(plan_memory(there, NUM_GPUS).total_mib),
             "gpus_64_sent_mib": round(sent_mib(there, NUM_GPUS)),
         }
@@ -69,24 +72,23 @@ def recipe(kind: str, width: int, global_batch: int, image_px: int, precision: s
     )
 
 
-def measure(rank: int, folder: str, kind: str, width: int) -> None:
+def measure(rank: int, folder: str, config: Recipe, num_ranks: int) -> None:
     """Two steps on this rank; the second is measured."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS)}
+    os.environ |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(RANKS_PER_NODE)}
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=NUM_RANKS,
+        world_size=num_ranks,
         timeout=timedelta(minutes=5),
     )
-    if kind.startswith("zero"):
+    if config.engine.is_zero:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # noqa: F401 (not part of what the nets need)
     before = status_mib("VmRSS")
-    config = recipe(kind, width, NUM_RANKS * BATCH, IMAGE_PX, "fp32")
-    engine = build(config.model, config)
+    engine = build(config)
     groups = MomentumGroups(config.grouping.num_groups, config.model.dim)
     step(engine, groups)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -99,15 +101,14 @@ def measure(rank: int, folder: str, kind: str, width: int) -> None:
     dist.destroy_process_group()
 
 
-def build(model: ModelConfig, config: Recipe) -> Engine:
+def build(config: Recipe) -> Engine:
     """The engine of a recipe."""
     torch.manual_seed(0)
-    online, momentum = build_nets(model)
+    online, momentum = build_nets(config.model)
     scope = process_group_for("global")
     for net in (online, momentum):
         synchronise_batch_norm(net, scope)
-    engine: EngineConfig = config.engine
-    return build_engine(online, momentum, config.optimizer, engine, BATCH)
+    return build_engine(online, momentum, config.optimizer, config.engine, BATCH)
 
 
 def step(engine: Engine, groups: MomentumGroups) -> None:

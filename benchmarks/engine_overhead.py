@@ -42,7 +42,7 @@ def main() -> None:
             kind: Engined(kind, deepcopy(online), deepcopy(momentum), batch) for kind in FLOORS
         }
         calls = {name: lambda side=side: side.step(*views) for name, side in contestants.items()}
-        seconds = interleaved(calls, arguments.repeats * 2)
+        seconds = interleaved(calls, arguments.repeats * 3)
         for kind, floor in FLOORS.items():
             text = (
                 f"images/s of {kind} on one rank as a share of the bare loop's (at least {floor})"

@@ -6,6 +6,7 @@ faiss's and scikit-learn's sums are float32 and change with the number of thread
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import faiss
 import torch
@@ -45,8 +46,8 @@ def train_faiss(features: Tensor, start: Tensor) -> faiss.Kmeans:
 
 
 def train_sklearn(features: Tensor, start: Tensor) -> KMeans:
-    kmeans = KMeans(len(start), init=start.numpy(), n_init=1, max_iter=ITERATIONS, tol=0)
-    return kmeans.fit(features.numpy())
+    options: dict[str, Any] = {"init": start.numpy(), "n_init": 1}  # documented, not annotated
+    return KMeans(len(start), max_iter=ITERATIONS, tol=0, **options).fit(features.numpy())
 
 
 def sum_exactly(features: Tensor, nearest: Tensor, num_groups: int) -> Tensor:

@@ -40,7 +40,9 @@ class DataConfig(Section):
 
     path: str
     global_batch: Positive = 4096  # images of one step over all ranks
-    loader: Literal["dali", "torch", "synthetic"] = "dali"
+    loader: Literal["dali", "torch", "stream", "synthetic"] = "dali"
+    stream: str = ""  # loader=stream: tars to train on, https://host/train-{000000..000146}.tar
+    allow_pipe: bool = False  # data.stream may name commands, as in pipe:cat train-000000.tar
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where images are decoded and augmented
     workers: NonNegative = 8  # decoding threads (dali) or processes (torch) of a rank
     order: Literal["global", "block"] = "global"  # block: mixed within block_shards shards
@@ -48,6 +50,12 @@ class DataConfig(Section):
     num_small_crops: NonNegative = 0  # the paper's multi-crop: 4
     large_px: Positive = 224
     small_px: Positive = 96
+
+    @model_validator(mode="after")
+    def _a_stream_has_its_loader(self) -> Self:
+        if (self.loader == "stream") != bool(self.stream):
+            raise ValueError("data.loader=stream and data.stream go together")
+        return self
 
 
 class AugmentConfig(Section):

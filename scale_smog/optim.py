@@ -63,7 +63,7 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update from the tensors' `.grad`, which hold it afterwards: no copies are made.
+        """One update from the tensors' `.grad`, which are overwritten on a GPU: no copies are made.
 
         With `norm_group` set, a collective.
         """
@@ -73,23 +73,42 @@ class Lars(torch.optim.Optimizer):
             ratios = self._trust_ratios(values, grads, group) if group["adapt"] else []
             if not values:  # this rank holds nothing; it has joined the reduction above
                 continue
-            torch._foreach_add_(grads, values, alpha=group["weight_decay"])
-            if ratios:
+            if not ratios:
+                self._momentum_sgd(values, grads, group, group["weight_decay"])
+            elif self._like.is_cpu and group["momentum"] > 0:
+                # One pass over memory: with momentum, torch weighs gradient and decay together by
+                # 1 - dampening. On a GPU, to read a ratio would be to wait for it.
+                for value, grad, ratio in zip(values, grads, ratios, strict=True):
+                    self._momentum_sgd(
+                        [value], [grad], group, group["weight_decay"], 1.0 - ratio.item()
+                    )
+            else:
+                torch._foreach_add_(grads, values, alpha=group["weight_decay"])
                 torch._foreach_mul_(grads, ratios)
-            # What is left is plain momentum SGD: torch reads and writes each tensor once for it.
-            buffers: list[Tensor | None] = [self._buffer(p) for p in values]
-            sgd(
-                values,
-                grads,
-                buffers,
-                fused=True,
-                lr=group["lr"],
-                momentum=group["momentum"],
-                weight_decay=0.0,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-            )
+                self._momentum_sgd(values, grads, group)
+
+    def _momentum_sgd(
+        self,
+        values: list[Tensor],
+        grads: list[Tensor],
+        group: dict[str, Any],
+        weight_decay: float = 0.0,
+        dampening: float = 0.0,
+    ) -> None:
+        """torch's fused SGD, which reads and writes each tensor once."""
+        buffers: list[Tensor | None] = [self._buffer(p) for p in values]
+        sgd(
+            values,
+            grads,
+            buffers,
+            fused=True,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=weight_decay,
+            dampening=dampening,
+            nesterov=False,
+            maximize=False,
+        )
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -94,6 +94,14 @@ def test_an_ordinary_model_can_use_lars():
     assert 0 < moved < 2e-4  # lr x trust
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_layers_are_scaled_with_and_without_momentum(momentum):
+    value = nn.Parameter(torch.full((2, 2), 3.0))
+    value.grad = torch.ones(2, 2)
+    Lars([value], lr=1.0, momentum=momentum, trust=0.01).step()
+    assert value.tolist() == [[pytest.approx(3 - 0.01 * 6 / 2)] * 2] * 2
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_excluded_parameters_do_not_decay(name):
     values = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]

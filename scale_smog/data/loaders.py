@@ -15,6 +15,7 @@ from scale_smog.data.batch_source import BatchSource
 from scale_smog.data.manifest import TarDataset
 from scale_smog.data.memory_loader import MemoryLoader
 from scale_smog.data.plan import EpochPlan, SequentialPlan
+from scale_smog.data.streaming import StreamLoader, shard_urls
 from scale_smog.data.synthetic import SyntheticLoader
 from scale_smog.data.torch_loader import TorchLoader
 from scale_smog.errors import UserError
@@ -43,6 +44,11 @@ def build_training_loader(
     source = BatchSource(dataset, plan, views, plan.seed, rank, world_size)
     if data.loader == "synthetic":
         return SyntheticLoader(views, len(source.ids(0)), len(steps), device)
+    if data.loader == "stream":
+        require_loader(data, device)
+        urls = shard_urls(data.stream, data.allow_pipe)
+        batch, threads = len(source.ids(0)), data.workers
+        return StreamLoader(urls, views, batch, plan.seed, steps, threads, device, rank, world_size)
     if data.loader == "torch" and data.device == "gpu":
         require_loader(data, device)
         return MemoryLoader(source, steps, device)
@@ -69,12 +75,14 @@ def require_loader(data: DataConfig, device: torch.device) -> None:
     """Says early what building a loader would say late.
 
     Raises:
-        UserError: DALI or a GPU is asked for and missing.
+        UserError: DALI or a GPU is asked for and missing, or data.stream is refused.
     """
     if data.device == "gpu" and device.type != "cuda":
         raise UserError("data.device=gpu, but no GPU is visible: take data.device=auto or cpu")
     if data.loader == "dali":
         _import_dali()
+    if data.loader == "stream":
+        shard_urls(data.stream, data.allow_pipe)
 
 
 def _build(

@@ -5,9 +5,9 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from glob import glob
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
 from scale_smog.data.image_sources import FolderReader, Source, SourceImage, folder_source
@@ -90,17 +90,18 @@ def _sorted_classes(labels: Sequence[str]) -> tuple[str, ...]:
 
 # ---------------------------------------------------------------------------------------- parquet
 
-_MAX_ROW_GROUPS = 32  # a worker keeps this many decoded; images are read in shuffled order
-
 
 def parquet_source(paths: Sequence[Path]) -> Source:
     """Lists Hugging Face parquet files: `image` is a struct with `bytes`, `label` a whole number.
 
-    Class names come from the files' own description, else they are the numbers.
+    Class names come from the files' own description, else they are the numbers. All images are
+    copied to a temporary file, for which TMPDIR needs room: a shuffled shard takes its images from
+    nearly every row group, and a row group is only read as a whole.
 
     Raises:
-        UserError: pyarrow is missing, or a file has no such columns.
+        UserError: pyarrow is missing, a file has no such columns, or TMPDIR has no room.
     """
+    spool = _Spool()
     images, labels, names = [], [], None
     for path in paths:
         file = _parquet_file(path)
@@ -111,16 +112,19 @@ def parquet_source(paths: Sequence[Path]) -> Source:
         has_label = "label" in columns.names
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, ["image", "label"] if has_label else ["image"])
-            sizes = [len(row["bytes"] or b"") for row in table["image"].to_pylist()]
-            own = table["label"].to_pylist() if has_label else [UNLABELLED] * len(sizes)
-            for row, (size, label) in enumerate(zip(sizes, own, strict=True)):
+            contents = table["image"].combine_chunks().field("bytes")
+            own = table["label"].to_pylist() if has_label else [UNLABELLED] * len(contents)
+            for row, (content, label) in enumerate(zip(contents, own, strict=True)):
                 label = UNLABELLED if label is None else label
                 labels.append(label)
-                images.append(SourceImage(f"{path.name}#{group}.{row}", label, size))
+                content = content.as_py() or b""
+                offset = spool.append(content)
+                name = f"{path.name}#{group}.{row}#{offset}.{len(content)}"
+                images.append(SourceImage(name, label, len(content)))
     if not images:
         raise UserError(f"{paths[0]} holds no images")
     classes = names or tuple(str(label) for label in range(max(labels) + 1))
-    return Source(classes, tuple(images), _ParquetReader(paths[0].parent))
+    return Source(classes, tuple(images), spool)
 
 
 def _parquet_file(path: Path) -> Any:
@@ -141,21 +145,35 @@ def _class_label_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
     return tuple(label.get("names", ()))
 
 
-@dataclass(frozen=True)
-class _ParquetReader:
-    folder: Path
+class _Spool:
+    """A temporary file of images, which workers read by their names' last part.
+
+    It has no name, so that it ends with this process however that ends; until then workers, which
+    get a copy of this object without the open file, find it at `path`.
+    """
+
+    def __init__(self):
+        self._file = TemporaryFile()
+        self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        self._size = 0
+
+    def append(self, content: bytes) -> int:
+        """Where it begins."""
+        try:
+            self._file.write(content)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot copy images to {gettempdir()}: {error.strerror}") from None
+        self._size += len(content)
+        return self._size - len(content)
 
     def __call__(self, name: str) -> bytes:
-        file, _, place = name.rpartition("#")
-        group, row = place.split(".")
-        return _row_group(self.folder / file, int(group))[int(row)].as_py() or b""
+        offset, size = map(int, name.rpartition("#")[2].split("."))
+        with open(self.path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
 
-
-@lru_cache(maxsize=_MAX_ROW_GROUPS)
-def _row_group(path: Path, group: int) -> Any:
-    """The encoded images of one row group: an arrow array of bytes."""
-    column = _parquet_file(path).read_row_group(group, ["image"])["image"].combine_chunks()
-    return column.field("bytes")
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
 
 
 # ------------------------------------------------------------------------------------------- tars

@@ -91,9 +91,10 @@ def _checkpoint_groups(folder: Path, recipe: Recipe, device: torch.device) -> Gr
     project = load_projection(folder, recipe, device)
     z = embed_images(project, recipe.data, recipe.evaluation, dataset, ids, device)
     centroids = checkpoint.load(folder, "groups")[0]["groups.centroids"].to(device)
-    groups = MomentumGroups(*centroids.shape).to(device)
+    num_groups, dim = centroids.shape
+    groups = MomentumGroups(num_groups, dim).to(device)
     groups.commit(centroids)
-    return group_quality(groups.assign(z).cpu(), labels, len(centroids))
+    return group_quality(groups.assign(z).cpu(), labels, num_groups)
 
 
 def _file_groups(path: Path, num_groups: int) -> GroupQuality:

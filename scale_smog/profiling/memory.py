@@ -52,9 +52,12 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
     # ZeRO has master values apart from those that the nets compute with.
     masters = num_online / parts.optimizer if engine.is_zero else 0.0
     weights = num_online / parts.weights + num_online / parts.gradients + masters
-    if parts.weights > 1:  # gathered weights, and the largest stage's gradients
+    if parts.weights > 1:
         largest = max(_numel(stage) for stage in stages(online.backbone))
-        weights += largest + (min(num_online, ZERO3_LIVE) if engine.is_zero else largest)
+        if engine.is_zero:  # both nets gathered, and a stage once more while it is on its way
+            weights += min(num_online, ZERO3_LIVE) + min(num_momentum, ZERO3_LIVE) + largest
+        else:  # gathered weights of a stage, its gradients, and what is sent of them
+            weights += 3 * largest
     states = STATES[recipe.optimizer.name] * num_online / parts.optimizer
     batch = data.global_batch // world_size
     bank = recipe.bank_steps * batch * model.dim * 4

@@ -1,6 +1,8 @@
 """Operation by operation, DALI and torch do the same to a view."""
 
+import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,33 @@ def test_views_of_a_set_in_memory_are_torchs_within_the_same_tolerance(photos, n
     ours = pixels(MemoryLoader(source, range(4), CPU))
     theirs = pixels(TorchLoader(source, range(4), 0, CPU))
     assert (ours - theirs).abs().max() < tolerance + 1e-2
+
+
+@pytest.mark.real_images
+@pytest.mark.skipif("SCALE_SMOG_TEST_DATA" not in os.environ, reason="no SCALE_SMOG_TEST_DATA")
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.05, 0.2)])
+def test_crops_of_photographs_agree_but_for_one_pixel_in_a_thousand(tmp_path, scale):
+    """PNG copies of sixteen photographs, so that only the crops are compared.
+
+    Measured on ImageNet's: 0.19 grey levels on average; 0.04 to 0.06 % of the values differ by more
+    than two, the worst by 18. torch rounds and clips to 8 bits between the horizontal and the
+    vertical pass, DALI only at the end, and bicubic weights overshoot at harsh edges. The smooth
+    pictures above have none; enlarged noise has them too.
+    """
+    dali = pytest.importorskip("scale_smog.data.dali")
+    files = sorted(Path(os.environ["SCALE_SMOG_TEST_DATA"]).rglob("*.[jJ][pP]*[gG]"))
+    (tmp_path / "images").mkdir()
+    for i, path in enumerate(files[:: max(1, len(files) // 16)][:16]):
+        Image.open(path).convert("RGB").save(tmp_path / "images" / f"{i:02d}.png")
+    shard_folder(tmp_path / "images", tmp_path / "tars", workers=1)
+    view = RandomView(NONE, 0, 224, scale, 0.0, 0.0)
+    source = BatchSource(
+        TarDataset(tmp_path / "tars", "train"), EpochPlan(16, 16, seed=1), [view], 1, 0, 1
+    )
+    ours = pixels(dali.DaliLoader(source, range(2), 1, CPU, on_gpu=False))
+    difference = (ours - pixels(TorchLoader(source, range(2), 0, CPU))).abs()
+    assert difference.mean() < 0.25
+    assert (difference > 2 + 1e-2).float().mean() < 1e-3
 
 
 def test_a_set_too_large_for_the_device_is_refused(photos, monkeypatch):

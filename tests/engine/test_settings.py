@@ -120,11 +120,14 @@ def test_the_plan_knows_what_each_engine_splits():
         )
         return plan_memory(recipe, 64), sent_mib(recipe, 64)
 
-    held = {kind: plan(kind)[0].total_mib for kind in runs.ENGINES}
+    plans = {kind: plan(kind) for kind in runs.ENGINES}
+    held = {kind: memory.total_mib for kind, (memory, _) in plans.items()}
     assert held["fsdp"] < held["hsdp"] < held["ddp"]
-    assert held["zero2"] < held["zero1"] and held["zero3"] < held["zero2"]
-    sent = {kind: plan(kind)[1] for kind in runs.ENGINES}
-    weights = 4 * plan("ddp")[0].num_online_parameters / 2**20
+    assert held["zero2"] < held["zero1"] < held["ddp"]
+    shares = {kind: memory.momentum_net_mib for kind, (memory, _) in plans.items()}
+    assert shares["zero3"] == pytest.approx(shares["zero2"] / 64)
+    sent = {kind: mib for kind, (_, mib) in plans.items()}
+    weights = 4 * plans["ddp"][0].num_online_parameters / 2**20
     assert sent["ddp"] == pytest.approx(2 * weights * 63 / 64)
     assert sent["zero2"] == pytest.approx(sent["ddp"])
     assert sent["fsdp"] > 1.5 * sent["ddp"]
