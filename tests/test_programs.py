@@ -163,4 +163,4 @@ def test_losses_agree_over_launchers_ranks_and_engines(tmp_path, tars):
     zero = run("zero", deepspeed, "run.steps=3", "engine.kind=zero1")
     assert abs(ddp[0] - zero[0]) < 1e-5
     assert max(abs(a - b) for a, b in zip(ddp, zero, strict=True)) < 1e-2
-    assert abs(ddp[2] - ddp[0]) > 1e-2
+    assert max(ddp) - min(ddp) > 1e-2  # they agree on something that moves
