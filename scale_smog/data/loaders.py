@@ -20,6 +20,10 @@ from scale_smog.data.synthetic import SyntheticLoader
 from scale_smog.data.torch_loader import TorchLoader
 from scale_smog.errors import UserError
 
+# On a CPU, views up to this size are DALI's own: of 32 px a view costs less than torch's calls that
+# make it (the demo trains at 410 images/s against 210); of 224 px DALI's take four times as long.
+SMALL_VIEW_PX = 64
+
 
 def build_plan(data: DataConfig, dataset: TarDataset, seed: int) -> EpochPlan:
     """The order of a run's samples."""
@@ -91,8 +95,9 @@ def _build(
     require_loader(data, device)
     if data.loader == "dali":
         dali = _import_dali()
-        if device.type == "cuda" and data.device != "cpu":
-            return dali.DaliLoader(source, steps, data.workers, device, on_gpu=True)
+        on_gpu = device.type == "cuda" and data.device != "cpu"
+        if on_gpu or max(view.px for view in source.views) <= SMALL_VIEW_PX:
+            return dali.DaliLoader(source, steps, data.workers, device, on_gpu)
         return dali.DaliCpuLoader(source, steps, data.workers, device)
     return TorchLoader(source, steps, data.workers, device)
 
