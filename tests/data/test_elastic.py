@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ GLOBAL_BATCH = 12
 def load(tars, steps, loader, rank=0, world_size=1, workers=0):
     if loader == "dali":
         make = pytest.importorskip("scale_smog.data.dali").DaliCpuLoader
+    elif loader == "dali graph":
+        make = partial(pytest.importorskip("scale_smog.data.dali").DaliLoader, on_gpu=False)
     else:
         make = TorchLoader
     data = DataConfig(path="", num_small_crops=1, large_px=24, small_px=16)
@@ -38,7 +41,7 @@ def load(tars, steps, loader, rank=0, world_size=1, workers=0):
 
 @pytest.mark.parametrize(
     ("loader", "world_size", "workers"),
-    [("torch", 3, 0), ("torch", 1, 2), ("dali", 2, 1), ("dali", 4, 2)],
+    [("torch", 3, 0), ("torch", 1, 2), ("dali", 2, 1), ("dali", 4, 2), ("dali graph", 2, 2)],
 )
 def test_fifty_batches_after_a_stop_are_the_same_bits_on_other_ranks(
     tars, loader, world_size, workers
@@ -73,6 +76,8 @@ def _read_small(name: str) -> bytes:
 def test_memory_is_flat_and_files_are_few_over_2000_batches_of_500_shards(many_shards, loader):
     if loader == "dali":
         make = pytest.importorskip("scale_smog.data.dali").DaliCpuLoader
+    elif loader == "dali graph":
+        make = partial(pytest.importorskip("scale_smog.data.dali").DaliLoader, on_gpu=False)
     else:
         make = TorchLoader
     data = DataConfig(path="", large_px=8)

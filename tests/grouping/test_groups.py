@@ -105,7 +105,7 @@ def loss_and_gradient(z, p, ids, operator, differentiable=True):
     if not differentiable:
         distributed.differentiable_all_reduce = lambda x: distributed.all_reduce(x.detach().clone())
     z, p = z[part].clone().requires_grad_(), p[part].clone().requires_grad_()
-    groups = make_groups(operator)
+    groups = make_groups(operator).to(z.dtype)
     loss = group_contrastive_loss(p, groups.updated_by(z, BETA), ids[part], 0.1)
     (loss / distributed.world_size()).backward()  # an engine averages over the ranks
     gradient = z.grad if z.grad is not None else torch.zeros_like(z)
@@ -124,6 +124,17 @@ def test_the_gradient_over_ranks_equals_that_of_the_concatenated_batch(operator,
         joined = torch.cat([r[got] for r in ranks])
         assert (joined - want).norm() < 1e-12 * want.norm()
     assert z_grad.norm() > 1e-3  # the part through the groups is there
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_in_float32_the_gradient_over_ranks_differs_by_rounding_only(world_size):
+    z, p = unit(BATCH, DIM, seed=0).float(), unit(BATCH, DIM, seed=1).float()
+    ids = torch.arange(BATCH) % NUM_GROUPS
+    _, z_grad, p_grad = loss_and_gradient(z, p, ids, "momentum")
+    ranks = run_on_ranks(world_size, loss_and_gradient, z, p, ids, "momentum")
+    for got, want in [(1, z_grad), (2, p_grad)]:
+        joined = torch.cat([r[got] for r in ranks])
+        assert (joined - want).norm() < 1e-6 * want.norm()
 
 
 def test_without_a_differentiable_reduction_the_part_through_the_groups_is_lost():
