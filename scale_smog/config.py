@@ -25,7 +25,9 @@ class RunConfig(Section):
     seed: NonNegative = 0
     log_every: Positive = 10
     checkpoint_every: NonNegative = 1000  # 0: only at the end
-    keep_checkpoints: Positive = 3
+    keep_checkpoints: Positive = 3  # the newest ones
+    keep_checkpoint_every: NonNegative = 0  # and for good those of every so many steps; 0: none
+    max_skipped: Positive = 10  # steps in a row that may be left out because they are not finite
     evaluate_every: NonNegative = 0  # 0: never during training
 
     @model_validator(mode="after")
@@ -40,7 +42,7 @@ class DataConfig(Section):
 
     path: str
     global_batch: Positive = 4096  # images of one step over all ranks
-    loader: Literal["dali", "torch", "stream", "synthetic"] = "dali"
+    loader: Literal["dali", "torch", "fast", "stream", "synthetic"] = "dali"
     stream: str = ""  # loader=stream: tars to train on, https://host/train-{000000..000146}.tar
     allow_pipe: bool = False  # data.stream may name commands, as in pipe:cat train-000000.tar
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where images are decoded and augmented
@@ -83,6 +85,7 @@ class ModelConfig(Section):
     backbone: str = "resnet50"  # resnet_tiny, resnet18, resnet50, swin_tiny, or any timm name
     width: Positive = 1
     small_images: bool = False  # 3x3 stem for 32-px images
+    weights: str = ""  # file of timm or torchvision to start the backbone from; "": random
     dim: Positive = 128  # of the projected features; 256 for transformers
     head_width: Positive = 2048
     batch_norm: Literal["global", "node", "local"] | Positive = "global"  # or ranks in a group
@@ -226,6 +229,17 @@ class EvaluationConfig(Section):
     baselines: bool = False  # at the end, also judge raw pixels and the random net
 
 
+class DeadlinesConfig(Section):
+    """How long a phase may take before the run ends and says which rank is behind."""
+
+    start_s: Positive = 1800  # up to the end of the first step: building, compiling, k-means
+    data_s: Positive = 600
+    step_s: Positive = 600
+    kmeans_s: Positive = 900
+    evaluation_s: Positive = 3600
+    saving_s: Positive = 1800  # waiting for a checkpoint that is written in the background
+
+
 class Recipe(Section):
     """A whole run. It stops at pretrain.py, loop.py and checkpoint.py; parts get their section."""
 
@@ -237,6 +251,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
 
     @property
     def bank_steps(self) -> int:

@@ -109,6 +109,20 @@ def test_evaluating_what_is_no_checkpoint_is_one_clear_line(tmp_path, monkeypatc
     assert "no checkpoint in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("loader", ["dali", "fast", "stream"])
+def test_every_loader_trains_a_whole_run(tmp_path, tars, monkeypatch, loader):
+    recipe = str(write_small_recipe(tmp_path, tars))
+    overrides = [f"data.loader={loader}", "run.steps=4"]
+    if loader == "stream":
+        pattern = f"data.stream=pipe:cat {tars}/train-{{000000..000002}}.tar"
+        overrides += [pattern, "data.allow_pipe=true"]
+    else:
+        pytest.importorskip("nvidia.dali")
+    assert run_program("pretrain.py", recipe, *overrides, monkeypatch=monkeypatch) == 0
+    steps = losses(tmp_path / "run")
+    assert len(steps) == 4 and all(map(math.isfinite, steps))
+
+
 def test_an_unlabelled_set_trains_and_says_that_it_cannot_be_judged(tmp_path, monkeypatch, capsys):
     from images import jpeg
 

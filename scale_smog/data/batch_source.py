@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from scale_smog.data.augment import View, ViewNumbers
-from scale_smog.data.manifest import TarDataset
+from scale_smog.data.folder_dataset import Images
 
 
 class Plan(Protocol):
@@ -22,7 +22,7 @@ class Plan(Protocol):
 class BatchSource:
     """Everything a loader needs to know to make the batch of any step, before any pixel exists."""
 
-    dataset: TarDataset
+    dataset: Images
     plan: Plan
     views: Sequence[View]
     seed: int

@@ -30,6 +30,7 @@ from scale_smog.data.batch_source import BatchSource
 from scale_smog.data.pixels import empty_views, make_views
 
 PREFETCH_BATCHES = 2
+CUBIC = {"interp_type": types.INTERP_CUBIC, "antialias": True}
 
 
 class DaliLoader:
@@ -72,15 +73,16 @@ class DaliLoader:
         # The thread reads the files and draws the numbers, which DALI asks for in `run`.
         batches = in_background(lambda _: self._pipeline.run(), self._steps, PREFETCH_BATCHES)
         for step, outputs in zip(self._steps, batches, strict=True):
-            views = [self._to_torch(output) for output in outputs]
+            views = [to_torch(output, self._device) for output in outputs]
             ids = self._source.ids(step)
             label = torch.from_numpy(labels[ids]).to(self._device, non_blocking=True)
             yield Batch(views[:num_large], views[num_large:], label, torch.from_numpy(ids))
 
-    def _to_torch(self, output: Any) -> Tensor:
-        """[B, 3, px, px] over DALI's own HWC memory: channels_last without a copy."""
-        view = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
-        return view.to(self._device, non_blocking=True)
+
+def to_torch(output: Any, device: torch.device) -> Tensor:
+    """[B, 3, px, px] over DALI's own HWC memory: channels_last without a copy."""
+    view = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+    return view.to(device, non_blocking=True)
 
 
 class DaliCpuLoader:
@@ -148,13 +150,13 @@ class _Feed:
         step = self.start + iteration
         feed: list[list[np.ndarray] | np.ndarray] = [self.source.encoded(self.source.ids(step))]
         for view, numbers in zip(self.source.views, self.source.numbers(step), strict=True):
-            feed += [getattr(numbers, name) for name in _needed(view)]
+            feed += [numbers.box, *(getattr(numbers, name) for name in needed_numbers(view))]
         return feed
 
 
-def _needed(view: View) -> list[str]:
-    """Fields of ViewNumbers that the graph of this view reads."""
-    names = ["box", "flip"]
+def needed_numbers(view: View) -> list[str]:
+    """Fields of ViewNumbers, the crop's box aside, that the graph of this view reads."""
+    names = ["flip"]
     names += ["colour", "from_mean", "offset"] * view.has_colour
     names += ["sigma"] * view.has_blur
     names += ["solarize"] * view.has_solarize
@@ -163,21 +165,23 @@ def _needed(view: View) -> list[str]:
 
 @pipeline_def(enable_conditionals=True)
 def _view_pipeline(views: Sequence[View], feed: _Feed, on_gpu: bool) -> tuple[Any, ...]:
-    names = [(i, name) for i, view in enumerate(views) for name in _needed(view)]
+    names = [(i, name) for i, view in enumerate(views) for name in ["box", *needed_numbers(view)]]
     files, *nodes = fn.external_source(source=feed, num_outputs=1 + len(names), batch=True)
     image = fn.decoders.image(files, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
     outputs = []
     for i in range(len(views)):
         own = {names[k][1]: nodes[k] for k in range(len(names)) if names[k][0] == i}
-        outputs.append(_make_view(image, views[i], own))
+        box = own["box"]
+        window = fn.slice(image, box[:2], box[2:], axis_names="WH")
+        outputs.append(make_view(window, views[i], own))
     return tuple(outputs)
 
 
-def _make_view(image: Any, view: View, numbers: dict[str, Any]) -> Any:
-    """One view as graph nodes: HWC float32, normalised."""
-    box = numbers["box"]
-    window = fn.slice(image, box[:2], box[2:], axis_names="WH")
-    x = fn.resize(window, size=[view.px, view.px], interp_type=types.INTERP_CUBIC, antialias=True)
+def make_view(window: Any, view: View, numbers: dict[str, Any]) -> Any:
+    """One view of a cropped window as graph nodes: HWC float32, normalised."""
+    # torch and Pillow round to 8 bits between the two passes, so this does too.
+    x = fn.resize(window, resize_x=view.px, mode="stretch", **CUBIC)
+    x = fn.resize(x, resize_y=view.px, mode="stretch", **CUBIC)
     x = fn.cast(x, dtype=types.FLOAT)
     if view.has_colour:
         x = _recolour(x, numbers)

@@ -12,6 +12,7 @@ from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import CentreView, View
 from scale_smog.data.batch import Batch
 from scale_smog.data.batch_source import BatchSource
+from scale_smog.data.folder_dataset import Images
 from scale_smog.data.manifest import TarDataset
 from scale_smog.data.memory_loader import MemoryLoader
 from scale_smog.data.plan import EpochPlan, SequentialPlan
@@ -34,7 +35,7 @@ def build_plan(data: DataConfig, dataset: TarDataset, seed: int) -> EpochPlan:
 def build_training_loader(
     data: DataConfig,
     views: Sequence[View],
-    dataset: TarDataset,
+    dataset: Images,
     plan: EpochPlan,
     steps: range,
     device: torch.device,
@@ -53,6 +54,12 @@ def build_training_loader(
         urls = shard_urls(data.stream, data.allow_pipe)
         batch, threads = len(source.ids(0)), data.workers
         return StreamLoader(urls, views, batch, plan.seed, steps, threads, device, rank, world_size)
+    if data.loader == "fast":
+        require_loader(data, device)
+        on_gpu, batch = _on_gpu(data, device), len(source.ids(0))
+        return import_module("scale_smog.data.dali_fast").FastDaliLoader(
+            dataset, views, batch, plan.seed, steps, data.workers, device, on_gpu, rank, world_size
+        )
     if data.loader == "torch" and data.device == "gpu":
         require_loader(data, device)
         return MemoryLoader(source, steps, device)
@@ -62,7 +69,7 @@ def build_training_loader(
 def build_evaluation_loader(
     data: DataConfig,
     evaluation: EvaluationConfig,
-    dataset: TarDataset,
+    dataset: Images,
     sample_ids: np.ndarray,
     device: torch.device,
 ) -> Iterable[Batch]:
@@ -83,8 +90,8 @@ def require_loader(data: DataConfig, device: torch.device) -> None:
     """
     if data.device == "gpu" and device.type != "cuda":
         raise UserError("data.device=gpu, but no GPU is visible: take data.device=auto or cpu")
-    if data.loader == "dali":
-        _import_dali()
+    if data.loader in ("dali", "fast"):
+        _import_dali(data.loader)
     if data.loader == "stream":
         shard_urls(data.stream, data.allow_pipe)
 
@@ -93,20 +100,24 @@ def _build(
     data: DataConfig, source: BatchSource, steps: range, device: torch.device
 ) -> Iterable[Batch]:
     require_loader(data, device)
-    if data.loader == "dali":
-        dali = _import_dali()
-        on_gpu = device.type == "cuda" and data.device != "cpu"
+    if data.loader in ("dali", "fast"):
+        dali = _import_dali(data.loader)
+        on_gpu = _on_gpu(data, device)
         if on_gpu or max(view.px for view in source.views) <= SMALL_VIEW_PX:
             return dali.DaliLoader(source, steps, data.workers, device, on_gpu)
         return dali.DaliCpuLoader(source, steps, data.workers, device)
     return TorchLoader(source, steps, data.workers, device)
 
 
-def _import_dali() -> ModuleType:
+def _on_gpu(data: DataConfig, device: torch.device) -> bool:
+    return device.type == "cuda" and data.device != "cpu"
+
+
+def _import_dali(loader: str) -> ModuleType:
     try:
         return import_module("scale_smog.data.dali")
     except ImportError as error:
         raise UserError(
-            f"data.loader=dali needs nvidia-dali-cuda120 ({error}): "
+            f"data.loader={loader} needs nvidia-dali-cuda120 ({error}): "
             "install it, or take data.loader=torch"
         ) from None

@@ -272,6 +272,11 @@ class TarDataset:
         self.heights = np.ascontiguousarray(self._rows["height"])
         self._open = lru_cache(maxsize=_MAX_OPEN_FILES)(_OpenFile)
 
+    @property
+    def tar_paths(self) -> list[str]:
+        """The shards' files, in the order of their samples' ids."""
+        return [str(self._folder / name) for name in self._names]
+
     def read(self, sample_id: int) -> bytes:
         """Returns the encoded image (JPEG, PNG or WebP) of a sample.
 

@@ -100,7 +100,12 @@ def crop_batch(images: Tensor, numbers: ViewNumbers, px: int) -> Tensor:
     columns = _cubic_weights(left, width, px, images.shape[-1])  # [B, px, W]
     flip = torch.from_numpy(numbers.flip).to(images.device)[:, None, None]
     columns = torch.where(flip, columns.flip(1), columns)[:, None]  # [B, 1, px, W]
-    return (rows @ images @ columns.mT).round().clamp(0, 255)
+    narrow = _whole_levels(images @ columns.mT)  # torch and Pillow round between the passes too
+    return _whole_levels(rows @ narrow)
+
+
+def _whole_levels(x: Tensor) -> Tensor:
+    return x.round().clamp(0, 255)
 
 
 def _cubic_weights(start: Tensor, length: Tensor, px: int, size: int) -> Tensor:

@@ -3,17 +3,20 @@
 The CPU loaders make one image after the other, the loader of sets in memory whole batches.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as vision
+from torch.nn.functional import interpolate, pad
 
 from scale_smog.data.augment import MEAN, SOLARIZE_THRESHOLD, STD, View, ViewNumbers, blur_window
+
+BLUR_BLOCK_PX = 32  # rows or columns that share a product; of 28 to 112, the fastest
+
+_MEAN, _STD = (torch.from_numpy(v).float()[:, None, None] for v in (MEAN, STD))  # [3, 1, 1]
 
 
 def make_views(
@@ -73,7 +76,7 @@ def crop(image: Tensor, box: np.ndarray, px: int, flip: bool) -> Tensor:
     window = image[:, top : top + height, left : left + width]
     # torch's fast path for 8 bits wants the colours of a pixel side by side.
     window = window[None].contiguous(memory_format=torch.channels_last)
-    x = vision.resize(window, [px, px], InterpolationMode.BICUBIC, antialias=True)[0]
+    x = interpolate(window, (px, px), mode="bicubic", antialias=True)[0]
     return x.flip(-1) if flip else x
 
 
@@ -95,8 +98,7 @@ def finish(x: Tensor, view: View, numbers: ViewNumbers) -> Tensor:
     if view.has_solarize and numbers.solarize.any():
         solarize = _on(numbers.solarize, x)[:, None, None, None]
         x = torch.where(solarize & (x >= SOLARIZE_THRESHOLD), 255 - x, x)
-    mean, std = (_on(v.astype(np.float32), x)[:, None, None] for v in (MEAN, STD))
-    return x.sub_(mean).div_(std)
+    return x.sub_(_MEAN.to(x.device)).div_(_STD.to(x.device))
 
 
 def _recolour(x: Tensor, numbers: ViewNumbers) -> Tensor:
@@ -108,37 +110,46 @@ def _recolour(x: Tensor, numbers: ViewNumbers) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: np.ndarray, window: int) -> Tensor:
-    """Gaussian blur of the images whose sigma is not 0: [B, 3, H, H].
-
-    As two products with a banded matrix, which is faster than a convolution with a kernel of its
-    own for every image.
-    """
+    """Gaussian blur of the images whose sigma is not 0, reflected at the edges: [B, 3, H, H]."""
     rows = torch.from_numpy(np.flatnonzero(sigma)).to(x.device)  # n of B
-    matrix = _blur_matrices(_on(sigma, x)[rows], x.shape[-1], window)[:, None]  # [n, 1, H, H]
+    band = _blur_bands(_on(sigma, x)[rows], x.shape[-1], window)
     if len(rows) == len(x):
-        return matrix @ x @ matrix.mT
-    return x.index_copy(0, rows, matrix @ x[rows] @ matrix.mT)
+        return _blur_all(x, band)
+    return x.index_copy(0, rows, _blur_all(x[rows], band))
 
 
-def _blur_matrices(sigma: Tensor, px: int, window: int) -> Tensor:
-    """[n, px, px]: row i holds the kernel of one sigma [n] about pixel i, reflected at the ends."""
-    source, distance = _taps(px, window, sigma.device)  # [px, window], [window]
-    kernel = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)  # [n, window]
+def _blur_all(x: Tensor, band: Tensor) -> Tensor:
+    """Both passes of a blur as products with a band, block by block of rows, then of columns.
+
+    At 224 px, on a CPU: half of the time of products with the whole [H, H] matrix, a third of that
+    of a convolution.
+
+    Args:
+        x: [n, 3, H, H].
+        band: [n, 1, 1, block, reach], of `_blur_bands`.
+    """
+    block, reach = band.shape[-2:]
+    radius = (reach - block) // 2
+    padded = pad(x, [radius] * 4, mode="reflect")  # [n, 3, H + 2 radius, H + 2 radius]
+    rows = band @ padded.unfold(2, reach, block).mT  # [n, 3, H / block, block, H + 2 radius]
+    windows = rows.flatten(2, 3).unfold(3, reach, block).movedim(3, 2)
+    columns = windows @ band.mT  # [n, 3, H / block, H, block]
+    return columns.movedim(2, 3).flatten(3)
+
+
+def _blur_bands(sigma: Tensor, px: int, window: int) -> Tensor:
+    """[n, 1, 1, block, reach]: row i holds the kernel of one sigma [n], shifted by i."""
+    distance = torch.arange(window, device=sigma.device) - window // 2
+    kernel = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # [n, window]
+    kernel = kernel / kernel.sum(1, keepdim=True)
     # Such weights change no pixel, but denormal numbers make the product seven times slower.
     kernel = torch.where(kernel < 1e-9, 0, kernel)
-    shape = (len(sigma), px, window)
-    matrices = sigma.new_zeros(len(sigma), px, px)
-    return matrices.scatter_add_(2, source.expand(shape), kernel[:, None].expand(shape))
-
-
-@lru_cache(maxsize=8)
-def _taps(px: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which pixel [px, window] each tap of each row reads, and the taps' distance [window]."""
-    distance = np.arange(window) - window // 2
-    source = np.abs(np.arange(px)[:, None] + distance)
-    source = np.minimum(source, 2 * (px - 1) - source)
-    return torch.from_numpy(source).to(device), torch.from_numpy(distance).float().to(device)
+    block = math.gcd(px, BLUR_BLOCK_PX)
+    reach = block + window - 1
+    bands = sigma.new_zeros(len(sigma), block, reach)
+    shifted = bands.as_strided((len(sigma), block, window), (block * reach, reach + 1, 1))
+    shifted.copy_(kernel[:, None].expand_as(shifted))
+    return bands[:, None, None]
 
 
 def _on(values: np.ndarray, x: Tensor) -> Tensor:

@@ -29,13 +29,14 @@ from torch import Tensor
 from webdataset.filters import shuffle
 from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys
 
 from scale_smog.data.augment import View
 from scale_smog.data.background import in_background
 from scale_smog.data.batch import Batch
 from scale_smog.data.manifest import UNLABELLED
 from scale_smog.data.pixels import empty_views, make_views
+from scale_smog.data.tar_members import LABEL_EXTENSION, reason_to_refuse, split_name
 from scale_smog.data.torch_loader import decode
 from scale_smog.errors import UserError
 
@@ -45,7 +46,6 @@ NUM_TRIES = 3  # to read a tar
 PREFETCH_BATCHES = 2
 LARGEST_BAD_SHARE = 0.05  # of the samples so far, beyond the first hundred bad ones
 _IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_LABEL_EXTENSION = "cls"
 
 
 class StreamSample(NamedTuple):
@@ -181,7 +181,8 @@ def read_tar(url: str, epoch: int = 0) -> Iterator[StreamSample]:
     """The samples of one tar; after a broken connection it is opened again and goes on.
 
     Only images and labels are read, as bytes: nothing is decoded by its extension, so a pickle
-    stays what it is. The first member of every other extension is named on stderr.
+    stays what it is. On stderr: every link, device and path that leaves the tar, and the first
+    member of every other extension.
 
     Raises:
         UserError: the tar could not be read to its end in NUM_TRIES tries.
@@ -193,7 +194,7 @@ def read_tar(url: str, epoch: int = 0) -> Iterator[StreamSample]:
                 num_done += 1
                 image = next((sample[e] for e in _IMAGE_EXTENSIONS if e in sample), None)
                 if image is not None:
-                    text = sample.get(_LABEL_EXTENSION, b"").strip()
+                    text = sample.get(LABEL_EXTENSION, b"").strip()
                     label = int(text) if text.isdigit() else UNLABELLED
                     yield StreamSample(f"{url}#{sample['__key__']}", epoch, image, label)
             return
@@ -206,23 +207,31 @@ def read_tar(url: str, epoch: int = 0) -> Iterator[StreamSample]:
 
 def _samples(url: str, refused: set[str]) -> Iterator[dict[str, Any]]:
     """Samples as webdataset groups them: bytes by extension, and `__key__`."""
-
-    def may_be_read(name: str) -> bool:
-        extension = name.rpartition("/")[2].partition(".")[2].lower()
-        leaves = name.startswith("/") or ".." in name.split("/")
-        if not leaves and extension in (*_IMAGE_EXTENSIONS, _LABEL_EXTENSION):
-            return True
-        if extension not in refused:
-            print(f"{url}: left out all like {name}", file=sys.stderr)
-            refused.add(extension)
-        return False
-
     with _open(url) as stream:
-        files = tar_file_iterator(stream, select_files=may_be_read)
+        files = _files(stream, url, refused)
         yield from group_by_keys(({**file, "__url__": url} for file in files), handler=_name)
         # To the end: a program that writes to nobody may call that a failure.
         while stream.read(2**16):
             pass
+
+
+def _files(stream: Any, url: str, refused: set[str]) -> Iterator[dict[str, Any]]:
+    """Images and labels of a tar as it passes; what is refused is named on stderr.
+
+    webdataset's own iterator passes over links and devices in silence.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for info in tar:
+            extension = split_name(info)[1].extension.lower()
+            reason = reason_to_refuse(info, extension)
+            if reason and reason not in refused:
+                if reason.endswith(f": .{extension}"):  # name the first of an extension only
+                    refused.add(reason)
+                print(f"{url}: left out {info.name}: {reason}", file=sys.stderr)
+            elif not reason and extension in (*_IMAGE_EXTENSIONS, LABEL_EXTENSION):
+                content = tar.extractfile(info)
+                yield {"fname": info.name, "data": content.read() if content else b""}
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # grows without end
 
 
 def _name(error: Exception) -> bool:

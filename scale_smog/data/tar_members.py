@@ -4,6 +4,7 @@ Only headers are parsed here; no member's content is ever decoded by its extensi
 a library in a tar is a line in a list of refusals and nothing more.
 """
 
+import math
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from scale_smog.data.manifest import UNLABELLED, Member
 from scale_smog.errors import UserError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
-_LABEL_EXTENSION = "cls"
+LABEL_EXTENSION = "cls"
 _IGNORED_EXTENSIONS = frozenset({"json", "txt"})  # descriptions, which nobody here reads
 
 
@@ -56,7 +57,7 @@ def list_tar(path: Path) -> TarListing:
                 reason = f"its key has {len(images)} images" if len(images) != 1 else "duplicate"
                 refused += [(m.name, f"{reason}: {key}") for m in group]
                 continue
-            label = by_extension.get(_LABEL_EXTENSION)
+            label = by_extension.get(LABEL_EXTENSION)
             text = _content(file, label) if label else str(UNLABELLED).encode()
             try:
                 samples.append(TarSample(key, images[0], int(text), tuple(group)))
@@ -73,8 +74,8 @@ def _safe_members(path: Path) -> tuple[list[tuple[str, Member]], list[tuple[str,
         with tarfile.open(path, "r:") as tar:
             try:
                 for info in tar:
-                    key, member = _split_name(info)
-                    if reason := _reason_to_refuse(info, member.extension.lower(), size):
+                    key, member = split_name(info)
+                    if reason := reason_to_refuse(info, member.extension.lower(), size):
                         refused.append((info.name, reason))
                     elif not info.isdir():
                         members.append((key, member))
@@ -85,14 +86,14 @@ def _safe_members(path: Path) -> tuple[list[tuple[str, Member]], list[tuple[str,
     return members, refused
 
 
-def _split_name(info: tarfile.TarInfo) -> tuple[str, Member]:
+def split_name(info: tarfile.TarInfo) -> tuple[str, Member]:
     """As webdataset does: the key ends at the first dot of the last part of the path."""
     folder, slash, base = info.name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", Member(extension, info.offset_data, info.size, info.name)
 
 
-def _reason_to_refuse(info: tarfile.TarInfo, extension: str, tar_size: int) -> str:
+def reason_to_refuse(info: tarfile.TarInfo, extension: str, tar_size: float = math.inf) -> str:
     """Empty if the member may be read."""
     if info.name.startswith("/") or ".." in info.name.split("/"):
         return "its path leaves the tar"
@@ -100,7 +101,7 @@ def _reason_to_refuse(info: tarfile.TarInfo, extension: str, tar_size: int) -> s
         return ""
     if not info.isreg() or info.issparse():
         return "not a plain file: a link, a device or sparse"
-    if extension not in IMAGE_EXTENSIONS | _IGNORED_EXTENSIONS | {_LABEL_EXTENSION}:
+    if extension not in IMAGE_EXTENSIONS | _IGNORED_EXTENSIONS | {LABEL_EXTENSION}:
         return f"not an image, label or description: .{extension}"
     if info.offset_data + info.size > tar_size:
         return "truncated: the tar ends inside it"

@@ -102,13 +102,11 @@ def test_views_of_a_set_in_memory_are_torchs_within_the_same_tolerance(photos, n
 @pytest.mark.real_images
 @pytest.mark.skipif("SCALE_SMOG_TEST_DATA" not in os.environ, reason="no SCALE_SMOG_TEST_DATA")
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.05, 0.2)])
-def test_crops_of_photographs_agree_but_for_one_pixel_in_a_thousand(tmp_path, scale):
+def test_crops_of_photographs_agree_to_two_grey_levels_but_for_their_rims(tmp_path, scale):
     """PNG copies of sixteen photographs, so that only the crops are compared.
 
-    Measured on ImageNet's: 0.19 grey levels on average; 0.04 to 0.06 % of the values differ by more
-    than two, the worst by 18. Probably because torch rounds and clips to 8 bits between the
-    horizontal and the vertical pass, where bicubic weights overshoot at harsh edges: the loader of
-    small sets, which rounds at the end alone, is at most 7 away.
+    At the rim, where the kernel reaches beyond the crop, DALI repeats the last pixel and torch
+    leaves the others their weight: up to seven levels of ImageNet's photographs, 0.01 on average.
     """
     dali = pytest.importorskip("scale_smog.data.dali")
     files = sorted(Path(os.environ["SCALE_SMOG_TEST_DATA"]).rglob("*.[jJ][pP]*[gG]"))
@@ -120,10 +118,14 @@ def test_crops_of_photographs_agree_but_for_one_pixel_in_a_thousand(tmp_path, sc
     source = BatchSource(
         TarDataset(tmp_path / "tars", "train"), EpochPlan(16, 16, seed=1), [view], 1, 0, 1
     )
-    ours = pixels(dali.DaliLoader(source, range(2), 1, CPU, on_gpu=False))
-    difference = (ours - pixels(TorchLoader(source, range(2), 0, CPU))).abs()
-    assert difference.mean() < 0.25
-    assert (difference > 2 + 1e-2).float().mean() < 1e-3
+    torch_views = pixels(TorchLoader(source, range(2), 0, CPU))
+    from_memory = pixels(MemoryLoader(source, range(2), CPU))
+    assert (from_memory - torch_views).abs().max() < 2 + 1e-2
+    dali_views = pixels(dali.DaliLoader(source, range(2), 1, CPU, on_gpu=False))
+    difference = (dali_views - torch_views).abs()
+    rim = 10 if scale[0] < 0.2 else 4  # px: two pixels of the crop, as large as they may become
+    assert difference[:, :, rim:-rim, rim:-rim].max() < 2 + 1e-2
+    assert difference.mean() < 0.03
 
 
 def test_a_set_too_large_for_the_device_is_refused(photos, monkeypatch):

@@ -171,6 +171,14 @@ def test_other_schemes_are_refused_by_name(url):
         shard_urls(url, allow_pipe=True)
 
 
+def test_links_in_a_stream_are_refused_by_name(tmp_path, capsys):
+    tar = tmp_path / "a.tar"
+    write_tar(tar, [("000009.jpg", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})])
+    samples = list(read_tar(f"pipe:cat {shlex.quote(str(tar))}"))
+    assert len(samples) == 6
+    assert "000009.jpg: not a plain file" in capsys.readouterr().err
+
+
 @needs_curl
 def test_a_pickle_in_a_stream_never_runs_and_bad_images_cost_no_other(tmp_path, serve, capsys):
     canary = tmp_path / "canary"

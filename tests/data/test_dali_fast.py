@@ -1,0 +1,57 @@
+"""DALI's own reader: every sample once a pass, the same views as the other loaders' kind."""
+
+from collections import Counter
+
+import pytest
+import torch
+from images import jpeg
+
+from scale_smog.config import AugmentConfig, DataConfig
+from scale_smog.data import TarDataset
+from scale_smog.data.augment import training_views
+from scale_smog.data.sharding import shard_folder
+
+CPU = torch.device("cpu")
+NUM_IMAGES, NUM_CLASSES = 48, 12
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Four shards of twelve images, labelled 0 to 11."""
+    folder = tmp_path_factory.mktemp("fast")
+    for i in range(NUM_IMAGES):
+        path = folder / "images" / f"{i % NUM_CLASSES:02d}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(40 + i, 30, seed=i))
+    shard_folder(folder / "images", folder / "tars", workers=1, shard_samples=12)
+    return TarDataset(folder / "tars", "train")
+
+
+def load(dataset, steps, batch, rank=0, world_size=1):
+    fast = pytest.importorskip("scale_smog.data.dali_fast")
+    views = training_views(
+        DataConfig(path="", num_small_crops=1, large_px=24, small_px=16), AugmentConfig()
+    )
+    loader = fast.FastDaliLoader(dataset, views, batch, 3, steps, 1, CPU, False, rank, world_size)
+    return list(loader)
+
+
+def test_ranks_together_see_every_label_as_often_as_it_is_there(many):
+    parts = [load(many, range(3), 8, rank, 2) for rank in range(2)]
+    labels = Counter(int(y) for part in parts for batch in part for y in batch.label)
+    assert labels == Counter(dict.fromkeys(range(NUM_CLASSES), NUM_IMAGES // NUM_CLASSES))
+
+
+def test_a_run_repeats_to_the_bit_and_another_start_does_not(many):
+    one, again, later = load(many, range(4), 8), load(many, range(4), 8), load(many, range(1, 5), 8)
+    assert all(torch.equal(a.large[1], b.large[1]) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[1].large[1], later[0].large[1])
+
+
+def test_batches_have_the_form_of_the_other_loaders(many):
+    batch = load(many, range(1), 8)[0]
+    assert [tuple(view.shape) for view in batch.large] == [(8, 3, 24, 24)] * 2
+    assert tuple(batch.small[0].shape) == (8, 3, 16, 16)
+    assert batch.large[0].is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(batch.large[0], batch.large[1])
+    assert batch.label.dtype == torch.int64
