@@ -88,8 +88,18 @@ class ModelConfig(Section):
     weights: str = ""  # file of timm or torchvision to start the backbone from; "": random
     dim: Positive = 128  # of the projected features; 256 for transformers
     head_width: Positive = 2048
+    identity_predictor: bool = False  # begins with p = z; the paper leaves its first weights open
     batch_norm: Literal["global", "node", "local"] | Positive = "global"  # or ranks in a group
     ema: Share = 0.999  # alpha: momentum <- alpha * momentum + (1 - alpha) * online
+
+    @model_validator(mode="after")
+    def _identity_needs_width(self) -> Self:
+        if self.identity_predictor and self.head_width < 2 * self.dim:
+            raise ValueError(
+                f"model.identity_predictor needs model.head_width of at least {2 * self.dim}, "
+                f"twice model.dim"
+            )
+        return self
 
 
 class GroupingConfig(Section):
@@ -226,6 +236,7 @@ class EvaluationConfig(Section):
     crop_share: Annotated[float, Field(gt=0, le=1)] = 0.875  # of the shorter side: 224 of 256
     num_train_images: NonNegative = 0  # images the neighbours are taken from; 0: all
     num_test_images: NonNegative = 0
+    online: bool = False  # kNN and a linear classifier on the views in training, every log_every
     baselines: bool = False  # at the end, also judge raw pixels and the random net
 
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import torch
 from torch import nn
 
 
@@ -43,6 +44,29 @@ def predictor(dim: int, hidden: int, activation: type[nn.Module]) -> nn.Sequenti
         fc2=nn.Linear(hidden, dim),
     )
     return nn.Sequential(layers)
+
+
+@torch.no_grad()
+def start_as_identity(head: nn.Sequential) -> None:
+    """Gives a predictor the weights with which its predictions are its projections.
+
+    The paper leaves the first weights open. Projections x [B, D] are standardised, so the batch
+    norm leaves x and -x as they are, and x = relu(x) - relu(-x). The other hidden units keep their
+    random inputs and begin without a say in the output. With GELU the start is near the identity.
+
+    Args:
+        head: of `predictor`, at least 2 D wide.
+    """
+    first, last = head.get_submodule("fc1"), head.get_submodule("fc2")
+    weights, readout, bias = first.weight, last.weight, last.bias
+    assert isinstance(weights, torch.Tensor) and isinstance(readout, torch.Tensor)
+    assert isinstance(bias, torch.Tensor)
+    dim = weights.shape[1]
+    eye = torch.eye(dim, dtype=weights.dtype, device=weights.device)
+    weights[:dim], weights[dim : 2 * dim] = eye, -eye  # [hidden, D]
+    readout.zero_()  # [D, hidden]
+    readout[:, :dim], readout[:, dim : 2 * dim] = eye, -eye
+    bias.zero_()
 
 
 def head_activation(backbone: nn.Module) -> type[nn.Module]:

@@ -81,9 +81,9 @@ def build_nets(model: ModelConfig) -> tuple[OnlineNet, MomentumNet]:
     net = build_backbone(model.backbone, model.width, model.small_images)
     num_features: int = net.num_features  # pyright: ignore[reportAssignmentType]
     activation = heads.head_activation(net)
-    online = OnlineNet(
-        net,
-        heads.projector(num_features, model.head_width, model.dim, activation),
-        heads.predictor(model.dim, model.head_width, activation),
-    )
+    projector = heads.projector(num_features, model.head_width, model.dim, activation)
+    predictor = heads.predictor(model.dim, model.head_width, activation)
+    if model.identity_predictor:
+        heads.start_as_identity(predictor)
+    online = OnlineNet(net, projector, predictor)
     return online, MomentumNet(deepcopy(online.backbone), deepcopy(online.projector))

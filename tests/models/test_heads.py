@@ -41,3 +41,13 @@ def test_activation_follows_the_backbone(backbone: str, expected: type[nn.Module
     assert activation is expected
     assert isinstance(heads.projector(16, 32, 8, activation).act, expected)
     assert isinstance(heads.predictor(8, 32, activation).act, expected)
+
+
+def test_an_identity_predictor_begins_with_the_projections_and_learns() -> None:
+    torch.manual_seed(0)
+    z = heads.projector(16, 32, 8, nn.ReLU)(torch.randn(64, 16))  # [B, D]
+    predictor = heads.predictor(8, 32, nn.ReLU)
+    heads.start_as_identity(predictor)
+    torch.testing.assert_close(predictor(z), z, rtol=0, atol=1e-3)
+    predictor(z).square().sum().backward()
+    assert (predictor.fc2.weight.grad[:, 16:] != 0).any()  # the idle units can join in
