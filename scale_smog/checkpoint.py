@@ -1,122 +1,261 @@
-"""Checkpoints that are whole or not there: written aside, hashed, renamed, verified at loading."""
+"""Saves and loads what a run is, in pieces that any engine on any number of ranks can take.
 
-import hashlib
-import json
-import os
-import re
+torch.distributed.checkpoint plans who writes and reads which range and keeps the bytes in
+safetensors files, which cannot run code. Around it: a folder set aside, hashes, and one rename.
+"""
+
 import shutil
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+from zlib import crc32
 
-from safetensors.torch import load_file, save_file
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_smog import distributed
+from scale_smog.checkpoint_manifest import (
+    FORMAT_VERSION,
+    Damaged,
+    FileFacts,
+    Manifest,
+    TensorFacts,
+    aside_folder,
+    check_files,
+    commit,
+    generations,
+    read_manifest,
+    remove_leftovers,
+    remove_superseded,
+    step_folder,
+    whole_or_why,
+)
+from scale_smog.checkpoint_planner import SavePlanner, own_files, writer
+from scale_smog.checkpoint_reading import load, read
+from scale_smog.checkpoint_space import probe_space
+from scale_smog.config import RunConfig
+from scale_smog.distributed import Piece, on_all_ranks
+from scale_smog.errors import UserError
 
-FORMAT_VERSION = 1
-FACTS_FILE = "facts.json"
-SEAL_FILE = "seal.json"  # size and SHA-256 of the others, written last
-_NAME = re.compile(r"step-(\d{8})")
+__all__ = ["Checkpoints", "Restored", "generations", "load", "whole_or_why"]
+
+T = TypeVar("T")
 
 
-def save(run_dir: Path, step: int, state: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-    """Writes `run_dir/checkpoints/step-XXXXXXXX`; rank 0 writes, all ranks wait.
+class Restored(NamedTuple):
+    """What came back from a checkpoint."""
+
+    step: int  # finished steps
+    facts: dict[str, Any]
+    format_version: int
+    values: dict[str, Tensor]  # for each piece, in its shape, on the CPU
+    passed_over: list[str]  # why newer checkpoints were not taken
+
+
+class Checkpoints:
+    """The checkpoints of a run; every method is a collective.
+
+    A save copies the pieces and goes on in the background: on a thread, and a process group, of its
+    own, because the training talks at the same time.
 
     Args:
-        run_dir: folder of the run.
-        step: finished steps.
-        state: full tensors under names that know no engine and no number of ranks, whose first
-            word is their part: a file of its own. Only rank 0's is read.
-        facts: plain JSON values to keep beside them.
-
-    Returns:
-        The folder of the checkpoint.
+        run: the recipe's section.
+        facts: of the run, plain JSON values, kept in every checkpoint.
     """
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    if distributed.is_main() and not _is_whole(folder):
-        aside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for part in {name.split(".")[0] for name in state}:
-            # One file a part: the library copies what it writes, and a whole state may not fit.
-            tensors = {k: v for k, v in state.items() if k.split(".")[0] == part}
-            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            save_file(tensors, aside / f"{part}.safetensors")  # loading it cannot run code
-        _write_json(aside / FACTS_FILE, {"format_version": FORMAT_VERSION, "step": step, **facts})
-        _write_json(aside / SEAL_FILE, _seal(aside))
-        for path in [*aside.iterdir(), aside]:
-            _sync(path)
-        os.replace(aside, folder)
-        _sync(folder.parent)
-    distributed.barrier()
-    return folder
+
+    def __init__(self, run: RunConfig, facts: dict[str, Any]):
+        self._run_dir = distributed.broadcast_object(Path(run.dir).absolute())  # rank 0 decides
+        self._folder = self._run_dir / "checkpoints"
+        self._run, self._facts = run, facts
+        self._group = distributed.background_group()
+        self._buffers: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+
+    def prepare(self, pieces: dict[str, Piece]) -> str | None:
+        """Before the first step: can checkpoints be written here, and how many fit?
+
+        Returns:
+            A warning if fewer fit than are to be kept.
+
+        Raises:
+            UserError: a rank cannot write, does not see what another wrote, or not one fits.
+        """
+        if distributed.is_main():
+            with suppress(OSError):  # a folder that cannot be written is told below
+                remove_leftovers(self._folder)
+        num_bytes = sum(_num_bytes(piece) for piece in self._own(pieces).values())
+        num_more = self._run.keep_checkpoints + 1 - len(generations(self._run_dir))
+        return probe_space(self._folder, num_bytes, num_more, self._group)
+
+    def save(self, step: int, pieces: dict[str, Piece]) -> str | None:
+        """Starts a checkpoint of `step`; the pieces may change as soon as this returns.
+
+        Returns:
+            Why the checkpoint before this one failed, or None.
+        """
+        problem = self.wait()
+        copies = self._copies(self._own(pieces))
+        self._thread = threading.Thread(target=self._write, args=(step, copies), daemon=True)
+        self._thread.start()
+        return problem
+
+    def wait(self) -> str | None:
+        """Waits until the last checkpoint is on the disk; None, or in a line why it is not.
+
+        Every rank hears the same. What is no fault of the disk is raised.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        problem, self._problem = self._problem, None
+        if problem is None:
+            return None
+        if not isinstance(problem, OSError):
+            raise problem
+        whole = generations(self._run_dir)
+        newest = f"; {whole[-1].name} is there" if whole else ""
+        return f"no checkpoint written: {problem}; free some space or mend the disk{newest}"
+
+    def load_newest(self, pieces: dict[str, Piece]) -> Restored | None:
+        """Values for the pieces from the newest checkpoint that is whole on all ranks.
+
+        Returns:
+            None if the run has none yet.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole; nothing is begun anew by itself.
+        """
+        names = [f.name for f in generations(self._run_dir)] if distributed.is_main() else []
+        passed_over: list[str] = []
+        for name in reversed(distributed.broadcast_object(names)):
+            folder = self._folder / name
+            try:
+                manifest = self._agreed_manifest(folder)
+            except OSError as error:
+                passed_over.append(str(error))
+                continue
+            values = read(folder, manifest, pieces, self._group)
+            version = manifest.format_version
+            return Restored(manifest.step, manifest.facts, version, values, passed_over)
+        if passed_over:
+            raise UserError(
+                f"none of the {len(passed_over)} checkpoints in {self._folder} is whole: "
+                f"{passed_over[0]}; see launcher/check.py --doctor {self._run_dir}, and remove the "
+                "folder to begin anew"
+            )
+        return None
+
+    def _agreed_manifest(self, folder: Path) -> Manifest:
+        """The manifest, once all ranks have read the same one and each has hashed its files.
+
+        Raises:
+            OSError: on all ranks, if one of them finds the checkpoint damaged.
+        """
+        found: list[Manifest] = []
+
+        def check() -> int:
+            share = slice(distributed.rank(), None, distributed.world_size())
+            try:
+                found.append(read_manifest(folder))
+                check_files(folder, found[0], share)
+            except Damaged as error:
+                raise OSError(str(error)) from None
+            return crc32(repr(found[0]).encode())
+
+        if len(set(self._on_all(check))) > 1:
+            raise OSError(f"{folder} is not the same on all ranks: run.dir must be shared")
+        return found[0]
+
+    def _own(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
+        """What this rank writes: its ranges, and its part of the tensors that all ranks hold."""
+        own = {name: piece for name, piece in pieces.items() if not piece.is_shared}
+        loads = [0] * distributed.world_size()
+        shared = [(_num_bytes(piece), name) for name, piece in pieces.items() if piece.is_shared]
+        for num_bytes, name in sorted(shared, reverse=True):  # the same on every rank
+            writer_rank = loads.index(min(loads))
+            loads[writer_rank] += num_bytes
+            if writer_rank == distributed.rank():
+                own[name] = pieces[name]
+        return {name: piece for name, piece in own.items() if piece.values.numel()}
+
+    def _copies(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
+        """The pieces with copies of their values, flat on the CPU, in memory that is used again."""
+        copies = {}
+        for name, piece in pieces.items():
+            values = piece.values.detach()
+            if name not in self._buffers:
+                size, dtype = values.numel(), values.dtype
+                self._buffers[name] = torch.empty(size, dtype=dtype, pin_memory=values.is_cuda)
+            self._buffers[name].view(values.shape).copy_(values, non_blocking=True)
+            copies[name] = piece._replace(values=self._buffers[name])
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _write(self, step: int, pieces: dict[str, Piece]) -> None:
+        """Runs in the background; leaves what went wrong, the same on all ranks."""
+        final = step_folder(self._folder, step)
+        aside = aside_folder(final, "tmp")
+        try:
+            self._on_main(lambda: _make_empty(aside))
+            dcp.save(
+                {name: piece.values for name, piece in pieces.items()},
+                storage_writer=writer(aside),
+                planner=SavePlanner(pieces),
+                process_group=self._group,
+                no_dist=not dist.is_initialized(),
+            )
+            parts = self._on_all(lambda: (_hash_own_files(aside), _tensor_facts(pieces)))
+            files = {name: facts for part, _ in parts for name, facts in part.items()}
+            tensors = {name: facts for _, part in parts for name, facts in part.items()}
+            manifest = Manifest(FORMAT_VERSION, step, self._facts, tensors, files)
+            self._on_main(lambda: commit(aside, final, manifest))
+            keep = self._run.keep_checkpoints, self._run.keep_checkpoint_every
+            self._on_main(lambda: remove_superseded(self._run_dir, step, *keep))
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            self._problem = _as_os_error(error)
+            if distributed.is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _on_all(self, function: Callable[[], T]) -> list[T]:
+        return on_all_ranks(function, self._group)
+
+    def _on_main(self, function: Callable[[], None]) -> None:
+        self._on_all(function if distributed.is_main() else lambda: None)
 
 
-def load_newest(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """State and facts of the newest whole checkpoint of a run, or None; rank 0 chooses it."""
-    folders = [f for f in generations(run_dir) if _is_whole(f)] if distributed.is_main() else []
-    newest = distributed.broadcast_object(str(folders[-1]) if folders else "")
-    return load(Path(newest)) if newest else None
+def _num_bytes(piece: Piece) -> int:
+    return piece.values.numel() * piece.values.element_size()
 
 
-def load(folder: Path, part: str = "*") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU; of one part, such as "online", or of all) and facts of a checkpoint."""
-    facts = json.loads((folder / FACTS_FILE).read_text())
-    tensors: dict[str, Tensor] = {}
-    for path in folder.glob(f"{part}.safetensors"):
-        tensors |= load_file(path)
-    return tensors, facts
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
-def generations(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, whole or not, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted(f for f in folders if _NAME.fullmatch(f.name))
+def _hash_own_files(folder: Path) -> dict[str, FileFacts]:
+    return {path.name: FileFacts.of(path) for path in own_files(folder, distributed.rank())}
 
 
-def remove_old(run_dir: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints; on rank 0 only."""
-    if distributed.is_main():
-        for folder in generations(run_dir)[:-keep]:
-            shutil.rmtree(folder)
+def _tensor_facts(pieces: dict[str, Piece]) -> dict[str, TensorFacts]:
+    return {
+        name: TensorFacts(list(piece.shape), str(piece.values.dtype).removeprefix("torch."))
+        for name, piece in pieces.items()
+        if piece.start == 0  # of all ranks, one says it
+    }
 
 
-def whole_or_why(folder: Path) -> str | None:
-    """None if every file is as it was written, else one line on the first that is not."""
-    try:
-        seal = json.loads((folder / SEAL_FILE).read_text())
-        for name, (size, sha256) in seal.items():
-            path = folder / name
-            if path.stat().st_size != size:
-                return f"{path} has {path.stat().st_size} bytes, not {size}"
-            if _sha256(path) != sha256:
-                return f"{path} has changed since it was written"
-    except (OSError, ValueError) as error:
-        return f"{folder}: {error}"
-    return None if FACTS_FILE in seal else f"{folder / SEAL_FILE} does not name {FACTS_FILE}"
-
-
-def _is_whole(folder: Path) -> bool:
-    return folder.is_dir() and whole_or_why(folder) is None
-
-
-def _seal(folder: Path) -> dict[str, tuple[int, str]]:
-    return {path.name: (path.stat().st_size, _sha256(path)) for path in folder.iterdir()}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _as_os_error(error: BaseException) -> Exception:
+    """The disk's fault out of what torch.distributed.checkpoint raises on all ranks."""
+    if isinstance(error, CheckpointException):
+        for number, (cause, _) in sorted(error.failures.items()):
+            if isinstance(cause, OSError):
+                return OSError(f"rank {number}: {cause.strerror or cause}")
+        return RuntimeError(str(error))
+    return error if isinstance(error, Exception) else RuntimeError(str(error))

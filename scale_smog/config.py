@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[int, Field(ge=10)]  # of a deadline: to find out who is late takes some
 Pair = Annotated[tuple[Share, Share], Field(strict=False)]  # YAML has lists, not tuples
 
 
@@ -243,12 +244,12 @@ class EvaluationConfig(Section):
 class DeadlinesConfig(Section):
     """How long a phase may take before the run ends and says which rank is behind."""
 
-    start_s: Positive = 1800  # up to the end of the first step: building, compiling, k-means
-    data_s: Positive = 600
-    step_s: Positive = 600
-    kmeans_s: Positive = 900
-    evaluation_s: Positive = 3600
-    saving_s: Positive = 1800  # waiting for a checkpoint that is written in the background
+    start_s: Seconds = 1800  # up to the end of the first step: building, compiling, k-means
+    data_s: Seconds = 600
+    step_s: Seconds = 600
+    kmeans_s: Seconds = 900
+    evaluation_s: Seconds = 3600
+    saving_s: Seconds = 1800  # waiting for a checkpoint that is written in the background
 
 
 class Recipe(Section):

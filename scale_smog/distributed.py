@@ -1,25 +1,52 @@
 """Rank facts and collectives, the differentiable all-reduce among them."""
 
 import os
+import re
 import resource
+import socket
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from scale_smog.errors import UserError
+from scale_smog.meeting import meet
 
 T = TypeVar("T")
 
 
-def start(timeout_s: float = 1800) -> torch.device:
+class Piece(NamedTuple):
+    """What this rank holds of a tensor that knows no engine and no number of ranks."""
+
+    values: Tensor  # any shape and layout; row by row they are a range of the flattened whole
+    start: int  # of that range
+    shape: torch.Size  # of the whole
+    is_shared: bool  # every rank holds the same
+
+    @classmethod
+    def whole(cls, values: Tensor) -> Self:
+        """A tensor that every rank holds."""
+        return cls(values, 0, values.shape, is_shared=True)
+
+    @classmethod
+    def rows(cls, values: Tensor) -> Self:
+        """This rank's rows [R, ...] of a tensor of as many rows on every rank, in rank order."""
+        shape = torch.Size([len(values) * world_size(), *values.shape[1:]])
+        return cls(values, rank() * values.numel(), shape, is_shared=False)
+
+
+def start(timeout_s: float = 1800, meeting_s: float = 600) -> torch.device:
     """Joins the process group and returns this rank's device.
 
     Works alike under plain python (a group of one), torchrun, deepspeed and srun. CPU tensors
     travel through gloo, CUDA tensors through NCCL.
+
+    Raises:
+        UserError: ranks have not come within `meeting_s`; names them.
     """
     env = _rank_environment()
     has_gpu = torch.cuda.is_available()
@@ -35,8 +62,7 @@ def start(timeout_s: float = 1800) -> torch.device:
         backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
         rank=env["RANK"],
         world_size=env["WORLD_SIZE"],
-        store=dist.HashStore() if env["WORLD_SIZE"] == 1 else None,
-        init_method="env://" if env["WORLD_SIZE"] > 1 else None,
+        store=meet(env["RANK"], env["WORLD_SIZE"], meeting_s),
         timeout=timedelta(seconds=timeout_s),
         device_id=device if has_gpu else None,
     )
@@ -48,20 +74,25 @@ def _rank_environment() -> dict[str, int]:
 
     deepspeed asks for them in the environment too, so they are put there.
     """
-    slurm = {
-        "RANK": "SLURM_PROCID",
-        "WORLD_SIZE": "SLURM_NTASKS",
-        "LOCAL_RANK": "SLURM_LOCALID",
-        "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
-    }
+    others = {"LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE")}  # deepspeed's name for it
     # Inside an allocation but outside srun SLURM_PROCID may be set for one task: not a launcher.
-    under_slurm = "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ
+    if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
+        tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # as "8(x2)"
+        others = {
+            "RANK": os.environ.get("SLURM_PROCID"),
+            "WORLD_SIZE": os.environ.get("SLURM_NTASKS"),
+            "LOCAL_RANK": os.environ.get("SLURM_LOCALID"),
+            "LOCAL_WORLD_SIZE": tasks.group() if tasks else None,
+        }
     facts = {}
-    for name, slurm_name in slurm.items():
-        default = os.environ.get(slurm_name) if under_slurm else None
-        facts[name] = os.environ.get(name) or default or ("1" if "WORLD" in name else "0")
-    if facts["WORLD_SIZE"] != "1" and "MASTER_ADDR" not in os.environ:
-        raise UserError("MASTER_ADDR and MASTER_PORT are not set: start with torchrun or deepspeed")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        default = "1" if "WORLD" in name else "0"
+        facts[name] = os.environ.get(name) or others.get(name) or default
+    if facts["WORLD_SIZE"] != "1" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, deepspeed or "
+            "launcher/slurm.sbatch"
+        )
     os.environ.update(facts)
     return {name: int(value) for name, value in facts.items()}
 
@@ -72,7 +103,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def end_process() -> None:
+def end_process(status: int = 0) -> None:
     """Ends one of several ranks at once, its output flushed; call it after `stop`, last of all.
 
     DeepSpeed holds on to the process groups. Their threads then live on while the interpreter
@@ -81,7 +112,7 @@ def end_process() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def rank() -> int:
@@ -145,6 +176,15 @@ def differentiable_all_reduce(x: Tensor) -> Tensor:
     return _AllReduceSum.apply(x) if world_size() > 1 else x
 
 
+def background_group() -> dist.ProcessGroup | None:
+    """All ranks once more, on the CPU, for a thread that talks beside the training; else None."""
+    if world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def broadcast_module(module: nn.Module) -> None:
     """Gives every rank rank 0's parameters and buffers."""
     if world_size() > 1:
@@ -158,6 +198,41 @@ def broadcast_object(value: T) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    everyone = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, value, group=group)
+    return everyone
+
+
+def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Calls a function on every rank; what it returned there, in rank order; a collective.
+
+    Raises:
+        OSError: on every rank, if it did so on one; with the rank's name.
+        UserError: likewise.
+    """
+    outcome: tuple[T | None, Exception | None]
+    try:
+        outcome = function(), None
+    except UserError as error:
+        outcome = None, error
+    except OSError as error:
+        outcome = None, OSError(_where(error))
+    outcomes = gather_objects(outcome, group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]  # pyright: ignore[reportReturnType]
+
+
+def _where(error: OSError) -> str:
+    where = f"rank {rank()} on {socket.gethostname()}: " if world_size() > 1 else ""
+    words = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return where + (words or str(error))
 
 
 def gather_columns(x: Tensor) -> Tensor:

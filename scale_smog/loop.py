@@ -1,26 +1,31 @@
 """The training loop of SMoG; it knows no backend."""
 
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
-from scale_smog import checkpoint, distributed
+from scale_smog import distributed, phases
+from scale_smog.checkpoint import Checkpoints
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
+from scale_smog.distributed import Piece
 from scale_smog.engine import Engine
+from scale_smog.errors import RankError, UserError
 from scale_smog.grouping import (
     FeatureBank,
     GroupUsage,
     MomentumGroups,
+    ResetReport,
     chance_loss,
     collapse_warning,
     perplexity,
 )
+from scale_smog.health import SkippedSteps, Stragglers
 from scale_smog.loss import group_contrastive_loss
 from scale_smog.metrics import Metrics, StepClock
-from scale_smog.preemption import Preemption
 from scale_smog.schedules import Now, Schedules, due
 
 
@@ -34,24 +39,34 @@ class TrainState:
     usage: GroupUsage
     step: int = 0  # finished steps
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Tensors that know no engine and no number of ranks; a collective."""
-        state = self.engine.full_state()
-        state |= {f"groups.{k}": v for k, v in self.groups.state_dict().items()}
-        state |= {f"bank.{k}": v for k, v in self.bank.full_state().items()}
-        return state | {f"usage.{k}": v for k, v in self.usage.full_state().items()}
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank holds of it, under names that know no engine and no number of ranks."""
+        groups = {name: Piece.whole(x) for name, x in self.groups.state_dict().items()}
+        parts = {"groups": groups, "bank": self.bank.pieces(), "usage": self.usage.pieces()}
+        pieces = self.engine.pieces()
+        for prefix, part in parts.items():
+            pieces |= {f"{prefix}.{name}": piece for name, piece in part.items()}
+        return pieces
 
-    def load_full_state(self, state: dict[str, Tensor], step: int) -> None:
-        """Inverse of `full_state`."""
+    def load(self, values: dict[str, Tensor], step: int) -> None:
+        """Takes values for its pieces, as they were after `step` steps."""
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
-        self.engine.load_full_state(state)
+        self.engine.load(values)
         self.groups.load_state_dict(part("groups."))
-        self.bank.load_full_state(part("bank."))
-        self.usage.load_full_state(part("usage."))
+        self.bank.load(part("bank."))
+        self.usage.load(part("usage."))
         self.step = step
+
+
+class StepReport(NamedTuple):
+    """What a step has to say."""
+
+    loss: Tensor  # [], of this rank
+    is_applied: bool  # on all ranks; False: not finite, and nothing has changed
+    reset: ResetReport | None  # what k-means did to the groups, where the step began with it
 
 
 def train(
@@ -61,9 +76,9 @@ def train(
     schedules: Schedules,
     metrics: Metrics,
     evaluate: Callable[[int], None],
-    facts: dict[str, str],
+    checkpoints: Checkpoints,
 ) -> bool:
-    """Trains from `state.step` to the end of the schedules.
+    """Trains from `state.step` to the end of the schedules; the last step is saved.
 
     Args:
         recipe: of the run.
@@ -72,72 +87,114 @@ def train(
         schedules: rates of a step, and the number of steps.
         metrics: where to report.
         evaluate: called with the finished steps, every `run.evaluate_every`.
-        facts: kept in checkpoints.
+        checkpoints: where to save.
 
     Returns:
         True at the end of the run, False when a signal ended it earlier.
+
+    Raises:
+        UserError: too many steps in a row were not finite, or the last one could not be saved.
     """
-    run, grouping = recipe.run, recipe.grouping
-    engine, groups, bank = state.engine, state.groups, state.bank
-    preemption, clock, loader = Preemption(), StepClock(), iter(batches)
-    saved_step = state.step
+    run = recipe.run
+    clock, loader, saved_step = StepClock(), iter(batches), state.step
+    skipped, stragglers = SkippedSteps(run), Stragglers(state.engine.device)
+    try:
+        while state.step < schedules.num_steps:
+            phases.enter(phases.DATA)
+            batch, now = _next_batch(clock, loader), schedules.at(state.step)
+            phases.enter(phases.STEP)
+            report = train_step(recipe, state, batch, now)
+            if report.reset:
+                metrics.scalars(
+                    state.step, {f"reset/{k}": v for k, v in vars(report.reset).items()}
+                )
 
-    while state.step < schedules.num_steps:
-        now = schedules.at(state.step)
-        batch = clock.next(loader)
-        online_view, momentum_view = batch.views(swap=state.step % 2 == 1)
-
-        reset = state.step > 0 and due(state.step, grouping.reset_every)
-        if reset and grouping.kmeans:
-            report = groups.reseed_from(bank)  # multi-node k-means over the cached features
-            metrics.scalars(state.step, {f"reset/{k}": v for k, v in vars(report).items()})
-        if reset and grouping.reset_momentum:
-            engine.reset_momentum()
-        else:
-            engine.ema(recipe.model.ema)
-
-        z, p = engine.forward_online(online_view, batch.small)  # [B, D], [V, B, D]
-        target = groups.assign(engine.forward_momentum(momentum_view))  # [B]
-        new_groups = groups.updated_by(z, now.beta)  # [K, D], over the global batch, with gradient
-        loss = group_contrastive_loss(p, new_groups, target, grouping.temperature)
-        engine.backward(loss)
-        engine.step(now.lr, now.weight_decay)
-        groups.commit(new_groups)
-        bank.push(z)
-        state.usage.push(groups.counts)
-        state.step += 1
-
-        if state.step == 1:
-            metrics.images("views", [*batch.large, *batch.small])
-        metrics.advance()
-        if due(state.step, run.log_every) or state.step in (1, schedules.num_steps):
-            _log(recipe, state, loss, now, clock, metrics)
-        if due(state.step, run.checkpoint_every):
-            saved_step = save(recipe, state, facts)
-        if due(state.step, run.evaluate_every):
-            evaluate(state.step)
-            clock.restart()
-        if preemption.agreed():
-            break
+            if state.step == 1:
+                metrics.images("views", [*batch.large, *batch.small])
+            metrics.advance()
+            skipped.note(state.step, report.is_applied, report.loss, batch, metrics.say)
+            if due(state.step, run.log_every) or state.step in (1, schedules.num_steps):
+                _log(recipe, state, report, now, clock, stragglers, metrics)
+            if due(state.step, run.checkpoint_every):
+                saved_step = save(state, checkpoints, metrics)
+            if due(state.step, run.evaluate_every):
+                evaluate(state.step)
+                clock.restart()
+            phases.pause_point()
+    except phases.Stopped:  # in k-means or an evaluation too: the last finished step stands
+        pass
     if saved_step != state.step:
-        save(recipe, state, facts)
-    preemption.close()
+        save(state, checkpoints, metrics)
+    with phases.during(phases.SAVING):
+        if problem := checkpoints.wait():
+            raise UserError(problem)
     return state.step == schedules.num_steps
 
 
-def save(recipe: Recipe, state: TrainState, facts: dict[str, str]) -> int:
-    """Writes a checkpoint and removes the oldest; returns the step."""
-    run_dir = Path(recipe.run.dir)
-    checkpoint.save(run_dir, state.step, state.full_state(), facts)
-    checkpoint.remove_old(run_dir, recipe.run.keep_checkpoints)
+def train_step(recipe: Recipe, state: TrainState, batch: Batch, now: Now) -> StepReport:
+    """One step of SMoG on this rank's part of the batch."""
+    grouping = recipe.grouping
+    engine, groups, bank = state.engine, state.groups, state.bank
+    online_view, momentum_view = batch.views(swap=state.step % 2 == 1)
+
+    report = None
+    reset = state.step > 0 and due(state.step, grouping.reset_every)
+    if reset and grouping.kmeans:
+        with phases.during(phases.KMEANS):
+            report = groups.reseed_from(bank)  # multi-node k-means over the cached features
+    if reset and grouping.reset_momentum:
+        engine.reset_momentum()
+
+    z, p = engine.forward_online(online_view, batch.small)  # [B, D], [V, B, D]
+    target = groups.assign(engine.forward_momentum(momentum_view))  # [B]
+    new_groups = groups.updated_by(z, now.beta)  # [K, D], over the global batch, with gradient
+    loss = group_contrastive_loss(p, new_groups, target, grouping.temperature)
+    engine.backward(loss)
+    is_applied = engine.step(now.lr, now.weight_decay)
+    if is_applied:  # else a loss or a gradient was not finite: the step leaves nothing behind
+        groups.commit(new_groups)
+        bank.push(z)
+        state.usage.push(groups.counts)
+        engine.ema(recipe.model.ema)
+    state.step += 1
+    return StepReport(loss, is_applied, report)
+
+
+def save(state: TrainState, checkpoints: Checkpoints, metrics: Metrics) -> int:
+    """Starts a checkpoint, which blocks for a copy of the state; returns the step."""
+    with phases.during(phases.SAVING):
+        if problem := checkpoints.save(state.step, state.pieces()):
+            metrics.say(f"warning: {problem}; training goes on")
     return state.step
 
 
+def _next_batch(clock: StepClock, loader: Iterator[Batch]) -> Batch:
+    try:
+        return clock.next(loader)
+    except UserError as error:  # the others wait in the step
+        where = f"rank {distributed.rank()} on {socket.gethostname()}"
+        raise RankError(
+            f"{where}: {error}; when the data is there again, the same command goes on from the "
+            "newest checkpoint"
+        ) from error
+
+
 def _log(
-    recipe: Recipe, state: TrainState, loss: Tensor, now: Now, clock: StepClock, metrics: Metrics
+    recipe: Recipe,
+    state: TrainState,
+    report: StepReport,
+    now: Now,
+    clock: StepClock,
+    stragglers: Stragglers,
+    metrics: Metrics,
 ) -> None:
-    """Reports the step just finished; the only place where the host waits for its loss."""
-    mean_loss = distributed.all_reduce(loss.detach().clone()) / distributed.world_size()
+    """Reports the step just finished; one that was left out has been reported already."""
+    speed = clock.report(recipe.data.global_batch)
+    if warning := stragglers.found(speed["data_wait"]):
+        metrics.say(f"warning: {warning}")
+    if not report.is_applied:
+        return
+    mean_loss = distributed.all_reduce(report.loss.detach().clone()) / distributed.world_size()
     usage = state.usage.counts()
     metrics.log(
         {
@@ -147,7 +204,7 @@ def _log(
             "chance_loss": chance_loss(recipe.grouping.num_groups),
             "lr": now.lr,
             "beta": now.beta,
-            **clock.report(recipe.data.global_batch),
+            **speed,
             "groups_in_use": int((usage > 0).sum()),
             "group_perplexity": perplexity(usage),
             "largest_group_share": (usage.max() / usage.sum()).item(),

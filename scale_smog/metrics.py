@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ class Metrics:
         self._global_batch = global_batch
         if not self._is_main:
             return
+        self._has_warned = False
         path = run_dir / "metrics.jsonl"
         _cut_after(path, step)
         self._lines = open(path, "a", encoding="utf-8")
@@ -81,11 +84,13 @@ class Metrics:
         """Writes one logged step everywhere; `line` holds `step`."""
         if not self._is_main:
             return
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for name, value in line.items():
-            if name != "step":
-                self._board.add_scalar(name, value, line["step"])
+        with self._disk_may_be_full():
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+        with self._disk_may_be_full():
+            for name, value in line.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, line["step"])
         shown = {k: f"{line[k]:.4g}" for k in ("loss", "images_per_s") if k in line}
         shown["data_wait"] = f"{line.get('data_wait', 0):.0%}"
         self._bar.set_postfix(shown, refresh=False)
@@ -101,8 +106,9 @@ class Metrics:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes values that do not belong to every logged step to TensorBoard."""
         if self._is_main:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            with self._disk_may_be_full():
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def images(self, name: str, views: list[Tensor], num: int = 8) -> None:
         """Shows the first images of each kind of view [B, 3, H, W]: a row of what the nets see."""
@@ -110,13 +116,15 @@ class Metrics:
             return
         rows = [view[:num].cpu().float() * IMAGENET_STD + IMAGENET_MEAN for view in views]
         grids = [make_grid(row.clamp(0, 1), nrow=num) for row in rows]
-        for i, grid in enumerate(grids):
-            self._board.add_image(f"{name}/{i}", grid, 1)
+        with self._disk_may_be_full():
+            for i, grid in enumerate(grids):
+                self._board.add_image(f"{name}/{i}", grid, 1)
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
         """Shows the distribution of `values`."""
         if self._is_main:
-            self._board.add_histogram(name, values.cpu(), step)
+            with self._disk_may_be_full():
+                self._board.add_histogram(name, values.cpu(), step)
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the progress bar."""
@@ -128,8 +136,19 @@ class Metrics:
         """Closes all writers."""
         if self._is_main:
             self._bar.close()
-            self._board.close()
-            self._lines.close()
+            for writer in (self._board, self._lines):
+                with self._disk_may_be_full():
+                    writer.close()
+
+    @contextmanager
+    def _disk_may_be_full(self) -> Iterator[None]:
+        """Metrics that cannot be written end no run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                self.say(f"warning: metrics are not written ({error.strerror}); training goes on")
 
 
 def _cut_after(path: Path, step: int) -> None:

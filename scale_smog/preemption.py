@@ -1,46 +1,56 @@
-"""SIGTERM or SIGUSR1 on any rank: all ranks agree to stop after the same step."""
+"""SIGTERM or SIGUSR1 on any rank: all ranks stop at the same pause point."""
 
 import signal
 from types import FrameType
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
-from scale_smog import distributed
+from scale_smog import distributed, phases
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """Turns a signal into an agreement.
+    """Turns a signal into an agreement, from its beginning to its end (`with`).
 
-    The ranks' flags are summed in the background of a step and looked at one step later, so that
-    no step waits for the network.
+    The ranks' flags are summed in the background and looked at one pause point later, so that no
+    step waits for the network.
     """
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Self:
+        self.is_agreed = False
         self._is_asked = False
         self._sum = torch.zeros(1)
         self._work: dist.Work | None = None
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        phases.on_pause.append(self._poll)
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Gives the signals their former meaning back: what follows can be ended at once."""
-        if self._work is not None:
-            self._work.wait()
+        phases.on_pause.remove(self._poll)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._is_asked = True
 
-    def agreed(self) -> bool:
-        """Whether all ranks stop now; every rank calls this once a step and hears the same."""
+    def _poll(self) -> None:
+        if self.is_agreed:  # what is saved or said on the way out is not stopped again
+            return
+        self.is_agreed = self._agreed()
+        if self.is_agreed:
+            raise phases.Stopped
+
+    def _agreed(self) -> bool:
         if distributed.world_size() == 1:
             return self._is_asked
         if self._work is not None:
             self._work.wait()
-        answer = bool(self._sum.item())
+        if self._sum.item():
+            return True
         self._sum = torch.tensor([float(self._is_asked)])
         self._work = dist.all_reduce(self._sum, async_op=True)
-        return answer
+        return False

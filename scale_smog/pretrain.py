@@ -1,27 +1,35 @@
 """Pre-training: builds the parts in the order of the data's flow, then runs the loop."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scale_smog import checkpoint, distributed, run_folder
+from scale_smog import checkpoint, distributed, phases, run_folder
+from scale_smog.checkpoint import Checkpoints
 from scale_smog.config import Recipe
 from scale_smog.data import EpochPlan, TarDataset, manifest_sha256
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders import build_plan, build_training_loader, require_loader
+from scale_smog.deadlines import Deadlines
 from scale_smog.engine import build_engine
 from scale_smog.errors import UserError
-from scale_smog.evaluation import KnnProbe, draw_groups, embed_images
+from scale_smog.evaluation import KnnProbe, OnlineProbe, draw_groups, embed_images
+from scale_smog.evaluation.curves import CURVES_FILE, draw_run_curves
+from scale_smog.evaluation.splits import require_labels
 from scale_smog.grouping import FeatureBank, GroupUsage, MomentumGroups, perplexity
 from scale_smog.loop import TrainState, train
 from scale_smog.metrics import Metrics
-from scale_smog.models import build_nets, process_group_for, synchronise_batch_norm
+from scale_smog.models import build_nets, process_group_for, synchronise_batch_norm, untracked
+from scale_smog.models.weights import load_weights
+from scale_smog.preemption import Preemption
+from scale_smog.preflight import require_equal_hosts
 from scale_smog.profiling.memory import plan_memory
+from scale_smog.rank_logs import RankLogs
 from scale_smog.recipe import dump_recipe
 from scale_smog.schedules import Schedules
 
@@ -32,18 +40,27 @@ NUM_PICTURED = 2048  # training images among which the picture finds each group'
 def pretrain(recipe: Recipe) -> None:
     """Trains a recipe to its end, or on from the newest checkpoint of its run folder.
 
+    SIGTERM or SIGUSR1 on any rank, at any time, ends the run with a checkpoint.
+
     Raises:
         UserError: a setting, the dataset or the run folder does not fit; on every rank.
     """
-    device = distributed.start()
-    try:
-        _pretrain(recipe, device)
-    finally:
-        distributed.stop()
+    with Preemption():
+        device = distributed.start()
+        try:
+            with Deadlines(recipe.deadlines) as deadlines, RankLogs() as logs:
+                try:
+                    _pretrain(recipe, device, logs)
+                except RuntimeError:  # of a collective, if a rank is gone
+                    deadlines.name_the_lost()
+                    raise
+        finally:
+            distributed.stop()
 
 
-def _pretrain(recipe: Recipe, device: torch.device) -> None:
+def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     data, run_dir = recipe.data, Path(recipe.run.dir)
+    require_equal_hosts(recipe)
     dataset = TarDataset(data.path, "train")
     plan, schedules = plan_steps(recipe, dataset)
     views = training_views(data, recipe.augment)
@@ -55,34 +72,66 @@ def _pretrain(recipe: Recipe, device: torch.device) -> None:
 
     # From here on the settings are known to be good, and the run folder is written.
     changes = run_folder.claim(recipe, facts["manifest_sha256"])
-    restored = checkpoint.load_newest(run_dir)
-    if restored:
-        state.load_full_state(restored[0], restored[1]["step"])
+    logs.open(run_dir)
+    checkpoints = Checkpoints(recipe.run, facts)
+    news = restore(recipe, state, checkpoints)
+    if state.step < schedules.num_steps and (warning := checkpoints.prepare(state.pieces())):
+        news.append(f"warning: {warning}")
     metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch)
-    for change in changes:
-        metrics.say(f"changed since the run began: {change}")
+    for line in [*(f"changed since the run began: {change}" for change in changes), *news]:
+        metrics.say(line)
 
-    if state.step < schedules.num_steps:
-        metrics.say(f"{'resuming' if restored else 'starting'} {_describe(recipe, state)}")
-        if not restored and recipe.grouping.init == "kmeans":
-            steps = range(-(-recipe.num_init_features // data.global_batch))
-            start_groups(state, build_training_loader(data, views, dataset, plan, steps, device))
+    def load(steps: range) -> Iterable[Batch]:
+        return build_training_loader(data, views, dataset, plan, steps, device)
 
-        def evaluate(step: int) -> None:
-            if probe:
-                accuracy = probe.accuracy(state.engine.embed)
-                metrics.scalars(step, {"knn": accuracy})
-                metrics.say(f"step {step}  kNN top-1 {accuracy:.3f}")
+    def evaluate(step: int) -> None:
+        if probe:
+            with phases.during(phases.EVALUATION):
+                accuracy = probe.accuracy(pausing(state.engine.embed))
+            metrics.scalars(step, {"knn": accuracy})
+            metrics.say(f"step {step}  kNN top-1 {accuracy:.3f}")
 
-        steps = range(state.step, schedules.num_steps)
-        batches = build_training_loader(data, views, dataset, plan, steps, device)
-        is_done = train(recipe, state, batches, schedules, metrics, evaluate, facts)
-        if not is_done:
-            metrics.say(f"stopped after step {state.step}; the same command goes on from there")
-            metrics.close()
-            return
-    conclude(recipe, state, dataset, probe, metrics)
+    try:
+        if state.step < schedules.num_steps:
+            metrics.say(f"{'resuming' if state.step else 'starting'} {_describe(recipe, state)}")
+            if state.step == 0 and recipe.grouping.init == "kmeans":
+                steps = range(-(-recipe.num_init_features // data.global_batch))
+                start_groups(state, load(steps), checkpoints)
+            batches = load(range(state.step, schedules.num_steps))
+            if recipe.evaluation.online:
+                online = build_online_probe(state, dataset, data.path)
+                report, every = metrics.scalars, recipe.run.log_every
+                batches = online.watching(batches, state.step, every, report)
+            if not train(recipe, state, batches, schedules, metrics, evaluate, checkpoints):
+                raise phases.Stopped
+        with phases.during(phases.EVALUATION):
+            conclude(recipe, state, dataset, probe, metrics)
+    except phases.Stopped:
+        metrics.say(f"stopped after step {state.step}; the same command goes on from there")
     metrics.close()
+    if distributed.is_main():
+        draw_run_curves(run_dir)
+
+
+def restore(recipe: Recipe, state: TrainState, checkpoints: Checkpoints) -> list[str]:
+    """Takes the newest whole checkpoint, if there is one; a line on each that was not whole."""
+    restored = checkpoints.load_newest(state.pieces())
+    if restored is None:
+        return []
+    state.load(restored.values, restored.step)
+    if restored.format_version == 1:  # saved before the momentum update that belongs to its step
+        state.engine.ema(recipe.model.ema)
+    return [f"warning: passed over {line}" for line in restored.passed_over]
+
+
+def pausing(embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A net that can be stopped between two batches, on all ranks alike."""
+
+    def embed_or_stop(images: Tensor) -> Tensor:
+        phases.pause_point()
+        return embed(images)
+
+    return embed_or_stop
 
 
 def _describe(recipe: Recipe, state: TrainState) -> str:
@@ -112,6 +161,9 @@ def build_state(recipe: Recipe, batch: int, device: torch.device) -> TrainState:
     model, grouping = recipe.model, recipe.grouping
     torch.manual_seed(recipe.run.seed)
     online, momentum = build_nets(model)
+    if model.weights:
+        for net in (online, momentum):
+            load_weights(net.backbone, model.weights)
     scope = process_group_for(model.batch_norm, distributed.ranks_per_node())
     for net in (online, momentum):
         synchronise_batch_norm(net.to(device), scope)
@@ -126,13 +178,25 @@ def build_state(recipe: Recipe, batch: int, device: torch.device) -> TrainState:
 
 
 @torch.no_grad()
-def start_groups(state: TrainState, batches: Iterable[Batch]) -> None:
-    """First groups: k-means over features of the initial net (SMoG section 4.1)."""
-    z = [state.engine.forward_online(batch.large[0], [])[0] for batch in batches]
-    bank = FeatureBank(len(z), len(z[0]), z[0].shape[1], z[0].device)
-    for features in z:
-        bank.push(features)
-    state.groups.start_from(bank)
+def start_groups(state: TrainState, batches: Iterable[Batch], checkpoints: Checkpoints) -> None:
+    """First groups: k-means over features of the initial net (SMoG section 4.1).
+
+    The nets stay as they are, so a run that is stopped here has its checkpoint too: of step 0,
+    from which this begins anew.
+    """
+    embed = pausing(lambda view: state.engine.forward_online(view, [])[0])
+    try:
+        with untracked(state.engine.online):
+            z = [embed(batch.large[0]) for batch in batches]
+        bank = FeatureBank(len(z), len(z[0]), z[0].shape[1], z[0].device)
+        for features in z:
+            bank.push(features)
+        state.groups.start_from(bank)
+    except phases.Stopped:
+        checkpoints.save(0, state.pieces())
+        if problem := checkpoints.wait():
+            raise UserError(problem) from None
+        raise
 
 
 def build_probe(recipe: Recipe, device: torch.device) -> KnnProbe | None:
@@ -143,6 +207,18 @@ def build_probe(recipe: Recipe, device: torch.device) -> KnnProbe | None:
         if distributed.is_main():
             print(f"no kNN: {error}", flush=True)
         return None
+
+
+def build_online_probe(state: TrainState, dataset: TarDataset, path: str) -> OnlineProbe:
+    """The judge of the views in training.
+
+    Raises:
+        UserError: the images have no labels.
+    """
+    require_labels(dataset, path, "evaluation.online")
+    backbone, device = state.engine.online.backbone, state.engine.device
+    num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
+    return OnlineProbe(backbone, num_features, dataset.num_classes, device)
 
 
 def conclude(
@@ -178,20 +254,22 @@ def _draw_groups(recipe: Recipe, state: TrainState, dataset: TarDataset, usage: 
     num_trained = state.step * recipe.data.global_batch
     ids = np.arange(min(NUM_PICTURED, num_trained, dataset.num_samples))
     engine = state.engine
-    z = embed_images(engine.project, recipe.data, recipe.evaluation, dataset, ids, engine.device)
+    z = embed_images(
+        pausing(engine.project), recipe.data, recipe.evaluation, dataset, ids, engine.device
+    )
     if distributed.is_main():
         path = Path(recipe.run.dir) / PICTURE_FILE
         draw_groups(path, dataset, ids, z, state.groups.centroids, usage)
 
 
 def _knn_figures(recipe: Recipe, state: TrainState, probe: KnnProbe) -> dict[str, float]:
-    figures = {"trained": probe.accuracy(state.engine.embed), **probe.settings}
+    figures = {"trained": probe.accuracy(pausing(state.engine.embed)), **probe.settings}
     if recipe.evaluation.baselines:
         torch.manual_seed(recipe.run.seed)
         random_net = build_nets(recipe.model)[0].backbone.to(state.engine.device).eval()
         with torch.no_grad():
-            figures["random"] = probe.accuracy(random_net)
-        figures["raw_pixels"] = probe.accuracy(lambda images: images.flatten(1))
+            figures["random"] = probe.accuracy(pausing(random_net))
+        figures["raw_pixels"] = probe.accuracy(pausing(lambda images: images.flatten(1)))
     return figures
 
 
@@ -214,6 +292,7 @@ def _result_table(recipe: Recipe, results: dict[str, dict[str, float]]) -> str:
         ("TensorBoard log", str(run_dir / "tensorboard")),
         ("checkpoint", str(checkpoint.generations(run_dir)[-1])),
         ("picture of the groups", str(run_dir / PICTURE_FILE)),
+        ("picture of the course", str(run_dir / CURVES_FILE)),
     ]
     return "\n".join(["", *(f"  {name:<24}{value}" for name, value in rows)])
 

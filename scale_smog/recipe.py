@@ -4,13 +4,15 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from scale_smog.config import Recipe
 from scale_smog.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -54,14 +56,40 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
         raise UserError(f"{path}: a recipe is a mapping of sections to their keys")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     run = tree.setdefault("run", {})
     if not run.get("dir"):
         run["dir"] = f"runs/{path.stem}"
+    return validate(Recipe, tree)
+
+
+def validate(model: type[M], tree: dict[str, Any]) -> M:
+    """Sections of values, checked.
+
+    Raises:
+        UserError: unknown key (the nearest is suggested), wrong type or range.
+    """
     try:
-        return Recipe.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, model)) from None
+
+
+def apply_override(tree: dict[str, dict[str, Any]], override: str) -> None:
+    """Puts a `section.key=value` string, its value in YAML, into a tree of sections.
+
+    Raises:
+        UserError: it has another form.
+    """
+    key, equals, value = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"override '{override}' is not of the form section.key=value")
+    values = tree.setdefault(section, {})
+    if key in ("run.steps", "run.epochs"):  # one length replaces the other
+        values.pop("steps", None)
+        values.pop("epochs", None)
+    values[name] = _parse_yaml(value, f"override '{override}'")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -78,25 +106,13 @@ def _parse_yaml(text: str, name: str) -> Any:
         raise UserError(f"{name} is not plain YAML: {' '.join(str(error).split())}") from None
 
 
-def _apply(tree: dict[str, dict[str, Any]], override: str) -> None:
-    key, equals, value = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not (equals and dot and section and name):
-        raise UserError(f"override '{override}' is not of the form section.key=value")
-    values = tree.setdefault(section, {})
-    if key in ("run.steps", "run.epochs"):  # one length replaces the other
-        values.pop("steps", None)
-        values.pop("epochs", None)
-    values[name] = _parse_yaml(value, f"override '{override}'")
-
-
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line on the first thing that is wrong, naming the key and what to write instead."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"] if not str(part).endswith("]")]
     key = ".".join(path[:2])
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_suggestion(path)}"
+        return f"unknown key '{key}'{_suggestion(path, model)}"
     if first["type"] == "missing":
         return f"key '{key}' is missing"
     if first["type"] == "value_error":
@@ -104,20 +120,22 @@ def _explain(error: ValidationError) -> str:
     return f"key '{key}': {first['msg'].lower()}, not {first['input']!r}"
 
 
-def _suggestion(path: list[str]) -> str:
-    sections = Recipe.model_fields
+def _suggestion(path: list[str], model: type[BaseModel]) -> str:
+    sections = model.model_fields
     if len(path) == 1:
         return _nearest(path[0], {name: name for name in sections})
-    own = {name: f"{path[0]}.{name}" for name in _fields(path[0])}
-    everywhere = {name: f"{section}.{name}" for section in sections for name in _fields(section)}
+    own = {name: f"{path[0]}.{name}" for name in _fields(model, path[0])}
+    everywhere = {
+        name: f"{section}.{name}" for section in sections for name in _fields(model, section)
+    }
     candidates = everywhere if path[1] in everywhere else own  # right name, wrong section
     return _nearest(path[1], candidates)
 
 
-def _fields(section: str) -> Iterable[str]:
-    model = Recipe.model_fields[section].annotation
-    assert isinstance(model, type) and issubclass(model, BaseModel)
-    return model.model_fields
+def _fields(model: type[BaseModel], section: str) -> Iterable[str]:
+    own = model.model_fields[section].annotation
+    assert isinstance(own, type) and issubclass(own, BaseModel)
+    return own.model_fields
 
 
 def _nearest(word: str, candidates: dict[str, str]) -> str:

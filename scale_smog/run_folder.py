@@ -12,11 +12,15 @@ from scale_smog.recipe import dump_recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
-FREE_SECTIONS = ("engine",)
+PROFILE_FILES = ("profile.json", "scaling.png", "trace")  # of a look before the run
+FREE_SECTIONS = ("engine", "deadlines")
 FREE_KEYS = (
     "run.dir",
     "run.log_every",
     "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.keep_checkpoint_every",
+    "run.max_skipped",
     "data.loader",
     "data.device",
     "data.workers",
@@ -61,7 +65,7 @@ def _claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
                 "give another run.dir"
             )
         changes = _allowed_changes(load_recipe(folder / RECIPE_FILE), recipe)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name not in PROFILE_FILES for path in folder.iterdir()):
         raise UserError(f"{folder} exists and is not a run's folder: give another run.dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)

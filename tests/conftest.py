@@ -1,6 +1,8 @@
 """What several tests share."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +16,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty training and twenty test images of about 40 px in four classes, as tar shards."""
     return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 12 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

@@ -165,7 +165,8 @@ def run(recipe: Recipe, state: TrainState, num_steps: int = NUM_STEPS) -> None:
     """Trains to `num_steps`, which the loop ends with a checkpoint in `run.dir`."""
     schedules = schedules_of(recipe, num_steps)
     loader = batches(state.step)
-    train(recipe, state, loader, schedules, Silence(), lambda step: None, {})
+    checkpoints = checkpoint.Checkpoints(recipe.run, {})
+    train(recipe, state, loader, schedules, Silence(), lambda step: None, checkpoints)
 
 
 def final_state(folder: Path) -> States:
@@ -227,8 +228,6 @@ def _train_plainly(
             groups.reseed_from(bank)
             own = {k: v for k, v in online.state_dict().items() if not k.startswith("predictor")}
             momentum.load_state_dict(own)
-        else:
-            follow(momentum, online, recipe.model.ema)
         outputs = [online(online_view[i], [small[i]]) for i in rows]
         z, p = (torch.cat(x, dim=-2)[..., order, :] for x in zip(*outputs, strict=True))
         momentum_z = torch.cat([momentum(momentum_view[i]) for i in rows])[order]
@@ -238,6 +237,7 @@ def _train_plainly(
         optimizer.step(now.lr, now.weight_decay)
         groups.commit(new_groups)
         bank.push(z)
+        follow(momentum, online, recipe.model.ema)
     state = {f"online.{k}": v for k, v in online.state_dict().items()}
     state |= {f"momentum.{k}": v for k, v in momentum.state_dict().items()}
     state |= {f"optimizer.{k}": v for k, v in optimizer.state().items()}

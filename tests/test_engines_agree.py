@@ -12,7 +12,8 @@ import torch
 from engine_runs import ENGINES
 from ranks import run_on_ranks
 
-from scale_smog import checkpoint, distributed
+from scale_smog import distributed
+from scale_smog.checkpoint import Checkpoints
 from scale_smog.engine import Engine
 from scale_smog.optim import Lars
 
@@ -81,7 +82,7 @@ def save_and_go_on(folder: Path, engine: str) -> None:
     recipe = runs.recipe_of(folder / f"{engine} saved", kind=engine)
     state = runs.build_state(recipe, ranks_per_node(engine))
     runs.run(recipe, state, SAVED_STEP)
-    runs.run(recipe, state, LAST_STEP)
+    runs.run(runs.recipe_of(folder / f"{engine} whole", kind=engine), state, LAST_STEP)
 
 
 def load_and_go_on(folder: Path, saved: str, engine: str) -> None:
@@ -89,9 +90,10 @@ def load_and_go_on(folder: Path, saved: str, engine: str) -> None:
     size = distributed.world_size()
     recipe = runs.recipe_of(folder / f"{saved} to {engine} on {size}", kind=engine)
     state = runs.build_state(recipe, ranks_per_node(engine))
-    path = folder / f"{saved} saved" / "checkpoints" / f"step-{SAVED_STEP:08d}"
-    tensors, facts = checkpoint.load(path)
-    state.load_full_state(tensors, facts["step"])
+    saved_run = runs.recipe_of(folder / f"{saved} saved").run
+    restored = Checkpoints(saved_run, {}).load_newest(state.pieces())
+    assert restored and restored.step == SAVED_STEP
+    state.load(restored.values, restored.step)
     runs.run(recipe, state, LAST_STEP)
 
 
@@ -230,20 +232,20 @@ def test_trust_ratios_of_layers_are_the_plain_ones(folder, ratios, engine, size)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("saved", ENGINES)
 def test_a_checkpoint_goes_on_under_any_engine(folder, ratios, saved, engine):
-    whole = runs.final_state(folder / f"{saved} saved")
+    whole = runs.final_state(folder / f"{saved} whole")
     assert worst(folder, f"{saved} to {engine} on 2", whole) < 1e-6
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(("saved", "engine"), NEIGHBOURS.items())
 def test_a_checkpoint_goes_on_under_another_number_of_ranks(folder, ratios, saved, engine, size):
-    whole = runs.final_state(folder / f"{saved} saved")
+    whole = runs.final_state(folder / f"{saved} whole")
     assert worst(folder, f"{saved} to {engine} on {size}", whole) < 1e-6
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_checkpoint_goes_on_to_the_bit_under_the_same_engine(folder, ratios, engine):
-    whole = runs.final_state(folder / f"{engine} saved")
+    whole = runs.final_state(folder / f"{engine} whole")
     resumed = runs.final_state(folder / f"{engine} to {engine} on {ranks_of(engine)}")
     assert whole.keys() == resumed.keys()
     assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]

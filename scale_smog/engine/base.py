@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from scale_smog import distributed
 from scale_smog.config import EngineConfig, OptimizerConfig
+from scale_smog.distributed import Piece
 from scale_smog.engine.stages import prepare_stages
+from scale_smog.engine.undo import KeptBuffers
 from scale_smog.errors import UserError
 from scale_smog.models import (
     MomentumNet,
@@ -121,6 +123,9 @@ class Engine(ABC):
         )
         self._optimizer_config = optimizer
         self._num_steps = 0
+        self._is_applied = True
+        self._outcomes: dict[str, Tensor] = {}  # of a step's passes, [] each: finite if they were
+        self._buffers = KeptBuffers([self.online, self.momentum])
         self._awaiting: tuple[list[MicroBatch], Tensor, Tensor] | None = None
 
     @abstractmethod
@@ -153,6 +158,8 @@ class Engine(ABC):
 
     def forward_online(self, view: Tensor, small: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """z [B, D] of the large view and p [V, B, D] of all views, with their graph."""
+        if torch.is_grad_enabled():
+            self._buffers.keep()
         micro_batches = self._split(view, small)
         if len(micro_batches) == 1:
             return self._forward_online(*micro_batches[0])
@@ -166,10 +173,13 @@ class Engine(ABC):
     @torch.no_grad()
     def forward_momentum(self, view: Tensor) -> Tensor:
         """z' [B, D] of the other large view."""
-        return torch.cat([self._forward_momentum(x.view) for x in self._split(view)])
+        z = torch.cat([self._forward_momentum(x.view) for x in self._split(view)])
+        self._outcomes["z'"] = z.sum()  # no gradient will tell
+        return z
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the mean over ranks of `loss`, averaged over ranks while it runs."""
+        self._outcomes["loss"] = loss.detach()
         if self._awaiting is None:
             self._backward(loss)
             return
@@ -188,12 +198,22 @@ class Engine(ABC):
                     z, p = self._forward_online(*micro_batch)  # [b, D], [V, b, D]
                 self._backward((z * grads_z[i]).sum() + (p * grads_p[i]).sum())
 
-    def step(self, lr: float, weight_decay: float) -> None:
-        """One optimizer step with these rates; a collective."""
+    def step(self, lr: float, weight_decay: float) -> bool:
+        """One optimizer step with these rates; a collective.
+
+        Returns:
+            False, on all ranks, if z', the loss or a gradient of any is not finite: then nothing
+            has changed since before the forward passes.
+        """
         set_rates(self._optimizer, lr, weight_decay)
+        self._is_applied = True
         self._step()
+        if not self._is_applied:
+            self._buffers.restore()
+            return False
         self._num_steps += 1
         average_statistics(self._unshared)
+        return True
 
     @torch.no_grad()
     def ema(self, alpha: float) -> None:
@@ -226,55 +246,63 @@ class Engine(ABC):
         self.online.train()
         return z
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Everything of the engine under names that know no engine; a collective.
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank holds of everything of the engine, under names that know no engine.
 
-        Returns:
-            `online.*`, `momentum.*` (as in the nets' state dicts) and
-            `optimizer.<parameter>.<key>`, each in the parameter's full shape. What is spread over
-            ranks comes to rank 0 alone, on the CPU.
+        `online.*` and `momentum.*` as in the nets' state dicts, and `optimizer.<parameter>.<key>`.
         """
-        state = {"optimizer.num_steps": torch.tensor(self._num_steps)}
+        pieces = {"optimizer.num_steps": Piece.whole(torch.tensor(self._num_steps))}
         for prefix, net in (("online", self.online), ("momentum", self.momentum)):
-            state |= {f"{prefix}.{name}": x for name, x in net.named_buffers()}
-            for name, parameter in net.named_parameters():
-                full = self._gather(self._part(parameter), self._wholes[name], self.net_group)
-                state |= {f"{prefix}.{name}": full} if full is not None else {}
-        shards = {shard.name: shard for shard in self._shards}
-        for name, whole in self._wholes.items():
-            for key in self._state_keys:
-                part = self._optimizer_part(shards.get(name), key)
-                full = self._gather(part, whole, self.norm_group)
-                state |= {f"optimizer.{name}.{key}": full} if full is not None else {}
-        return state
-
-    @torch.no_grad()
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `full_state`, from any engine and any number of ranks."""
-        self._num_steps = int(state["optimizer.num_steps"])
-        for prefix, net in (("online", self.online), ("momentum", self.momentum)):
-            for name, buffer in net.named_buffers():
-                buffer.copy_(state[f"{prefix}.{name}"])
+            pieces |= {f"{prefix}.{name}": Piece.whole(x) for name, x in net.named_buffers()}
             for name, parameter in net.named_parameters():
                 values, start = self._part(parameter)
-                values.copy_(_range(state[f"{prefix}.{name}"], start, values))
+                shape, is_shared = self._wholes[name].shape, self.net_group is None
+                pieces[f"{prefix}.{name}"] = Piece(values, start, shape, is_shared)
         for shard in self._shards:
-            values = shard.value.detach()
-            values.copy_(_range(state[f"online.{shard.name}"], shard.start, values))
+            own = self._optimizer.state[shard.value]
+            for key in self._state_keys:  # zeros before the first step
+                values = own[key] if own else torch.zeros_like(shard.value)
+                shape, is_shared = self._wholes[shard.name].shape, self.norm_group is None
+                name = f"optimizer.{shard.name}.{key}"
+                pieces[name] = Piece(values.detach(), shard.start, shape, is_shared)
+        return pieces
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Takes values for its pieces, saved by any engine on any number of ranks."""
+        self._num_steps = int(values["optimizer.num_steps"])
+        for name, piece in self.pieces().items():
+            if not name.startswith("optimizer."):
+                piece.values.copy_(values[name])
+        parameters = dict(self.online.named_parameters())
+        for shard in self._shards:
+            part = self._part(parameters[shard.name])
+            offset = shard.start - part.start  # a master copy may be a part of this rank's part
+            shard.value.copy_(_view_as(part.values.reshape(-1)[offset:], shard.value))
             own: dict[str, Tensor] = {}
             for key in self._state_keys:
-                full = state[f"optimizer.{shard.name}.{key}"]
-                own[key] = torch.empty_like(values).copy_(_range(full, shard.start, values))
+                saved = values[f"optimizer.{shard.name}.{key}"]
+                own[key] = torch.empty_like(shard.value).copy_(saved)
             if self._optimizer_config.name == "adamw":
                 own["step"] = torch.tensor(float(self._num_steps))
             self._optimizer.state[shard.value] = own
 
     def _update(self) -> None:
         """Runs the optimizer on the shards, whose gradients are there, and drops these."""
-        if self._optimizer_config.clip_norm:
-            clip_gradients(self._shards, self._optimizer_config.clip_norm, self.norm_group)
-        self._optimizer.step()
+        self._is_applied = self._is_finite()
+        if self._is_applied:
+            if self._optimizer_config.clip_norm:
+                clip_gradients(self._shards, self._optimizer_config.clip_norm, self.norm_group)
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _is_finite(self) -> bool:
+        """Whether every rank's z', loss and gradients are; the one place where a step waits."""
+        grads = [shard.value.grad for shard in self._shards if shard.value.grad is not None]
+        norms = list(torch._foreach_norm(grads)) if grads else []
+        total = torch.stack([*self._outcomes.values(), *norms]).sum()
+        num_bad = distributed.all_reduce((~total.isfinite()).float())
+        return num_bad.item() == 0
 
     def _split(self, view: Tensor, small: Sequence[Tensor] = ()) -> list[MicroBatch]:
         """The views in micro-batches, in the nets' precision and the convolutions' layout."""
@@ -287,22 +315,6 @@ class Engine(ABC):
     @property
     def _state_keys(self) -> tuple[str, ...]:
         return STATE_KEYS[self._optimizer_config.name]
-
-    def _optimizer_part(self, shard: Shard | None, key: str) -> Part:
-        """This rank's part of the optimizer's state of a parameter; zeros before the first step."""
-        if shard is None:
-            return Part(torch.empty(0, dtype=self.dtype, device=self.device), 0)
-        own = self._optimizer.state[shard.value]
-        return Part(own[key] if own else torch.zeros_like(shard.value), shard.start)
-
-    def _gather(self, part: Part, whole: Whole, group: dist.ProcessGroup | None) -> Tensor | None:
-        """All of a parameter; of a shared one, None on ranks other than 0."""
-        if group is None:
-            return part.values.detach()
-        full = torch.zeros(whole.shape, dtype=self.dtype, device=self.device)
-        _range(full, part.start, part.values).copy_(part.values)
-        distributed.all_reduce(full, group)  # every element and zeros: exact
-        return full.cpu() if distributed.is_main() else None
 
     def _parameter_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Momentum parameters and the online ones they follow, in the same order."""
@@ -319,6 +331,6 @@ def _is_excluded(name: str, parameter: Tensor) -> bool:
     return parameter.dim() <= 1 or "relative_position_bias" in name
 
 
-def _range(full: Tensor, start: int, like: Tensor) -> Tensor:
-    """The elements from `start` on of a parameter's full values: a view, shaped as `like`."""
-    return full.view(-1)[start : start + like.numel()].view(like.shape)
+def _view_as(flat: Tensor, like: Tensor) -> Tensor:
+    """The first elements of a flat tensor, in the shape of another."""
+    return flat[: like.numel()].view(like.shape)

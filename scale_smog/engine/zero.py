@@ -136,8 +136,8 @@ class Zero3Engine(ZeroEngine):
 
     def _step(self) -> None:
         super()._step()
-        if not self._deepspeed.was_step_applied():  # the other engines would go on with them
-            raise FloatingPointError("gradients are not finite: ZeRO-3 left out the step")
+        # DeepSpeed looks for itself, and leaves out the step on all ranks.
+        self._is_applied = self._is_applied and self._deepspeed.was_step_applied()
 
 
 class _Callback(torch.optim.Optimizer):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from scale_smog import distributed
+from scale_smog.distributed import Piece
 
 
 class FeatureBank:
@@ -40,14 +41,12 @@ class FeatureBank:
         size = batch * distributed.world_size()
         return (step * size + distributed.rank() * batch + image).flatten()
 
-    def full_state(self) -> dict[str, Tensor]:
-        """The ring of all ranks [S, global batch, D] and the number of pushes; a collective."""
-        ring = distributed.gather_columns(self._ring)
-        return {"ring": ring, "num_pushed": torch.tensor(self._num_pushed)}
+    def pieces(self) -> dict[str, Piece]:
+        """The ring of all ranks [global batch, S, D] and the number of pushes."""
+        ring = Piece.rows(self._ring.transpose(0, 1))  # this rank's [B, S, D]
+        return {"ring": ring, "num_pushed": Piece.whole(torch.tensor(self._num_pushed))}
 
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Takes this rank's slice of a ring saved with any number of ranks."""
-        batch = self._ring.shape[1]
-        start = distributed.rank() * batch
-        self._ring.copy_(state["ring"][:, start : start + batch])
-        self._num_pushed = int(state["num_pushed"])
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Takes values for its pieces."""
+        self._ring.copy_(values["ring"].transpose(0, 1))
+        self._num_pushed = int(values["num_pushed"])

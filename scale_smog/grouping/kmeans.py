@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from scale_smog import phases
 from scale_smog.distributed import all_reduce
 from scale_smog.errors import UserError
 from scale_smog.grouping.precision import full_float32
@@ -72,6 +73,7 @@ def spherical_kmeans(
         nearest = assign(features, centroids)
         add_rows(sums, features, nearest, 1)
         for _ in range(iterations):
+            phases.pause_point()
             totals = all_reduce(sums.clone(), process_group)  # [K, D + 1]
             before, (centroids, splits) = centroids, _next_centroids(centroids, totals)
             if torch.equal(centroids, before):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from scale_smog.distributed import Piece
+
 COLLAPSED_SHARE = 0.1  # of the groups
 ENOUGH_FEATURES = 10  # a group, on average, before a verdict
 
@@ -29,14 +31,15 @@ class GroupUsage:
         """Features a group over the window: [K] int64."""
         return self._window.sum(dim=0)
 
-    def full_state(self) -> dict[str, Tensor]:
-        """The same on every rank."""
-        return {"window": self._window, "num_pushed": torch.tensor(self._num_pushed)}
+    def pieces(self) -> dict[str, Piece]:
+        """The window, the same on every rank, and the number of pushes."""
+        num_pushed = torch.tensor(self._num_pushed)
+        return {"window": Piece.whole(self._window), "num_pushed": Piece.whole(num_pushed)}
 
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `full_state`."""
-        self._window.copy_(state["window"])
-        self._num_pushed = int(state["num_pushed"])
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Takes values for its pieces."""
+        self._window.copy_(values["window"])
+        self._num_pushed = int(values["num_pushed"])
 
 
 def perplexity(counts: Tensor) -> float:

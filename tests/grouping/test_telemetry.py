@@ -19,7 +19,7 @@ def test_usage_covers_exactly_the_window_and_survives_a_restart():
         usage.push(torch.tensor(counts))
     assert usage.counts().tolist() == [1, 2, 4]
     again = GroupUsage(3, CPU, num_steps=2)
-    again.load_full_state(usage.full_state())
+    again.load({name: piece.values for name, piece in usage.pieces().items()})
     for state in (usage, again):
         state.push(torch.tensor([5, 0, 0]))
     assert usage.counts().tolist() == again.counts().tolist() == [5, 0, 4]

@@ -1,0 +1,238 @@
+"""What makes a checkpoint whole: a manifest with the size and SHA-256 of every file of its folder.
+
+A folder gets its name `step-XXXXXXXX` when all of it is on the disk. Nothing here unpickles.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from scale_smog.errors import UserError
+
+FORMAT_VERSION = 2
+MANIFEST_FILE = "manifest.json"
+TENSOR_SUFFIX = ".safetensors"
+_NAME = re.compile(r"step-(\d{8})")
+_LEFT_OVER = re.compile(r"\.step-\d{8}\.(tmp|old)|\.probe-.*")
+
+
+class FileFacts(NamedTuple):
+    """What a file was when it was written."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Reads all of a file."""
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(path.stat().st_size, digest)
+
+
+class TensorFacts(NamedTuple):
+    """A tensor that lies flat in the files, in pieces."""
+
+    shape: list[int]
+    dtype: str  # as in torch: float32
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint's folder holds."""
+
+    format_version: int
+    step: int  # finished steps
+    facts: dict[str, Any]  # of the run, plain JSON values
+    tensors: dict[str, TensorFacts]
+    files: dict[str, FileFacts]
+
+
+class Damaged(ValueError):
+    """One line on why a checkpoint is not whole."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a run's folder of checkpoints."""
+    return folder / f"step-{step:08d}"
+
+
+def aside_folder(final: Path, ending: str) -> Path:
+    """A checkpoint's folder while it is made ("tmp") or removed ("old")."""
+    return final.with_name(f".{final.name}.{ending}")
+
+
+def generations(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, whole or not, oldest first."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return sorted(f for f in folders if _NAME.fullmatch(f.name))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes and syncs the manifest and the folder's entries."""
+    body = manifest._asdict() | {
+        "tensors": {name: list(facts) for name, facts in manifest.tensors.items()},
+        "files": {name: list(facts) for name, facts in manifest.files.items()},
+    }
+    with open(folder / MANIFEST_FILE, "w", encoding="utf-8") as file:
+        json.dump({"sha256": _digest(body), "manifest": body}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; its files are not looked at.
+
+    Raises:
+        Damaged: there is none, or it has changed since it was written.
+        UserError: a later version of the program wrote it.
+    """
+    try:
+        if not (folder / MANIFEST_FILE).exists() and (folder / "seal.json").exists():
+            return _manifest_of_format_1(folder)
+        sealed = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        body = sealed["manifest"]
+        if sealed["sha256"] != _digest(body):
+            raise Damaged(f"{folder / MANIFEST_FILE} has changed since it was written")
+        if body["format_version"] > FORMAT_VERSION:
+            raise UserError(
+                f"{folder} has format {body['format_version']}, and this scale_smog reads up to "
+                f"{FORMAT_VERSION}: take the version that wrote it"
+            )
+        body["tensors"] = {name: TensorFacts(*x) for name, x in body["tensors"].items()}
+        body["files"] = {name: FileFacts(*x) for name, x in body["files"].items()}
+        manifest = Manifest(**body)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{folder / MANIFEST_FILE}: {_words(error)}") from None
+    except json.JSONDecodeError as error:
+        raise Damaged(f"{folder / MANIFEST_FILE} is not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{folder / MANIFEST_FILE} is not text: {error}") from None
+    if folder.name != step_folder(folder.parent, manifest.step).name:
+        raise Damaged(f"{folder} holds step {manifest.step}")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) -> None:
+    """Compares the sizes of all files, and the hashes of a share of them.
+
+    Raises:
+        Damaged: names the first file that is not as it was written.
+    """
+    for path in folder.glob(f"*{TENSOR_SUFFIX}"):
+        if path.name not in manifest.files:
+            raise Damaged(f"{path} does not belong to this checkpoint")
+    for name, facts in manifest.files.items():
+        _check_size(folder, name, facts)
+    for name, facts in sorted(manifest.files.items())[share]:
+        try:
+            if FileFacts.of(folder / name) != facts:
+                raise Damaged(f"{folder / name} has changed since it was written")
+        except OSError as error:
+            raise Damaged(f"{folder / name}: {_words(error)}") from None
+
+
+def _check_size(folder: Path, name: str, facts: FileFacts) -> None:
+    if name != Path(name).name:
+        raise Damaged(f"{folder / MANIFEST_FILE} names a file elsewhere: {name}")
+    try:
+        size = (folder / name).stat().st_size
+    except OSError as error:
+        raise Damaged(f"{folder / name}: {_words(error)}") from None
+    if size != facts.size:
+        raise Damaged(f"{folder / name} has {size} bytes, not {facts.size}")
+
+
+def whole_or_why(folder: Path) -> str | None:
+    """None if every file is as it was written, else one line on the first that is not."""
+    try:
+        check_files(folder, read_manifest(folder))
+    except (Damaged, UserError) as error:
+        return str(error)
+    return None
+
+
+def commit(aside: Path, final: Path, manifest: Manifest) -> None:
+    """Gives a finished folder its name; what stands there already is not whole and goes.
+
+    Raises:
+        OSError: the disk is full or not writable; the folder then has no name yet.
+    """
+    written = {path.name for path in aside.iterdir()}
+    if written != manifest.files.keys():
+        raise OSError(f"{aside} holds {sorted(written)}, not {sorted(manifest.files)}")
+    write_manifest(aside, manifest)
+    if final.exists():
+        remove(final)
+    os.rename(aside, final)
+    sync_folder(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint; one that is half removed has no checkpoint's name any more."""
+    old = aside_folder(folder, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
+    shutil.rmtree(old)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what saves and removals left behind that were interrupted."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _LEFT_OVER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_superseded(run_dir: Path, step: int, keep: int, keep_every: int) -> None:
+    """Removes older checkpoints than the newest `keep` up to `step`.
+
+    Those of every `keep_every` steps (0: none) stay, and so does what is not whole at a glance:
+    `check.py --doctor` tells why it is not.
+    """
+    candidates = []
+    for folder in generations(run_dir):
+        try:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest, slice(0))
+        except (Damaged, UserError):
+            continue
+        if manifest.step <= step:
+            candidates.append((folder, manifest.step))
+    for folder, its_step in candidates[:-keep]:
+        if not keep_every or its_step % keep_every:
+            remove(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _words(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+
+
+def _manifest_of_format_1(folder: Path) -> Manifest:
+    """Format 1: whole tensors, one file a part, `facts.json`, and `seal.json` instead of this."""
+    seal = json.loads((folder / "seal.json").read_text(encoding="utf-8"))
+    files = {name: FileFacts(*facts) for name, facts in seal.items()}
+    if "facts.json" not in files:
+        raise Damaged(f"{folder / 'seal.json'} does not name facts.json")
+    _check_size(folder, "facts.json", files["facts.json"])
+    if FileFacts.of(folder / "facts.json") != files["facts.json"]:
+        raise Damaged(f"{folder / 'facts.json'} has changed since it was written")
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return Manifest(facts.pop("format_version"), facts.pop("step"), facts, {}, files)

@@ -1,0 +1,110 @@
+"""Tells torch.distributed.checkpoint which ranges of which flat tensors a rank writes and reads."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from scale_smog.distributed import Piece
+
+# One process without a process group is no reason for a warning.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+
+
+def writer(folder: Path) -> HuggingFaceStorageWriter:
+    """Every rank writes one safetensors file, which says what range each of its tensors is."""
+    return HuggingFaceStorageWriter(str(folder), save_distributed=True)
+
+
+def reader(folder: Path) -> HuggingFaceStorageReader:
+    """Reads ranges out of all safetensors files of a folder; there is no pickle to open."""
+    return HuggingFaceStorageReader(str(folder))
+
+
+def own_files(folder: Path, rank: int) -> list[Path]:
+    """What `writer` wrote on a rank."""
+    return sorted(folder.glob(f"shard-{rank + 1:05d}-*"))
+
+
+class SavePlanner(DefaultSavePlanner):
+    """Plans the pieces of a rank; the values to write are their flat tensors.
+
+    The plan of all ranks is checked: together they must hold every element, and none twice.
+
+    Args:
+        pieces: with flat values on the CPU.
+    """
+
+    def __init__(self, pieces: dict[str, Piece]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = pieces
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(name, x) for name, x in self._pieces.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._pieces[index.fqn].values
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """Plans to fill the pieces' flat values, whoever wrote them in whatever ranges.
+
+    Args:
+        pieces: with flat values on the CPU.
+    """
+
+    def __init__(self, pieces: dict[str, Piece]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = pieces
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, piece in self._pieces.items():
+            there = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(there, TensorStorageMetadata) or there.size != _flat(piece):
+                raise ValueError(f"the checkpoint holds no {name} of {piece.shape.numel()} values")
+            items += create_read_items_for_chunk_list(name, there, [_chunk(piece)])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._pieces[index.fqn].values
+
+
+def _write_item(name: str, piece: Piece) -> WriteItem:
+    chunk, properties = _chunk(piece), TensorProperties.create_from_tensor(piece.values)
+    return WriteItem(
+        index=MetadataIndex(name, chunk.offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(chunk, properties, _flat(piece)),
+    )
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([piece.start]), torch.Size([piece.values.numel()]))
+
+
+def _flat(piece: Piece) -> torch.Size:
+    return torch.Size([piece.shape.numel()])

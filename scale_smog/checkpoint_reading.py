@@ -1,0 +1,88 @@
+"""Reads checkpoints of every format: pieces for a rank of a run, or whole tensors for anyone."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from scale_smog.checkpoint_manifest import Damaged, Manifest, read_manifest
+from scale_smog.checkpoint_planner import LoadPlanner, reader
+from scale_smog.distributed import Piece
+from scale_smog.errors import UserError
+
+
+def load(folder: Path, part: str = "*") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole tensors (of one part, such as "online", or of all; on the CPU) and the run's facts.
+
+    Not a collective: every caller reads all. It does not hash; `whole_or_why` does.
+
+    Raises:
+        UserError: there is no manifest, or a damaged one.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except Damaged as error:
+        raise UserError(str(error)) from None
+    facts = {"step": manifest.step, **manifest.facts}
+    if manifest.format_version == 1:
+        return _load_format_1(folder, part), facts
+    pieces = {
+        name: Piece.whole(torch.empty(shape, dtype=_dtype(dtype, folder)))
+        for name, (shape, dtype) in manifest.tensors.items()
+        if fnmatch(name, f"{part}.*")
+    }
+    return read(folder, manifest, pieces, None), facts
+
+
+def read(
+    folder: Path, manifest: Manifest, pieces: dict[str, Piece], group: dist.ProcessGroup | None
+) -> dict[str, Tensor]:
+    """Values for the pieces, each in its shape."""
+    if manifest.format_version == 1:
+        whole = _load_format_1(folder)
+        return {name: _cut(whole[name], piece) for name, piece in pieces.items()}
+    flat = {
+        name: piece._replace(values=torch.empty(piece.values.numel(), dtype=piece.values.dtype))
+        for name, piece in pieces.items()
+    }
+    wanted = {name: piece for name, piece in flat.items() if piece.values.numel()}
+    try:
+        dcp.load(
+            {name: piece.values for name, piece in wanted.items()},
+            storage_reader=reader(folder),
+            planner=LoadPlanner(wanted),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except CheckpointException as error:  # the same on all ranks
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{folder} does not hold the state of this run: {cause}") from None
+    return {name: piece.values.view(pieces[name].values.shape) for name, piece in flat.items()}
+
+
+def _dtype(name: str, folder: Path) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{folder}: '{name}' is no type of tensor")
+    return dtype
+
+
+def _load_format_1(folder: Path, part: str = "*") -> dict[str, Tensor]:
+    """Format 1: whole tensors in a file a part, the bank's ring as [S, global batch, D]."""
+    tensors: dict[str, Tensor] = {}
+    for path in folder.glob(f"{part}.safetensors"):
+        tensors |= load_file(path)
+    if "bank.ring" in tensors:
+        tensors["bank.ring"] = tensors["bank.ring"].transpose(0, 1)
+    return tensors
+
+
+def _cut(whole: Tensor, piece: Piece) -> Tensor:
+    flat = whole.reshape(-1)[piece.start : piece.start + piece.values.numel()]
+    return flat.view(piece.values.shape)

@@ -1,0 +1,90 @@
+"""Runs that lose a rank, are told to stop, or hang: short versions of the programs beside this."""
+
+import re
+import signal
+import time
+
+import campaign
+import preempt
+import pytest
+from jobs import OVERRIDES, Job, Strike
+
+from scale_smog import phases
+from scale_smog.deadlines import Sign, verdict
+
+
+@pytest.mark.parametrize("seed", [7])
+def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path, seed):
+    outcomes = campaign.campaign(tmp_path, seed, num_kills=2, world_size=2)
+    assert [outcome for outcome in outcomes if not outcome.is_good] == []
+
+
+def test_a_signal_to_one_rank_saves_the_step_and_ends_well(tmp_path):
+    where = [phases.START, phases.KMEANS, phases.SAVING]
+    outcomes = list(preempt.outcomes(tmp_path, 3, where, num_times=1))
+    assert len(outcomes) == 3 and [o for o in outcomes if not o.is_good] == []
+
+
+DEADLINE_S = 10
+
+
+def cluster_slowly(rank: int) -> None:
+    """k-means takes seconds, as it does on many features."""
+    del rank
+    phases.on_pause.append(lambda: time.sleep(0.3 * (phases.current() == phases.KMEANS)))
+
+
+@pytest.mark.parametrize("phase", [phases.STEP, phases.KMEANS])
+def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
+    keys = ("start_s", "data_s", "step_s", "kmeans_s", "saving_s")
+    limits = [f"deadlines.{key}={DEADLINE_S if key != 'start_s' else 60}" for key in keys]
+    job = Job(tmp_path, tars, (*OVERRIDES, *limits), hook=cluster_slowly)
+    is_kmeans = phase == phases.KMEANS
+    job.start(Strike(signal.SIGSTOP, 1, phase, 1 if is_kmeans else 3, 0.5 * is_kmeans))
+    codes = job.wait(60, grace_s=1)
+    assert codes == [3, None]  # rank 1 had to be ended from outside
+    said = re.search(
+        rf"error: deadlines\.\w+_s={DEADLINE_S} has passed: no more sign of life from rank 1 on "
+        r"\S+, last seen in phase '(\S+)'",
+        job.console(),
+    )
+    assert said and (said.group(1) == phase or not is_kmeans)
+    ended = (tmp_path / "rank-0.log").stat().st_mtime
+    assert ended - (job.struck_at() or 0.0) <= DEADLINE_S
+
+
+def hang_in_the_loader(rank: int) -> None:
+    """Rank 0's third batch never comes, though the rank is alive."""
+    from scale_smog.metrics import StepClock
+
+    real_next, num_calls = StepClock.next, 0
+
+    def next_or_hang(clock: StepClock, batches: object) -> object:
+        nonlocal num_calls
+        num_calls += 1
+        while rank == 0 and num_calls == 3:
+            time.sleep(1)
+        return real_next(clock, batches)
+
+    StepClock.next = next_or_hang  # pyright: ignore
+
+
+def test_a_rank_that_hangs_alive_is_named_with_its_phase(tmp_path, tars):
+    limits = [f"deadlines.{key}={DEADLINE_S}" for key in ("data_s", "step_s")]
+    job = Job(tmp_path, tars, (*OVERRIDES, *limits), hook=hang_in_the_loader)
+    assert 3 in job.run()
+    assert re.search(r"the others wait for rank 0 on \S+ in phase 'data'", job.console())
+
+
+def test_a_killed_rank_is_named_by_the_others(tmp_path, tars):
+    job = Job(tmp_path, tars)
+    assert job.run(Strike(signal.SIGKILL, 1, phases.STEP, 3)) == [1, -signal.SIGKILL]
+    assert re.search(r"error: no more sign of life from rank 1 on \S+, last seen", job.console())
+
+
+def test_the_verdict_names_who_is_behind():
+    a, b = Sign("a", phases.STEP, 9, 1), Sign("b", phases.DATA, 8, 1)
+    assert verdict([a, b, a], []) == "the others wait for rank 1 on b in phase 'data'"
+    lost = verdict([a, b, a], [2])
+    assert lost.startswith("no more sign of life from rank 2 on a, last seen in phase 'step'")
+    assert verdict([a, a], []).startswith("all ranks are alive in phase 'step'")
