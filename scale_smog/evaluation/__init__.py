@@ -3,11 +3,13 @@
 from scale_smog.evaluation.features import embed_images
 from scale_smog.evaluation.group_quality import GroupQuality, group_quality
 from scale_smog.evaluation.knn import KnnProbe, knn_accuracy, knn_predict
+from scale_smog.evaluation.online import OnlineProbe
 from scale_smog.evaluation.pictures import draw_groups
 
 __all__ = [
     "GroupQuality",
     "KnnProbe",
+    "OnlineProbe",
     "draw_groups",
     "embed_images",
     "group_quality",

@@ -1,6 +1,6 @@
 """Embeds the images of a dataset, all ranks sharing the work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
-from scale_smog.data import TarDataset
+from scale_smog.data.folder_dataset import Images
 from scale_smog.data.loaders import build_evaluation_loader
 
 
@@ -16,7 +16,7 @@ def embed_images(
     embed: Callable[[Tensor], Tensor],
     data: DataConfig,
     config: EvaluationConfig,
-    dataset: TarDataset,
+    dataset: Images,
     ids: np.ndarray,
     device: torch.device,
 ) -> Tensor:
@@ -37,3 +37,22 @@ def embed_images(
     features = torch.stack([embed(batch.large[0]).float() for batch in batches])  # [S, B, F]
     everyone = distributed.gather_columns(features)  # [S, W * B, F]
     return everyone.flatten(0, 1)[: len(ids)]  # the last step repeats images to fill itself
+
+
+def each_once(
+    data: DataConfig,
+    config: EvaluationConfig,
+    dataset: Images,
+    ids: np.ndarray,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's centre crops [B, 3, H, W] and labels [B], no image twice; arguments as above.
+
+    Every rank gets equally many batches; the last may be empty.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    batches = build_evaluation_loader(data, config, dataset, ids, device)
+    for step, batch in enumerate(batches):
+        size = len(batch.label)
+        num = min(max(len(ids) - (step * world_size + rank) * size, 0), size)
+        yield batch.large[0][:num], batch.label[:num].to(device)

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from scale_smog import distributed
+from scale_smog.errors import UserError
 from scale_smog.grouping import perplexity, spherical_kmeans
 
 KMEANS_ITERATIONS = 20
@@ -65,12 +66,24 @@ def group_quality(groups: Tensor, classes: Tensor, num_groups: int) -> GroupQual
     return GroupQuality(sizes[used].long(), entropy[used], nmi.item(), num_groups)
 
 
-def cluster_features(features: np.ndarray, num_groups: int) -> Tensor:
-    """Groups [N] int64 of features [N, D] that come without groups, by k-means on the sphere."""
-    rows = functional.normalize(torch.from_numpy(features).float())
+def cluster_features(features: Tensor, num_groups: int) -> Tensor:
+    """Groups [N] int64 of features that come without groups, by k-means on the sphere.
+
+    Args:
+        features: [N, D], the same on every rank, each of which clusters its part; a collective.
+        num_groups: K, at most N.
+
+    Raises:
+        UserError: more groups than features.
+    """
+    if num_groups > len(features):
+        raise UserError(f"{len(features)} features do not make {num_groups} groups")
+    rows = functional.normalize(features.float())
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    start = rows[order[:num_groups]]
-    return spherical_kmeans(rows, start, iterations=KMEANS_ITERATIONS).assignments
+    start = rows[order[:num_groups].to(rows.device)]
+    own = rows.tensor_split(distributed.world_size())[distributed.rank()]
+    groups = spherical_kmeans(own, start, iterations=KMEANS_ITERATIONS).assignments  # [n]
+    return distributed.gather_columns(groups[None])[0]
 
 
 def _entropy(counts: Tensor) -> Tensor:

@@ -1,24 +1,27 @@
 """The weighted kNN classifier on frozen features."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
-from scale_smog.data import TarDataset, load_manifest
-from scale_smog.errors import UserError
+from scale_smog.data.augment import MEAN, STD
+from scale_smog.data.folder_dataset import Images, open_split
 from scale_smog.evaluation.features import embed_images
+from scale_smog.evaluation.splits import require_labels, require_same_classes, test_split
 
 CHUNK_ROWS = 512
 
 
-def knn_predict(
+def knn_votes(
     train_z: Tensor, train_y: Tensor, test_z: Tensor, *, k: int, temperature: float
 ) -> Tensor:
-    """Classes by a vote of the k most similar training images.
+    """Votes for each class by the k most similar training images.
 
     A neighbour votes exp(cosine / temperature) for its class (Wu et al., "Unsupervised feature
     learning via non-parametric instance discrimination", CVPR 2018, section 3.4).
@@ -31,20 +34,26 @@ def knn_predict(
         temperature: of the votes.
 
     Returns:
-        Predicted classes [M] int64, on the device of the features.
+        [M, C] float32, on the device of the features; the largest single vote of a row is 1.
     """
     train_z, test_z = functional.normalize(train_z.float()), functional.normalize(test_z.float())
     train_y = train_y.to(train_z.device)
     num_classes = int(train_y.max()) + 1
-    predicted = []
-    for rows in test_z.split(CHUNK_ROWS):
+    everyones = test_z.new_zeros(len(test_z), num_classes)  # [M, C]
+    rows_and_votes = zip(test_z.split(CHUNK_ROWS), everyones.split(CHUNK_ROWS), strict=True)
+    for rows, votes in rows_and_votes:
         similarity, nearest = (rows @ train_z.T).topk(min(k, len(train_z)), dim=1)  # [m, k]
-        votes = similarity.new_zeros(len(rows), num_classes)  # [m, C]
         # The largest weight is 1 whatever the temperature: no overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes.scatter_add_(1, train_y[nearest], weight)
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted)
+    return everyones
+
+
+def knn_predict(
+    train_z: Tensor, train_y: Tensor, test_z: Tensor, *, k: int, temperature: float
+) -> Tensor:
+    """Classes [M] int64 with the most votes; arguments as of `knn_votes`."""
+    return knn_votes(train_z, train_y, test_z, k=k, temperature=temperature).argmax(dim=1)
 
 
 def knn_accuracy(
@@ -61,7 +70,7 @@ def knn_accuracy(
 
 
 class KnnProbe:
-    """kNN accuracy of any embedding on a labelled dataset, all ranks sharing the embedding work.
+    """kNN accuracy of any embedding on a labelled dataset, all ranks sharing the work.
 
     Args:
         data: which images, and who decodes them.
@@ -69,48 +78,44 @@ class KnnProbe:
         device: of the embedding.
 
     Raises:
-        UserError: no test split, or images without labels.
+        UserError: no test split, images without labels, or splits of other classes.
     """
 
     def __init__(self, data: DataConfig, config: EvaluationConfig, device: torch.device):
         self._data, self._config, self._device = data, config, device
-        self._train = self._labelled(data.path, "train", config.num_train_images)
-        self._test = self._labelled(data.path, test_split(data.path), config.num_test_images)
+        train, test = open_split(data.path, "train"), open_split(data.path, test_split(data.path))
+        for dataset in (train, test):
+            require_labels(dataset, data.path, "kNN")
+        require_same_classes(train, test, data.path)
+        self._train = train, np.arange(train.num_samples)[: config.num_train_images or None]
+        self._test = test, np.arange(test.num_samples)[: config.num_test_images or None]
 
     @property
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         """What an accuracy depends on besides the features, to keep beside it."""
-        return self._config.model_dump(exclude={"batch", "baselines"})
-
-    @staticmethod
-    def _labelled(path: str, split: str, num_images: int) -> tuple[TarDataset, np.ndarray]:
-        dataset = TarDataset(path, split)
-        if (dataset.labels < 0).any():
-            raise UserError(f"kNN needs labels, and split '{split}' of {path} has none")
-        return dataset, np.arange(dataset.num_samples)[: num_images or None]
+        pixels = {"pixel_mean": MEAN.tolist(), "pixel_std": STD.tolist()}
+        return self._config.model_dump(exclude={"batch", "baselines"}) | pixels
 
     def accuracy(self, embed: Callable[[Tensor], Tensor]) -> float:
         """Top-1 accuracy, 0 to 1, of features embed([B, 3, H, W]) -> [B, F]; a collective."""
+        return self.accuracies(embed)[0]
+
+    def accuracies(self, embed: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """Top-1 and top-5 accuracy; a collective."""
         train_z, train_y = self._embed(embed, *self._train)
         test_z, test_y = self._embed(embed, *self._test)
+        own = slice(distributed.rank(), None, distributed.world_size())
         k, temperature = self._config.k, self._config.temperature
-        return knn_accuracy(train_z, train_y, test_z, test_y, k, temperature)
+        votes = knn_votes(train_z, train_y, test_z[own], k=k, temperature=temperature)  # [m, C]
+        first = votes.argmax(dim=1, keepdim=True)
+        five = votes.topk(min(5, votes.shape[1]), dim=1).indices
+        labels = test_y[own].to(votes.device)[:, None]
+        hits = torch.stack([(first == labels).sum(), (five == labels).sum()]).double()
+        top1, top5 = (distributed.all_reduce(hits) / len(test_y)).tolist()
+        return top1, top5
 
     def _embed(
-        self, embed: Callable[[Tensor], Tensor], dataset: TarDataset, ids: np.ndarray
+        self, embed: Callable[[Tensor], Tensor], dataset: Images, ids: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         z = embed_images(embed, self._data, self._config, dataset, ids, self._device)
         return z, torch.from_numpy(dataset.labels[ids])
-
-
-def test_split(path: str) -> str:
-    """The split to test on: "test", else "val".
-
-    Raises:
-        UserError: the dataset has neither.
-    """
-    splits = load_manifest(path).splits
-    for name in ("test", "val"):
-        if name in splits:
-            return name
-    raise UserError(f"{path} has no split 'test' or 'val' to evaluate on; it has {list(splits)}")

@@ -1,6 +1,6 @@
 """Pictures of a run for people to look at."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpecFromSubplotSpec
+from matplotlib.gridspec import GridSpecFromSubplotSpec, SubplotSpec
 from PIL import Image
 from torch import Tensor
 
-from scale_smog.data import TarDataset
+from scale_smog.data.folder_dataset import Images
 from scale_smog.evaluation.group_quality import GroupQuality
 from scale_smog.grouping import perplexity
 
@@ -20,11 +20,13 @@ NUM_GROUPS_SHOWN = 10
 NUM_IMAGES_SHOWN = 8
 INK, ACCENT = "#222222", "#2a6f97"
 
+Curve = tuple[Sequence[int], Sequence[float]]  # steps, values
+
 
 def draw_groups(
-    path: Path, dataset: TarDataset, ids: np.ndarray, z: Tensor, groups: Tensor, usage: Tensor
+    path: Path, dataset: Images, ids: np.ndarray, z: Tensor, groups: Tensor, usage: Tensor
 ) -> None:
-    """One sheet: how much each group is used, and what the tightest groups hold.
+    """One sheet: how much each group is used, and what the tightest and the loosest groups hold.
 
     Args:
         path: PNG to write.
@@ -39,24 +41,67 @@ def draw_groups(
     best = torch.where(nearest[:, None] == torch.arange(len(groups)), similarity, -torch.inf)
     best, images = best.topk(min(NUM_IMAGES_SHOWN, len(ids)), dim=0)  # [8, K]: of own members
     tightness = best.mean(dim=0)  # -inf where a group has fewer members than are shown
-    shown = tightness.argsort(descending=True, stable=True)[:NUM_GROUPS_SHOWN].tolist()
+    order = tightness.argsort(descending=True, stable=True).tolist()
+    full = [group for group in order if tightness[group].isfinite()]
+    sheets = {"tightest": (full or order)[:NUM_GROUPS_SHOWN]}
+    if len(full) > NUM_GROUPS_SHOWN:
+        sheets["loosest"] = full[NUM_GROUPS_SHOWN:][-NUM_GROUPS_SHOWN:][::-1]
 
-    figure = Figure(figsize=(13, 7.5), dpi=110)  # without pyplot: no screen, nothing to close
-    left, right = figure.add_gridspec(1, 2, width_ratios=(2, 3), wspace=0.08)
+    figure = Figure(figsize=(6 + 7 * len(sheets), 7.5), dpi=110)  # no pyplot: nothing to close
+    widths = (2, *[3] * len(sheets))
+    left, *places = figure.add_gridspec(1, len(widths), width_ratios=widths, wspace=0.1)
     _draw_usage(figure.add_subplot(left), usage.cpu())
-    grid = GridSpecFromSubplotSpec(len(shown), NUM_IMAGES_SHOWN, right, wspace=0.05, hspace=0.05)
-    for row, group in enumerate(shown):
-        for column, image in enumerate(images[best[:, group].isfinite(), group].tolist()):
+    for (kind, shown), place in zip(sheets.items(), places, strict=True):
+        members = {g: ids[images[best[:, g].isfinite(), g]].reshape(-1).tolist() for g in shown}
+        _draw_members(figure, place, dataset, kind, members)
+    figure.savefig(path, bbox_inches="tight", facecolor="white")
+
+
+def _draw_members(
+    figure: Figure,
+    place: SubplotSpec,
+    dataset: Images,
+    kind: str,
+    members: Mapping[int, Sequence[int]],
+) -> None:
+    """A row a group: the sample ids closest to it."""
+    grid = GridSpecFromSubplotSpec(len(members), NUM_IMAGES_SHOWN, place, wspace=0.05, hspace=0.05)
+    for row, (group, samples) in enumerate(members.items()):
+        for column, sample_id in enumerate(samples):
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(_decode(dataset, int(ids[image])))
+            axes.imshow(_decode(dataset, sample_id))
             axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
+            axes.spines[:].set_visible(False)
             if column == 0:
                 axes.set_ylabel(f"{group}", rotation=0, ha="right", va="center", color=INK)
             if row == 0 and column == 0:
-                title = f"Images closest to the {len(shown)} tightest groups, a row a group"
+                title = f"Images closest to the {len(members)} {kind} groups, a row a group"
                 axes.set_title(title, loc="left", fontsize=11, color=INK)
+
+
+def draw_curves(path: Path, loss: Curve, chance_loss: float, accuracies: dict[str, Curve]) -> None:
+    """Loss and accuracies of a run over its steps.
+
+    Args:
+        path: PNG to write.
+        loss: steps and values.
+        chance_loss: of a net that knows nothing.
+        accuracies: name -> steps and values, 0 to 1.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=110)
+    axes = figure.add_subplot()
+    axes.plot(*loss, color=INK, lw=1.2)
+    axes.axhline(chance_loss, color=INK, lw=1, ls=(0, (4, 3)))
+    axes.text(0.01, chance_loss, "chance", transform=axes.get_yaxis_transform(), va="bottom")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.spines[["top"]].set_visible(False)
+    if accuracies:
+        right = axes.twinx()
+        for number, (name, curve) in enumerate(accuracies.items()):
+            right.plot(*curve, f"C{number}", marker=".", label=name)
+        right.set(ylabel="top-1 accuracy", ylim=(0, 1))
+        right.legend(frameon=False, fontsize=9, loc="upper center")
+        right.spines[["top"]].set_visible(False)
     figure.savefig(path, bbox_inches="tight", facecolor="white")
 
 
@@ -114,7 +159,7 @@ def _draw_usage(axes: Axes, usage: Tensor) -> None:
     axes.tick_params(colors=INK)
 
 
-def _decode(dataset: TarDataset, sample_id: int) -> Image.Image:
+def _decode(dataset: Images, sample_id: int) -> Image.Image:
     """A small copy: a sheet of full-size photographs would weigh tens of megabytes."""
     image = Image.open(BytesIO(dataset.read(sample_id))).convert("RGB")
     side = min(image.size)

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 from torch.nn import functional
@@ -40,5 +39,5 @@ def test_features_without_groups_are_clustered():
     centres = functional.normalize(torch.randn(5, 16, generator=generator))
     classes = torch.arange(200) % 5
     features = centres[classes] + 0.05 * torch.randn(200, 16, generator=generator)
-    groups = cluster_features(np.asarray(features) * 7, num_groups=20)
+    groups = cluster_features(features * 7, num_groups=20)
     assert group_quality(groups, classes, 20).entropy_weighted < 0.05

@@ -1,0 +1,113 @@
+"""Features of images as files: npy or parquet, and TensorBoard's projector."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as vision
+
+from scale_smog import distributed
+from scale_smog.data.folder_dataset import FolderDataset, Images, has_split, open_split
+from scale_smog.data.manifest import MANIFEST_NAME, load_manifest
+from scale_smog.data.torch_loader import decode
+from scale_smog.errors import UserError
+from scale_smog.evaluation.features import embed_images
+from scale_smog.evaluation.job import Job
+from scale_smog.evaluation.settings import FeaturesConfig
+
+THUMBNAIL_PX = 32
+
+
+def write_features(
+    paths: Sequence[str], overrides: Iterable[str], with_paper: bool = False
+) -> None:
+    """Embeds image sets with a checkpoint's backbone: `<set>-features` and labels, row by row.
+
+    npy: [N, F] float32 and [N] int64, -1 where an image has no label. parquet: columns `sample`
+    (a file's name, or the sample's id in tars), `label` and `feature`.
+
+    Raises:
+        UserError: no such images; on every rank.
+    """
+    if len(paths) != 1:
+        raise UserError(f"features takes one checkpoint, not {len(paths)}")
+    device = distributed.start()
+    try:
+        job = Job.open("features", paths[0], overrides, device)
+        config = job.protocols.features
+        if config.format == "parquet":
+            _import_pyarrow()
+        out = Path(config.out) if config.out else job.run_dir / "features"
+        embed = job.embeds()["trained"]
+        recipe = job.recipe
+        for name, dataset in _sets(config, recipe.data.path).items():
+            ids = np.arange(dataset.num_samples)
+            z = embed_images(embed, recipe.data, recipe.evaluation, dataset, ids, device).cpu()
+            if distributed.is_main():
+                _write(config.format, out, name, z, dataset)
+                print(f"{out / name}-features.{config.format}: {z.shape[0]} x {z.shape[1]}")
+                if config.projector:
+                    shown = min(config.projector, len(z))
+                    _show_in_projector(job.run_dir / "tensorboard", name, z[:shown], dataset)
+    finally:
+        distributed.stop()
+
+
+def _sets(config: FeaturesConfig, data_path: str) -> dict[str, Images]:
+    path = config.path or data_path
+    if config.split:
+        return {config.split: open_split(path, config.split)}
+    if (Path(path) / MANIFEST_NAME).exists():
+        return {name: open_split(path, name) for name in load_manifest(path).splits}
+    splits = [name for name in ("train", "val", "test") if has_split(path, name)]
+    if splits:
+        return {name: open_split(path, name) for name in splits}
+    return {Path(path).name: FolderDataset(path, "")}
+
+
+def _write(kind: str, out: Path, name: str, z: Tensor, dataset: Images) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if kind == "npy":
+            np.save(out / f"{name}-features.npy", z.numpy())
+            np.save(out / f"{name}-labels.npy", dataset.labels)
+            return
+        pyarrow, parquet = _import_pyarrow()
+        names = getattr(dataset, "names", None) or [str(i) for i in range(len(z))]
+        values = pyarrow.array(z.flatten().numpy())
+        table = pyarrow.table(
+            {
+                "sample": names,
+                "label": dataset.labels,
+                "feature": pyarrow.FixedSizeListArray.from_arrays(values, z.shape[1]),
+            }
+        )
+        parquet.write_table(table, out / f"{name}-features.parquet")
+    except OSError as error:
+        raise UserError(f"cannot write features.out={out}: {error.strerror}") from None
+
+
+def _import_pyarrow():
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("features.format=parquet needs pyarrow: pip install pyarrow") from None
+    return pyarrow, parquet
+
+
+def _show_in_projector(folder: Path, name: str, z: Tensor, dataset: Images) -> None:
+    """TensorBoard turns them by PCA or t-SNE; each point is a small picture with its class."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    pictures = []
+    for sample_id in range(len(z)):
+        image = decode(np.frombuffer(dataset.read(sample_id), dtype=np.uint8))  # [3, H, W]
+        image = vision.center_crop(image, [min(image.shape[1:])])
+        pictures.append(vision.resize(image, [THUMBNAIL_PX, THUMBNAIL_PX], antialias=True))
+    labels = dataset.labels[: len(z)]
+    words = [dataset.classes[label] if label >= 0 else "" for label in labels]
+    with SummaryWriter(str(folder)) as board:
+        board.add_embedding(z, words, torch.stack(pictures).float() / 255, tag=f"features/{name}")

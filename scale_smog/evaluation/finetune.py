@@ -1,0 +1,102 @@
+"""Semi-supervised evaluation: the whole net trained on a share of the labels (SMoG Table 4)."""
+
+from bisect import bisect_right
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scale_smog.data.batch import Batch
+from scale_smog.data.folder_dataset import Images
+from scale_smog.evaluation.classifiers import RATE_BATCH, accuracies, crops
+from scale_smog.evaluation.job import Job
+from scale_smog.evaluation.settings import FinetuneConfig
+from scale_smog.evaluation.splits import balanced_share, listed_samples
+from scale_smog.evaluation.training import Training, cosine, train
+from scale_smog.models import process_group_for, synchronise_batch_norm
+
+STEP_FACTOR = 0.2
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear classifier that starts at zero."""
+
+    def __init__(self, backbone: nn.Module, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(num_features, num_classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores [B, C] of images [B, 3, H, W]."""
+        return self.head(self.backbone(images))
+
+
+def judge_finetuned(
+    job: Job, name: str, backbone: nn.Module, train_set: Images, test_set: Images
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy after fine-tuning on the labelled share; a collective."""
+    config = job.protocols.finetune
+    ids = chosen_samples(config, train_set)
+    batches, num_steps = crops(job, train_set, ids, config)
+    num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
+    net = Classifier(backbone, num_features, train_set.num_classes)
+    net.to(job.device).train()
+    synchronise_batch_norm(net, process_group_for("global"))
+    autocast = torch.autocast(
+        job.device.type, torch.bfloat16, enabled=job.recipe.engine.precision == "bf16"
+    )
+
+    def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
+        with autocast:
+            scores = wrapped(batch.large[0])
+        return functional.cross_entropy(scores.float(), batch.label.to(job.device))
+
+    def scores(images: Tensor) -> Tensor:
+        with autocast:
+            return net(images).float()[:, None]  # [B, 1, C]
+
+    rate = _rate(config, num_steps)
+    training = Training(
+        net, _optimizer(config, net), rate, loss, num_steps, config.checkpoint_every
+    )
+    train(job, name, training, batches)
+    net.eval()
+    test_ids = np.arange(test_set.num_samples)[: job.recipe.evaluation.num_test_images or None]
+    ((top1, top5),) = accuracies(job, scores, test_set, test_ids)
+    return {"top1": top1, "top5": top5, "num_labels": len(ids)}
+
+
+def chosen_samples(config: FinetuneConfig, dataset: Images) -> np.ndarray:
+    """The sample ids whose labels are used: of a list, else a balanced draw.
+
+    Raises:
+        UserError: the list does not fit the dataset.
+    """
+    if config.list:
+        return listed_samples(dataset, config.list)
+    return balanced_share(dataset.labels, config.share, config.seed)
+
+
+def _optimizer(config: FinetuneConfig, net: Classifier) -> torch.optim.SGD:
+    scale = config.batch / RATE_BATCH
+    groups = [
+        {"params": list(net.backbone.parameters()), "lr": config.trunk_rate * scale},
+        {"params": list(net.head.parameters()), "lr": config.head_rate * scale},
+    ]
+    return torch.optim.SGD(
+        groups,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _rate(config: FinetuneConfig, num_steps: int):
+    if config.schedule == "cosine":
+        return partial(cosine, num_steps=num_steps)
+    steps = [epoch / config.epochs * num_steps for epoch in config.milestones]
+    return lambda step: STEP_FACTOR ** bisect_right(steps, step)

@@ -1,0 +1,194 @@
+"""A trained net for other libraries: timm, torchvision, a Hugging Face folder; safetensors."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scale_smog import run_folder
+from scale_smog.config import ModelConfig, Recipe
+from scale_smog.data.augment import MEAN, STD
+from scale_smog.data.manifest import write_atomically
+from scale_smog.errors import UserError
+from scale_smog.evaluation.checkpoints import find_checkpoint, load_online_net, read_part
+from scale_smog.models.weights import to_torchvision_swin
+from scale_smog.recipe import load_recipe
+
+FORMATS = ("timm", "torchvision", "hf")
+WEIGHTS_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"
+STATE_PARTS = ("online", "momentum", "groups")
+# Names of our nets elsewhere. A ResNet of another width or stem has none: its stem differs too.
+TIMM = {
+    "resnet18": "resnet18",
+    "resnet50": "resnet50",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+}
+TORCHVISION = {"resnet18": "resnet18", "resnet50": "resnet50", "swin_tiny": "swin_t"}
+OURS = ("resnet_tiny", "resnet18", "resnet50", "swin_tiny")
+SWIN_BUFFER = "relative_position_index"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: holds model.safetensors and README.md.
+        architecture: the library's name of the net, or "" where it has none.
+        usage: lines of Python that load it.
+        num_features: of its output.
+    """
+
+    folder: Path
+    architecture: str
+    usage: str
+    num_features: int
+
+
+def export(path: str, out: str, kind: str, with_state: bool = False) -> Exported:
+    """Writes the online backbone of a checkpoint for another library.
+
+    Args:
+        path: a run (its newest checkpoint) or one of its checkpoints.
+        out: folder to write: `model.safetensors`, `README.md`; for "hf" `config.json` too.
+        kind: "timm", "torchvision" or "hf", a folder to upload that timm loads.
+        with_state: also write heads, momentum net and groups, under the checkpoint's own names.
+
+    Raises:
+        UserError: no whole checkpoint, the library has no such net, or `out` cannot be written.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"unknown format '{kind}': {', '.join(FORMATS)}")
+    folder, run_dir = find_checkpoint(Path(path))
+    recipe = load_recipe(run_dir / run_folder.RECIPE_FILE)
+    backbone = load_online_net(folder, recipe).backbone
+    weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
+    architecture = _architecture(recipe.model, kind)
+    if kind == "torchvision" and recipe.model.backbone == "swin_tiny":
+        weights = to_torchvision_swin(weights) | _swin_buffers()
+    num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
+    target = Path(out)
+    usage = _usage(recipe.model, kind, architecture, target.name)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
+        if with_state:
+            save_file(_state(folder), target / STATE_FILE, metadata={"format": "pt"})
+        if kind == "hf":
+            config = json.dumps(_hf_config(architecture, num_features, recipe), indent=1)
+            write_atomically(target / "config.json", config.encode())
+        card = _card(recipe, f"{run_dir.name}, {folder.name}", num_features, usage, kind)
+        write_atomically(target / "README.md", card.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from None
+    return Exported(target, architecture, usage, num_features)
+
+
+def _architecture(model: ModelConfig, kind: str) -> str:
+    """The library's name of this net; "" where it has none.
+
+    Raises:
+        UserError: torchvision has no nets but some of ours.
+    """
+    if model.backbone not in OURS:
+        if kind == "torchvision":
+            raise UserError(f"torchvision has no {model.backbone}: take --format timm")
+        return model.backbone
+    names = TORCHVISION if kind == "torchvision" else TIMM
+    is_plain = model.width == 1 and not model.small_images
+    return names.get(model.backbone, "") if is_plain else ""
+
+
+def _usage(model: ModelConfig, kind: str, architecture: str, folder: str) -> str:
+    """Python that loads the folder."""
+    read = "from safetensors.torch import load_file\n"
+    load = f'net.load_state_dict(load_file("{folder}/{WEIGHTS_FILE}"), strict=False)'
+    if kind == "torchvision" and architecture:
+        make = f"import torchvision\n{read}net = torchvision.models.{architecture}()\n{load}"
+        return f"{make}  # misses the classifier only"
+    if kind == "hf" and architecture:
+        return (
+            f'import timm\nnet = timm.create_model("local-dir:{folder}", pretrained=True)\n'
+            f'# once uploaded: timm.create_model("hf-hub:USER/{folder}", pretrained=True)'
+        )
+    if architecture:
+        make = f'import timm\n{read}net = timm.create_model("{architecture}", num_classes=0)\n'
+        return make + load.replace(", strict=False", "")
+    # Neither library has this stem or width.
+    arguments = f'"{model.backbone}", width={model.width}, small_images={model.small_images}'
+    make = f"from scale_smog.models import build_backbone\n{read}net = build_backbone({arguments})"
+    return f"{make}\n{load.replace(', strict=False', '')}"
+
+
+def _swin_buffers() -> dict[str, Tensor]:
+    """Index tables that torchvision keeps among the weights; they depend on the window only."""
+    import torchvision
+
+    own = torchvision.models.swin_t().state_dict()
+    return {name: value for name, value in own.items() if name.endswith(SWIN_BUFFER)}
+
+
+def _state(folder: Path) -> dict[str, Tensor]:
+    return {
+        f"{part}.{name}": value.contiguous()
+        for part in STATE_PARTS
+        for name, value in read_part(folder, part).items()
+    }
+
+
+def _hf_config(architecture: str, num_features: int, recipe: Recipe) -> dict[str, Any]:
+    """What timm reads from a folder; for nets it does not have, the same facts."""
+    model, px = recipe.model, recipe.evaluation.image_px
+    pretrained = {
+        "input_size": [3, px, px],
+        "interpolation": "bicubic",
+        "crop_pct": recipe.evaluation.crop_share,
+        "mean": [round(value / 255, 6) for value in MEAN.tolist()],
+        "std": [round(value / 255, 6) for value in STD.tolist()],
+        "num_classes": 0,
+        "first_conv": "patch_embed.proj" if model.backbone == "swin_tiny" else "conv1",
+        "classifier": "head.fc" if model.backbone == "swin_tiny" else "fc",
+    }
+    if model.backbone not in OURS:  # timm knows these two itself
+        del pretrained["first_conv"], pretrained["classifier"]
+    return {
+        "architecture": architecture or model.backbone,
+        "num_classes": 0,
+        "num_features": num_features,
+        "scale_smog": model.model_dump(),
+        "pretrained_cfg": pretrained,
+    }
+
+
+def _card(recipe: Recipe, name: str, num_features: int, usage: str, kind: str) -> str:
+    """The model card: what it is, how to load it, how it was trained."""
+    model, grouping, data = recipe.model, recipe.grouping, recipe.data
+    head = "---\nlibrary_name: timm\ntags: [image-feature-extraction, timm, smog]\n---\n\n"
+    return (
+        (head if kind == "hf" else "")
+        + f"""# {model.backbone}, trained with SMoG
+
+The backbone of {name}: images [B, 3, H, W], ImageNet mean and deviation, to features
+[B, {num_features}]. It has no classifier. Trained without labels by Synchronous Momentum Grouping
+(Pang et al., ECCV 2022) with scale_smog.
+
+```python
+{usage}
+```
+
+| setting | value |
+|---|---|
+| width, stem | {model.width}, {"3x3 for small images" if model.small_images else "as published"} |
+| groups | {grouping.num_groups} |
+| batch | {data.global_batch} |
+| length | {f"{recipe.run.epochs:g} epochs" if recipe.run.epochs else f"{recipe.run.steps} steps"} |
+| views | two of {data.large_px} px, {data.num_small_crops} of {data.small_px} px |
+| optimizer | {recipe.optimizer.name}, base rate {recipe.optimizer.base_lr:g} |
+
+`training_state.safetensors`, where it is there, holds the online and the momentum net with their
+heads, and the groups.
+"""
+    )

@@ -1,0 +1,109 @@
+"""Backbones' weights under the names that timm and torchvision use, and back."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from scale_smog.errors import UserError
+
+Weights = dict[str, Tensor]
+
+CLASSIFIERS = ("fc.", "head.", "classifier.")  # of ResNets, Swin and most other nets
+# timm's Swin against torchvision's: (pattern, replacement); stages and mergings alternate there.
+_SWIN_BLOCK = re.compile(r"layers\.(\d)\.blocks\.(\d+)\.")
+_SWIN_MERGING = re.compile(r"layers\.(\d)\.downsample\.")
+
+
+def to_torchvision_swin(weights: Weights) -> Weights:
+    """timm's Swin names (ours too) in torchvision's."""
+    renamed = {}
+    for name, value in weights.items():
+        name = _SWIN_BLOCK.sub(lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.", name)
+        name = _SWIN_MERGING.sub(lambda m: f"features.{2 * int(m[1])}.", name)
+        name = name.replace("patch_embed.proj.", "features.0.0.")
+        name = name.replace("patch_embed.norm.", "features.0.2.")
+        renamed[name.replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")] = value
+    return renamed
+
+
+def from_torchvision_swin(weights: Weights) -> Weights:
+    """The inverse; torchvision's index buffers, which timm computes, are left out."""
+    renamed = {}
+    for name, value in weights.items():
+        if name.endswith("relative_position_index"):
+            continue
+        name = name.replace("features.0.0.", "patch_embed.proj.")
+        name = name.replace("features.0.2.", "patch_embed.norm.")
+        if match := re.match(r"features\.(\d)\.", name):
+            place, rest = int(match[1]), name[match.end() :]
+            is_stage = place % 2 == 1
+            own = f"layers.{place // 2}."
+            name = own + ("blocks." if is_stage else "downsample.") + rest
+        renamed[name.replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")] = value
+    return renamed
+
+
+def without_classifier(weights: Weights) -> Weights:
+    """The backbone's part."""
+    return {name: v for name, v in weights.items() if not name.startswith(CLASSIFIERS)}
+
+
+def read_weights(path: str | Path) -> Weights:
+    """A file of timm or torchvision, safetensors or torch's own, under our names.
+
+    Files of `torch.save` are read without running code from them.
+
+    Raises:
+        UserError: there is no such file, or it holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"model.weights={path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, ImportError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model.weights={path} does not hold weights: {first}") from None
+    except Exception as error:  # pickle's own errors share no base class
+        raise UserError(
+            f"model.weights={path} does not hold plain weights: {type(error).__name__}"
+        ) from None
+    for key in ("state_dict", "model"):  # as training programs of both libraries save them
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(f"model.weights={path} does not hold a mapping of names to weights")
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    if "features.0.0.weight" in weights and any("relative_position" in name for name in weights):
+        weights = from_torchvision_swin(weights)
+    return without_classifier(weights)
+
+
+def load_weights(net: nn.Module, path: str | Path) -> None:
+    """Puts a file's weights into a backbone, in place; the file's classifier is left out.
+
+    Raises:
+        UserError: the file cannot be read, or holds another net; the first difference is named.
+    """
+    weights, own = read_weights(path), net.state_dict()
+    # Counters are no weights; torchvision's oldest files lack them.
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    missing, unexpected = sorted(needed - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
+    if missing or unexpected or shapes:
+        first = (
+            f"{shapes[0]} is {tuple(weights[shapes[0]].shape)}, not {tuple(own[shapes[0]].shape)}"
+            if shapes
+            else f"{missing[0]} is missing"
+            if missing
+            else f"{unexpected[0]} is not part of it"
+        )
+        raise UserError(f"model.weights={path} is another net than model.backbone: {first}")
+    net.load_state_dict(weights, strict=False)

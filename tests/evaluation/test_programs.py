@@ -1,0 +1,191 @@
+"""The evaluations as commands: one process, several, tars, folders, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import jpeg
+from small_recipe import small_recipe
+
+from scale_smog.data.sharding import shard_folder
+from scale_smog.errors import UserError
+from scale_smog.evaluation import linear
+from scale_smog.evaluation.feature_files import write_features
+from scale_smog.evaluation.program import PROGRAMS, evaluate
+from scale_smog.recipe import dump_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+SHORT = ["linear.epochs=4", "linear.batch=8", "linear.checkpoint_every=3"]
+
+
+def results(run_dir: Path, name: str) -> dict:
+    newest = max((run_dir / "evaluations").glob(f"{name}-*"), key=lambda x: x.stat().st_mtime)
+    return json.loads((newest / "results.json").read_text())
+
+
+def test_a_result_holds_every_setting_and_the_hashes(run_dir, capsys):
+    evaluate("linear", [str(run_dir)], [*SHORT, "evaluation.baselines=true"], with_paper=True)
+    found = results(run_dir, "linear")
+    assert found["settings"]["linear"]["epochs"] == 4 and found["settings"]["evaluation"]["k"] == 5
+    assert set(found["data_sha256"]) == {"train", "test"} and len(found["checkpoint_sha256"]) == 64
+    figures = found["figures"]
+    assert figures["top5"] == 1.0 and 0 <= figures["top1"] <= 1 and "random_top1" in figures
+    assert sum(key.startswith("top1_at_") for key in figures) == 8
+    assert json.loads((run_dir / "results.json").read_text())["linear"] == figures
+    out = capsys.readouterr().out
+    assert "SMoG, multi-crop, 400 epochs" in out and "76.4" in out and "resnet_tiny" in out
+
+
+def test_a_folder_gives_what_its_tars_give(run_dir, image_folder):
+    evaluate("knn", [str(run_dir)], [])
+    of_tars = results(run_dir, "knn")
+    evaluate("knn", [str(run_dir)], [f"data.path={image_folder}"])
+    of_folder = results(run_dir, "knn")
+    assert of_folder["figures"] == of_tars["figures"]
+    assert of_folder["checkpoint_sha256"] == of_tars["checkpoint_sha256"]
+    assert of_folder["figures"]["pixel_mean"] == pytest.approx([123.675, 116.28, 103.53])
+
+
+def test_features_are_written_in_the_order_of_their_labels(run_dir, image_folder, tmp_path):
+    both = [f"features.path={image_folder}", f"features.out={tmp_path / 'out'}"]
+    write_features([str(run_dir)], both)
+    features = np.load(tmp_path / "out" / "train-features.npy")
+    labels = np.load(tmp_path / "out" / "train-labels.npy")
+    assert features.shape == (40, 128) and features.dtype == np.float32
+    assert np.bincount(labels).tolist() == [10] * 4
+    write_features([str(run_dir)], [*both, "features.format=parquet", "features.split=train"])
+    from pyarrow import parquet
+
+    table = parquet.read_table(tmp_path / "out" / "train-features.parquet")
+    assert np.allclose(np.stack(table["feature"].to_numpy()), features, atol=1e-6)
+    assert table["sample"][0].as_py().endswith(".jpg") and table["label"].to_pylist() == [*labels]
+
+
+def test_an_interrupted_linear_evaluation_goes_on(run_dir, monkeypatch, capsys):
+    command = [*SHORT, "linear.learning_rates=[0.1, 1.0]", "linear.seed=1"]
+    evaluate("linear", [str(run_dir)], command)
+    straight = results(run_dir, "linear")["figures"]
+    newest = max((run_dir / "evaluations").glob("linear-*"), key=lambda x: x.stat().st_mtime)
+    weights = torch.load(newest / "trained-progress.pt", weights_only=True)
+    for path in newest.iterdir():
+        path.unlink()
+
+    original = linear.crops
+
+    def cut_short(*args):
+        batches, num_steps = original(*args)
+
+        def ending(steps):
+            for step, batch in zip(steps, batches(steps), strict=True):
+                if step == 8:
+                    raise KeyboardInterrupt
+                yield batch
+
+        return ending, num_steps
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "crops", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("linear", [str(run_dir)], command)
+    evaluate("linear", [str(run_dir)], command)
+    assert "going on after step 6" in capsys.readouterr().out
+    assert results(run_dir, "linear")["figures"] == straight
+    again = torch.load(newest / "trained-progress.pt", weights_only=True)
+    assert again["step"] == weights["step"] == 18
+    for name, value in weights["net"].items():
+        assert torch.equal(value, again["net"][name])
+
+
+def unlabelled(folder: Path) -> list[str]:
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        for number in range(3):
+            (folder / split / f"{number}.jpg").write_bytes(jpeg(20, 20, number))
+    return [f"data.path={folder}"]
+
+
+def other_classes(folder: Path) -> list[str]:
+    for split, names in (("train", "ab"), ("test", "ac")):
+        for number, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            (folder / split / name / "0.jpg").write_bytes(jpeg(20, 20, number))
+        shard_folder(folder / split, folder / f"tars-{split}", split=split, workers=1)
+    return [f"data.path={folder}"]
+
+
+def no_test(folder: Path) -> list[str]:
+    (folder / "train" / "a").mkdir(parents=True)
+    (folder / "train" / "a" / "0.jpg").write_bytes(jpeg(20, 20, 0))
+    return [f"data.path={folder}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "words"),
+    [
+        ("linear", unlabelled, "linear needs labels"),
+        ("finetune", other_classes, "classes of the training and the test images do not match: b"),
+        ("knn", no_test, "has no split 'test' or 'val'"),
+        ("linear", lambda _: ["model.width=2"], "does not hold a resnet_tiny of width 2"),
+        ("linear", lambda _: ["model.backbone=resnet18"], "does not hold a resnet18"),
+        ("linear", lambda _: ["linear.epoch=3"], "did you mean 'linear.epochs'"),
+        ("linear", lambda _: ["lineer.epochs=3"], "no section 'lineer'"),
+        ("linear", lambda _: ["linear.setting=mocov3"], "linear.setting"),
+        ("finetune", lambda _: ["finetune.list=x.txt"], "names files, which tars do not keep"),
+        ("knn", lambda _: ["data.path=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, run_dir, name, make, words):
+    with pytest.raises(UserError) as refusal:
+        PROGRAMS[name]([str(run_dir)], make(tmp_path), False)
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_segmentation_of_a_net_without_maps_is_one_clear_line(tmp_path, run_dir):
+    from dense_sets import write_voc
+
+    from scale_smog.evaluation.dense import feature_net
+    from scale_smog.evaluation.job import Job
+
+    recipe = small_recipe(tmp_path, "nowhere", "model.backbone=mobilenetv3_small_100")
+    job = Job("segmentation", run_dir, run_dir, recipe, None, torch.device("cpu"))  # type: ignore
+    from scale_smog.models import build_backbone
+
+    object.__setattr__(job, "backbone", lambda: build_backbone("mobilenetv3_small_100"))
+    with pytest.raises(UserError, match=r"segmentation needs a ResNet.* mobilenetv3_small_100"):
+        feature_net(job)
+    assert write_voc(tmp_path / "voc") and dump_recipe(recipe)
+
+
+@pytest.mark.launcher
+def test_torchrun_and_deepspeed_find_what_one_process_finds(run_dir, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    program, command = str(ROOT / "launcher" / "evaluate.py"), ["linear", str(run_dir), *SHORT]
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    one = "linear.seed=7"
+    evaluate("linear", [str(run_dir)], [*SHORT, one])
+    expected = results(run_dir, "linear")
+    folder = max((run_dir / "evaluations").glob("linear-*"), key=lambda x: x.stat().st_mtime)
+    weights = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
+    for launcher in (
+        ["torchrun", "--nproc_per_node=2", f"--master_port={port}"],
+        ["deepspeed", "--num_gpus=2", f"--master_port={port}"],
+    ):
+        for path in folder.iterdir():
+            path.unlink()
+        ended = subprocess.run(
+            [*launcher, program, *command, one], env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert results(run_dir, "linear")["figures"]["top5"] == expected["figures"]["top5"]
+        again = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
+        for name, value in weights.items():
+            assert torch.allclose(value, again[name], atol=1e-4 * value.abs().max().item() + 1e-6)

@@ -1,0 +1,179 @@
+"""Exports load in plain timm and torchvision, and their files start a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+import yaml
+from safetensors.torch import load_file, save_file
+from small_recipe import small_recipe
+
+from scale_smog import run_folder
+from scale_smog.errors import UserError
+from scale_smog.evaluation import checkpoints
+from scale_smog.export import export
+from scale_smog.models import build_backbone, build_nets
+from scale_smog.models.weights import from_torchvision_swin, load_weights, to_torchvision_swin
+from scale_smog.pretrain import pretrain
+from scale_smog.recipe import dump_recipe
+
+
+@pytest.fixture
+def fake_run(tmp_path, monkeypatch):
+    """Makes a run whose checkpoint holds a given net: real files of large nets cost seconds."""
+
+    def make(backbone: str, **options) -> tuple[Path, torch.nn.Module]:
+        own = [f"model.{key}={yaml.safe_dump(value).split()[0]}" for key, value in options.items()]
+        recipe = small_recipe(tmp_path, "nowhere", f"model.backbone={backbone}", *own)
+        torch.manual_seed(0)
+        online, momentum = build_nets(recipe.model)
+        with torch.no_grad():  # as after training: statistics and scales are no longer 0 and 1
+            for value in [*online.buffers(), *online.parameters()]:
+                if value.is_floating_point():
+                    value.mul_(1 + 0.1 * torch.rand_like(value)).add_(0.01)
+        run_dir = tmp_path / "run"
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / run_folder.RECIPE_FILE).write_text(dump_recipe(recipe))
+        parts = {"online": online.state_dict(), "momentum": momentum.state_dict()}
+        parts["groups"] = {"centroids": torch.eye(3)}
+        monkeypatch.setattr(checkpoints, "read_part", lambda folder, part: parts[part])
+        monkeypatch.setattr("scale_smog.export.read_part", lambda folder, part: parts[part])
+        found = (run_dir / "checkpoints" / "step-00000008", run_dir)
+        monkeypatch.setattr("scale_smog.export.find_checkpoint", lambda path: found)
+        return run_dir, online.backbone.eval()
+
+    return make
+
+
+def outputs(net: torch.nn.Module, px: int) -> torch.Tensor:
+    images = torch.randn(1, 3, px, px, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return net.eval()(images)
+
+
+NETS = [("resnet50", 64), ("swin_tiny", 224)]
+
+
+@pytest.mark.parametrize(("backbone", "px"), NETS)
+def test_timm_and_a_hugging_face_folder_give_the_same_features(tmp_path, fake_run, backbone, px):
+    run_dir, net = fake_run(backbone)
+    done = export(str(run_dir), str(tmp_path / "timm"), "timm")
+    other = timm.create_model(done.architecture, num_classes=0)
+    result = other.load_state_dict(load_file(done.folder / "model.safetensors"), strict=False)
+    assert not result.unexpected_keys and not result.missing_keys
+    expected = outputs(net, px)
+    assert expected.std() > 1e-3 and (outputs(other, px) - expected).abs().max() <= 1e-5
+    assert done.architecture in (done.folder / "README.md").read_text()
+
+    done = export(str(run_dir), str(tmp_path / "hf"), "hf")
+    other = timm.create_model(f"local-dir:{done.folder}", pretrained=True)
+    assert (outputs(other, px) - expected).abs().max() <= 1e-5
+    assert json.loads((done.folder / "config.json").read_text())["num_features"] == net.num_features
+    card = (done.folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm") and "local-dir:" in card
+
+
+@pytest.mark.parametrize(("backbone", "px"), NETS)
+def test_torchvision_misses_only_its_classifier(tmp_path, fake_run, backbone, px):
+    run_dir, net = fake_run(backbone)
+    done = export(str(run_dir), str(tmp_path / "out"), "torchvision")
+    other = getattr(torchvision.models, done.architecture)()
+    result = other.load_state_dict(load_file(done.folder / "model.safetensors"), strict=False)
+    classifier = "head" if backbone == "swin_tiny" else "fc"
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) == {f"{classifier}.weight", f"{classifier}.bias"}
+    setattr(other, classifier, torch.nn.Identity())
+    expected = outputs(net, px)
+    assert (outputs(other, px) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [("resnet18", {"width": 2}), ("resnet18", {"small_images": True}), ("resnet_tiny", {})],
+)
+def test_a_net_that_no_library_has_comes_with_a_line_that_loads_it(
+    tmp_path, fake_run, monkeypatch, backbone, options
+):
+    run_dir, net = fake_run(backbone, **options)
+    monkeypatch.chdir(tmp_path)
+    done = export(str(run_dir), "out", "timm")
+    names: dict[str, torch.nn.Module] = {}
+    exec(done.usage, names)
+    assert torch.equal(outputs(names["net"], 64), outputs(net, 64))
+
+
+def test_the_whole_state_has_heads_momentum_net_and_groups(tmp_path, fake_run):
+    run_dir, _ = fake_run("resnet_tiny")
+    done = export(str(run_dir), str(tmp_path / "out"), "timm", with_state=True)
+    names = load_file(done.folder / "training_state.safetensors").keys()
+    assert {"online.predictor.fc1.weight", "momentum.projector.fc1.weight"} <= set(names)
+    assert "groups.centroids" in names
+
+
+def test_what_a_library_does_not_have_is_one_clear_line(tmp_path, fake_run):
+    run_dir, _ = fake_run("mobilenetv3_small_100")
+    with pytest.raises(UserError, match="torchvision has no mobilenetv3_small_100"):
+        export(str(run_dir), str(tmp_path / "out"), "torchvision")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("resnet18", lambda: timm.create_model("resnet18")),
+        ("resnet18", lambda: torchvision.models.resnet18()),
+        ("swin_tiny", lambda: timm.create_model("swin_tiny_patch4_window7_224")),
+        ("swin_tiny", lambda: torchvision.models.swin_t()),
+    ],
+)
+def test_files_of_timm_and_torchvision_start_a_net(tmp_path, name, make):
+    foreign = make()
+    path = tmp_path / "foreign.pth"
+    torch.save(foreign.state_dict(), path)
+    net = build_backbone(name)
+    load_weights(net, path)
+    for classifier in ("fc", "head"):
+        if isinstance(getattr(foreign, classifier, None), torch.nn.Linear):
+            setattr(foreign, classifier, torch.nn.Identity())
+        elif hasattr(foreign, classifier):
+            foreign.head.fc = torch.nn.Identity()
+    px = 224 if name == "swin_tiny" else 64
+    assert (outputs(net, px) - outputs(foreign, px)).abs().max() <= 1e-5
+
+
+def test_names_of_torchvision_lead_back_to_ours():
+    weights = build_backbone("swin_tiny").state_dict()
+    assert list(from_torchvision_swin(to_torchvision_swin(weights))) == list(weights)
+
+
+def test_a_run_starts_from_the_weights_of_a_file(tmp_path, tars):
+    torch.manual_seed(5)
+    start = build_backbone("resnet_tiny").state_dict()
+    save_file(start, tmp_path / "start.safetensors")
+    # A rate of next to nothing: what the run ends with is what it began with.
+    recipe = small_recipe(
+        tmp_path,
+        tars,
+        f"model.weights={tmp_path / 'start.safetensors'}",
+        "run.steps=1",
+        "optimizer.base_lr=1e-12",
+    )
+    pretrain(recipe)
+    folder, _ = checkpoints.find_checkpoint(Path(recipe.run.dir))
+    for part in ("online", "momentum"):
+        weights = checkpoints.read_part(folder, part)
+        for name in ("conv1.weight", "layer3.0.conv2.weight"):
+            assert torch.allclose(weights[f"backbone.{name}"], start[name], atol=1e-6)
+
+
+def test_weights_of_another_net_are_refused_by_the_first_difference(tmp_path):
+    torch.save(build_backbone("resnet18").state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"another net than model.backbone: .*weight"):
+        load_weights(build_backbone("resnet50"), tmp_path / "a.pth")
+    torch.save({"x": object}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match="does not hold plain weights"):
+        load_weights(build_backbone("resnet_tiny"), tmp_path / "b.pth")
+    with pytest.raises(UserError, match="no such file"):
+        load_weights(build_backbone("resnet_tiny"), tmp_path / "none.pth")
