@@ -4,7 +4,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 
 
 def parse_arguments(doc: str | None, **positional: str) -> argparse.Namespace:
@@ -38,6 +39,34 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int) ->
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
+    for name, seconds in times.items():
+        spread = f"{min(seconds):.4g} to {max(seconds):.4g}"
+        print(f"  {name:<44}{statistics.median(seconds):10.4g} s   ({spread})", flush=True)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def interleaved_streams(
+    contestants: Mapping[str, Callable[[], Iterable[object]]],
+    num_warm_up: int,
+    num_items: int,
+    rounds: int,
+) -> dict[str, float]:
+    """Median seconds an item of each stream; every turn opens a stream anew and warms it up.
+
+    For what works ahead: neither the start of workers nor what they prepare while another has its
+    turn may count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_ in range(rounds):
+        order = list(contestants.items())
+        for name, build in order if round_ % 2 == 0 else reversed(order):
+            items = iter(build())
+            for _ in islice(items, num_warm_up):
+                pass
+            start = time.perf_counter()
+            num = sum(1 for _ in islice(items, num_items))
+            times[name].append((time.perf_counter() - start) / num)
+            del items
     for name, seconds in times.items():
         spread = f"{min(seconds):.4g} to {max(seconds):.4g}"
         print(f"  {name:<44}{statistics.median(seconds):10.4g} s   ({spread})", flush=True)

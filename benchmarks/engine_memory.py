@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from compare import parse_arguments
+from compare import claim, parse_arguments
 
 from scale_smog.config import Recipe
 from scale_smog.engine import Engine, build_engine
@@ -57,6 +57,8 @@ def main() -> None:
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")
+    fsdp = next(row for row in rows if row["engine"] == "fsdp")
+    claim("MiB of a rank of fsdp, planned against measured", fsdp["planned_mib"], fsdp["peak_mib"])
 
 
 def recipe(kind: str, width: int, global_batch: int, image_px: int, precision: str) -> Recipe:

@@ -1,0 +1,93 @@
+"""What evaluation costs: eight learning rates against one, and the online judge against none.
+
+The linear evaluation's step is a frozen forward pass of the backbone and a step of the heads; eight
+heads may cost at most 1.3 of one. The online kNN and linear classifier may cost 2 % of a step.
+"""
+
+import time
+
+import torch
+from compare import claim, interleaved, parse_arguments
+from torch import nn
+from torch.nn import functional
+
+from scale_smog.data.batch import Batch
+from scale_smog.evaluation.linear import build_heads
+from scale_smog.evaluation.online import KNN_EVERY, OnlineProbe
+from scale_smog.evaluation.settings import LinearConfig
+from scale_smog.models import build_backbone
+
+NUM_CLASSES = 10
+RATES = LinearConfig().learning_rates
+
+
+def linear_step(backbone: nn.Module, images: torch.Tensor, rates: tuple[float, ...]):
+    """One step of the linear evaluation with a head for each rate."""
+    config = LinearConfig(learning_rates=rates, batch=len(images))
+    num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
+    heads, optimizer = build_heads(config, num_features, NUM_CLASSES, images.device)
+    labels = torch.arange(len(images)) % NUM_CLASSES
+
+    def step() -> None:
+        with torch.no_grad():
+            features = backbone(images)
+        scores = heads(features)  # [B, L, C]
+        wanted = labels[:, None].expand(scores.shape[:2])
+        loss = functional.cross_entropy(scores.flatten(0, 1), wanted.flatten()) * len(rates)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def online_seconds(backbone: nn.Module, images: torch.Tensor, num_steps: int) -> float:
+    """Seconds a step that the online judge adds, its queue full: its own work, timed alone."""
+    num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
+    probe = OnlineProbe(nn.Identity(), num_features, NUM_CLASSES, images.device)
+    labels = torch.arange(len(images)) % NUM_CLASSES
+    features = torch.randn(len(images), num_features)
+    batch = Batch([images, images], [], labels, labels)
+    hook = probe._keep
+    spent, seen = 0.0, 0
+    watched = probe.watching((batch for _ in range(2 * num_steps)), 0, 10, lambda *_: None)
+    start = time.perf_counter()
+    for number, _ in enumerate(watched):
+        spent += (time.perf_counter() - start) * (number > num_steps)
+        seen += number > num_steps
+        hook(nn.Identity(), (), features)
+        start = time.perf_counter()
+    return spent / seen
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    torch.set_num_threads(arguments.threads)
+    backbone = build_backbone("resnet_tiny" if arguments.quick else "resnet18")
+    px = 32 if arguments.quick else 64
+    images = torch.randn(128, 3, px, px).contiguous(memory_format=torch.channels_last)
+    backbone.eval()
+    seconds = interleaved(
+        {
+            "one learning rate": linear_step(backbone, images, RATES[4:5]),
+            "eight learning rates": linear_step(backbone, images, RATES),
+        },
+        3 * arguments.repeats,
+    )
+    one, eight = seconds["one learning rate"], seconds["eight learning rates"]
+    claim("a linear step with eight learning rates, against 1.3 of one with one", eight, 1.3 * one)
+
+    online = backbone.train()
+
+    def training_step() -> None:
+        """Half of SMoG's: one net, one view, forward and backward."""
+        online(images).square().mean().backward()
+
+    step = interleaved({"half a training step": training_step}, arguments.repeats)
+    own = online_seconds(online, images, 4 * KNN_EVERY)
+    limit = 0.02 * 2 * step["half a training step"]
+    claim("the online judge's seconds, against 2 % of a training step", own, limit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The loop's step against a bare loop: the same two nets and views, and nothing else.
+
+The bare loop is the least that trains two such nets: forward passes, a cosine loss between the
+prediction and the momentum net's projection, torch's SGD and a momentum update, both foreach; no
+groups, no engine. Ours is the step that training runs: LARS, 3,000 groups, bank and usage counts.
+Weights, views, precision and memory format are the same on both sides.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from compare import claim, interleaved, parse_arguments
+from torch import Tensor
+
+from scale_smog.config import Recipe
+from scale_smog.data.batch import Batch
+from scale_smog.loop import train_step
+from scale_smog.models import build_nets
+from scale_smog.pretrain import build_state
+from scale_smog.profiling.step_profile import PARTS, StepProfile, Timeline, marked
+from scale_smog.throughput import NOW, borders, build_batches
+
+FLOOR = 0.92
+STEPS_A_TURN = {"cpu": 1, "cuda": 10}
+
+
+def main() -> None:
+    """Prints both times, where ours goes, and the claim."""
+    arguments = parse_arguments(__doc__)
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    recipe = step_recipe(16, 96, width=1) if not arguments.quick else step_recipe(4, 32, width=1)
+    with one_rank():
+        ours, bare = Ours(recipe, device), Bare(recipe, device)
+        sides = {"our step": turn(ours), "a bare loop": turn(bare)}
+        seconds = interleaved(sides, arguments.repeats * 3)
+        print_parts(ours)
+    size = f"ResNet-50, {recipe.data.large_px} px, batch {recipe.data.global_batch}, {device.type}"
+    text = f"speed of the whole step as a share of a bare loop's, {size} (at least {FLOOR})"
+    num = recipe.data.global_batch * STEPS_A_TURN[device.type]
+    claim(text, num / seconds["our step"], num / seconds["a bare loop"], higher_is_better=True)
+
+
+def step_recipe(batch: int, px: int, width: int, **sections: dict[str, Any]) -> Recipe:
+    """The paper's ResNet-50 on one rank with random views; k-means is timed elsewhere."""
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return Recipe.model_validate(
+        {
+            "run": {"steps": 1},
+            "data": {"path": "", "global_batch": batch, "large_px": px, "loader": "synthetic"},
+            "model": {"width": width} | sections.get("model", {}),
+            "grouping": {"kmeans": False, "init": "random", "bank_steps": 10},
+            "engine": {"precision": precision} | sections.get("engine", {}),
+        }
+    )
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of one, as plain python has it."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(backend, init_method=f"file://{folder}/x", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def views_of(recipe: Recipe, device: torch.device) -> Batch:
+    """The random views that both sides train on."""
+    batch = recipe.data.global_batch
+    return next(iter(build_batches(recipe, batch, 1, True, device)))
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def turn(side: "Ours | Bare") -> Callable[[], None]:
+    """Steps that wait for the device at their end only: the host may run ahead, as in training."""
+
+    def run() -> None:
+        for _ in range(STEPS_A_TURN[side.device.type]):
+            side.step()
+        wait(side.device)
+
+    return run
+
+
+class Ours:
+    """The loop's own step."""
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.recipe, self.device = recipe, device
+        self.batch = views_of(recipe, device)
+        self.state = build_state(recipe, recipe.data.global_batch, device)
+
+    def step(self) -> None:
+        """One of training."""
+        train_step(self.recipe, self.state, self.batch, NOW)
+
+
+class Bare:
+    """Two nets, a loss, SGD and a momentum update.
+
+    Args:
+        recipe: nets, views and precision.
+        device: where they are.
+        views_last: views lie channels_last.
+        weights_last: so do weights; by default on a GPU, as under `engine.kind=ddp`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        views_last: bool = True,
+        weights_last: bool | None = None,
+    ):
+        self.device = device
+        self.views = views_of(recipe, device).large
+        if not views_last:
+            self.views = [view.contiguous() for view in self.views]
+        torch.manual_seed(0)
+        self.online, self.momentum = (net.to(device) for net in build_nets(recipe.model))
+        if device.type == "cuda" if weights_last is None else weights_last:
+            for net in (self.online, self.momentum):
+                net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.is_bf16 = recipe.engine.precision == "bf16"
+        self.optimizer = torch.optim.SGD(
+            self.online.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-6, foreach=True
+        )
+        leaders = dict(self.online.named_parameters())
+        self.leaders = [leaders[name].detach() for name, _ in self.momentum.named_parameters()]
+        self.followers = [p.detach() for p in self.momentum.parameters()]
+
+    def step(self) -> None:
+        """One of training."""
+        view, other = self.views
+        with torch.no_grad():
+            torch._foreach_lerp_(self.followers, self.leaders, 1e-3)
+        autocast = torch.autocast(self.device.type, torch.bfloat16)
+        with autocast if self.is_bf16 else nullcontext():
+            _, p = self.online(view)  # [1, B, D]
+            with torch.no_grad():
+                target: Tensor = self.momentum(other)  # [B, D]
+        loss = -(p[0] * target).sum(dim=1).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def print_parts(ours: Ours, num_steps: int = 5) -> None:
+    """Where a step's time goes."""
+    timeline = Timeline(ours.device)
+    with marked(timeline, borders(ours.state)):
+        for _ in range(num_steps):
+            with timeline.step():
+                train_step(ours.recipe, ours.state, ours.batch, NOW)
+    measured = StepProfile.of(timeline.durations())
+    for name in PARTS:
+        if measured.parts[name]:
+            share = measured.parts[name] / measured.step_s
+            print(f"    {name:<20}{measured.parts[name] * 1e3:10.2f} ms{share:8.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Profiles a recipe's step on the ranks at hand and predicts it for many GPUs."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from scale_smog import distributed, loop
+from scale_smog.config import Recipe
+from scale_smog.data import TarDataset
+from scale_smog.data.augment import training_views
+from scale_smog.data.batch import Batch
+from scale_smog.data.loaders import build_plan, build_training_loader
+from scale_smog.data.synthetic import SyntheticLoader
+from scale_smog.errors import UserError
+from scale_smog.grouping import spherical_kmeans
+from scale_smog.loop import TrainState, train_step
+from scale_smog.pretrain import build_state
+from scale_smog.profiling import report
+from scale_smog.profiling.collectives import calibrated
+from scale_smog.profiling.flops import VALUE_BYTES
+from scale_smog.profiling.hardware import Hardware, hardware_name, load_hardware
+from scale_smog.profiling.peaks import measure_peaks
+from scale_smog.profiling.scaling_model import Measured, Workload, whole_parts
+from scale_smog.profiling.step_profile import Border, StepProfile, Timeline, marked
+from scale_smog.profiling.traces import communication, tracing, write_trace
+from scale_smog.schedules import Now
+
+DEFAULT_TARGET = "h200"
+NUM_TRACED = 2
+LINKS = {"gpus_per_node", "node", "network", "collective_shares"}  # what calibration changes
+KMEANS_ROWS_ON_CPU = 4096  # more would take long; the time grows with the rows
+NOW = Now(epoch=0.0, lr=1e-3, weight_decay=1e-6, beta=0.99)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the program's flags say."""
+
+    num_steps: int = 20
+    num_warm_up: int = 3
+    synthetic: bool = False  # random views in place of the loader's
+    loader_only: bool = False  # no nets
+    trace: bool = True
+    calibrate: bool = False  # measure the links between these ranks and predict with them
+    hardware: str = ""  # file or name of the machine to predict for; default: this one
+
+
+def profile(recipe: Recipe, options: Options) -> dict[str, Any]:
+    """Profiles on all ranks of the launcher; returns what `profile.json` holds.
+
+    Raises:
+        UserError: the dataset, the hardware file or the number of ranks does not fit.
+    """
+    device = distributed.start()
+    try:
+        return _profile(recipe, options, device)
+    finally:
+        distributed.stop()
+
+
+def _profile(recipe: Recipe, options: Options, device: torch.device) -> dict[str, Any]:
+    target = load_hardware(options.hardware or hardware_name(device) or DEFAULT_TARGET)
+    batch = images_of_a_rank(recipe)
+    num_batches = options.num_warm_up + options.num_steps + NUM_TRACED
+    batches = build_batches(recipe, batch, num_batches, options.synthetic, device)
+    folder = Path(recipe.run.dir)
+    if options.loader_only:
+        facts = _loader_facts(recipe, batches, options)
+        return _finish(facts, report.loader_text(facts), folder)
+    state = build_state(recipe, batch, device)
+    measured = measure_steps(recipe, state, iter(batches), options, device, folder)
+    measured = measured.with_kmeans(kmeans_s(recipe, batch, device))
+    work = Workload.of(recipe, batch)
+    if options.calibrate:
+        target = calibrated(target, device)
+    flops_per_s, bytes_per_s = _peaks(recipe, options, device)
+    facts = report.facts(
+        recipe,
+        measured,
+        work,
+        device=str(_device_name(device)),
+        num_ranks=distributed.world_size(),
+        flops_per_s=flops_per_s,
+        bytes_per_s=bytes_per_s,
+        memory_mib=distributed.peak_memory_mib(),
+        memory_share=_memory_share(device),
+    )
+    # Parts measured on a CPU say nothing of a GPU: its own are estimated from the roof.
+    basis = None
+    if device.type == "cuda":
+        ranks, per_node = distributed.world_size(), distributed.ranks_per_node()
+        basis = Measured(work, whole_parts(measured.parts, recipe.engine.kind, ranks, per_node))
+    if distributed.is_main():
+        facts |= report.predictions(recipe, target, batch, basis, folder)
+        if options.calibrate:
+            facts["measured_links"] = target.model_dump(include=LINKS)
+    return _finish(facts, report.text(facts), folder)
+
+
+def _finish(facts: dict[str, Any], text: str, folder: Path) -> dict[str, Any]:
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "profile.json").write_text(json.dumps(facts, indent=1) + "\n")
+        print(text + f"\nwritten to {folder / 'profile.json'}", flush=True)
+    return facts
+
+
+def images_of_a_rank(recipe: Recipe) -> int:
+    """B.
+
+    Raises:
+        UserError: the ranks do not divide the global batch.
+    """
+    total, ranks = recipe.data.global_batch, distributed.world_size()
+    if total % ranks:
+        raise UserError(f"data.global_batch={total} does not split over {ranks} ranks")
+    return total // ranks
+
+
+def build_batches(
+    recipe: Recipe, batch: int, num: int, synthetic: bool, device: torch.device
+) -> Iterable[Batch]:
+    """The recipe's loader, or random views, which need no dataset."""
+    views = training_views(recipe.data, recipe.augment)
+    if synthetic or recipe.data.loader == "synthetic":
+        return SyntheticLoader(views, batch, num, device)
+    dataset = TarDataset(recipe.data.path, "train")
+    plan = build_plan(recipe.data, dataset, recipe.run.seed)
+    return build_training_loader(recipe.data, views, dataset, plan, range(num), device)
+
+
+def borders(state: TrainState) -> list[Border]:
+    """What the loop calls at a step, and which part it belongs to."""
+    return [
+        Border(state.engine, "ema", "ema"),
+        Border(state.engine, "reset_momentum", "ema"),
+        Border(state.engine, "forward_online", "online_forward"),
+        Border(state.engine, "forward_momentum", "momentum_forward"),
+        Border(state.groups, "assign", "grouping"),
+        Border(state.groups, "updated_by", "grouping"),
+        Border(loop, "group_contrastive_loss", "grouping"),
+        Border(state.engine, "backward", "backward"),
+        Border(state.engine, "step", "optimizer"),
+        Border(state.groups, "commit", "grouping"),
+        Border(state.bank, "push", "grouping"),
+        Border(state.usage, "push", "grouping"),
+        Border(state.groups, "reseed_from", "kmeans"),
+    ]
+
+
+def measure_steps(
+    recipe: Recipe,
+    state: TrainState,
+    batches: Iterator[Batch],
+    options: Options,
+    device: torch.device,
+    folder: Path,
+) -> StepProfile:
+    """Runs the loop's own step: warm-up, then marked steps, then a few traced ones."""
+    recipe = without_resets(recipe)
+    for batch in islice(batches, options.num_warm_up):
+        train_step(recipe, state, batch, NOW)
+    timeline = Timeline(device)
+    with marked(timeline, borders(state)):
+        _run(recipe, state, batches, options.num_steps, timeline)
+        measured = StepProfile.of(timeline.durations())
+        if not options.trace:
+            return measured
+        with tracing(device) as profiler:
+            _run(recipe, state, batches, NUM_TRACED, timeline)
+    write_trace(profiler, folder / "trace", distributed.rank())
+    if distributed.world_size() == 1:
+        return measured
+    return measured.with_communication(communication(profiler, device.type == "cuda"))
+
+
+def without_resets(recipe: Recipe) -> Recipe:
+    """So that measured steps are alike; k-means is measured by itself."""
+    grouping = recipe.grouping.model_copy(update={"reset_every": 10**9})
+    return recipe.model_copy(update={"grouping": grouping})
+
+
+def _run(
+    recipe: Recipe, state: TrainState, batches: Iterator[Batch], num: int, timeline: Timeline
+) -> None:
+    for _ in range(num):
+        with timeline.step():
+            with timeline.part("data_wait"):
+                batch = next(batches)
+            train_step(recipe, state, batch, NOW)
+
+
+def kmeans_s(recipe: Recipe, batch: int, device: torch.device) -> float:
+    """Seconds a step that a reset's k-means costs, spread over the steps between resets.
+
+    On random features, which move from group to group until the last round. On a CPU fewer than
+    the bank's are clustered and the time is scaled up.
+    """
+    grouping = recipe.grouping
+    if not grouping.kmeans:
+        return 0.0
+    bank_rows = recipe.bank_steps * batch
+    rows = bank_rows if device.type == "cuda" else min(bank_rows, KMEANS_ROWS_ON_CPU)
+    generator = torch.Generator(device).manual_seed(distributed.rank())
+    features = torch.randn(rows, recipe.model.dim, device=device, generator=generator)
+    features = functional.normalize(features)
+    start = features[torch.arange(grouping.num_groups, device=device) % rows].clone()
+    seconds = []
+    for _ in range(2):  # the first one warms up
+        begin = time.perf_counter()
+        spherical_kmeans(features, start, iterations=grouping.kmeans_iterations)  # ends with .item
+        seconds.append(time.perf_counter() - begin)
+    return seconds[-1] * bank_rows / rows / grouping.reset_every
+
+
+def _loader_facts(recipe: Recipe, batches: Iterable[Batch], options: Options) -> dict[str, Any]:
+    iterator = iter(batches)
+    for _ in islice(iterator, options.num_warm_up):
+        pass
+    start = time.perf_counter()
+    num = sum(1 for _ in islice(iterator, options.num_steps))
+    seconds = (time.perf_counter() - start) / max(1, num)
+    return {
+        "loader": recipe.data.loader,
+        "images_per_s": recipe.data.global_batch / seconds,
+        "batch_s": seconds,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _peaks(recipe: Recipe, options: Options, device: torch.device) -> tuple[float, float]:
+    """Peak arithmetic and bandwidth of the device at hand: its data sheet's, else measured."""
+    name, precision = hardware_name(device), recipe.engine.precision
+    if name:
+        machine: Hardware = load_hardware(name)
+        return machine.flops_per_s(precision), machine.bytes_per_s
+    assert precision in VALUE_BYTES
+    return measure_peaks(device, precision)
+
+
+def _memory_share(device: torch.device) -> float:
+    if device.type != "cuda":
+        return 0.0
+    return torch.cuda.max_memory_reserved(device) / torch.cuda.mem_get_info(device)[1]

@@ -1,0 +1,143 @@
+"""Predictions: their form, their limits, and the published figures they must give."""
+
+import pytest
+
+from scale_smog import UserError
+from scale_smog.config import Recipe
+from scale_smog.profiling.collectives import fit_line
+from scale_smog.profiling.hardware import FOLDER, load_hardware
+from scale_smog.profiling.scaling_model import (
+    ENGINES,
+    Measured,
+    Network,
+    Workload,
+    estimate_parts,
+    exposed_s,
+    finish_s,
+    predict,
+    predict_step,
+    strong_scaling,
+    weak_scaling,
+    whole_parts,
+)
+
+H200 = load_hardware("h200")
+
+
+def recipe_of(width: int = 1, **sections) -> Recipe:
+    base = {"run": {"epochs": 1}, "data": {"path": ""}, "model": {"width": width}}
+    return Recipe.model_validate(base | sections)
+
+
+@pytest.fixture(scope="module")
+def work() -> Workload:
+    return Workload.of(recipe_of(), 64)
+
+
+def test_every_prediction_is_a_range_around_a_nominal_value():
+    for x in weak_scaling(recipe_of(), H200, 64, gpus=(8, 1024)):
+        low, nominal, high = x.images_per_s
+        assert 0 < low < nominal < high
+        assert 0.2 < x.efficiency <= 1.0
+
+
+def test_one_gpu_waits_for_nobody(work):
+    parts = estimate_parts(work, H200, 1)
+    for engine in ENGINES:
+        assert sum(exposed_s(work, parts, 1, engine, "global", H200, 1).values()) == 0
+    assert predict_step(work, parts, 1, "ddp", "global", H200, 1) == pytest.approx(
+        sum(parts.values())
+    )
+
+
+def test_measured_parts_of_a_share_are_scaled_back_to_the_whole(work):
+    parts = estimate_parts(work, H200, 1)
+    for engine in ENGINES:
+        share = whole_parts({"optimizer": 1.0, "ema": 1.0, "backward": 1.0}, engine, 16, 8)
+        assert share["backward"] == 1.0
+        assert share["optimizer"] == {"ddp": 1, "hsdp": 8}.get(engine, 16)
+        assert share["ema"] == {"zero3": 16, "fsdp": 16, "hsdp": 8}.get(engine, 1)
+    assert whole_parts(parts, "zero1", 1, 1) == parts
+
+
+def test_a_measured_step_corrects_the_prediction(work):
+    estimated = estimate_parts(work, H200, 1)
+    slower = Measured(work, {name: 2 * seconds for name, seconds in estimated.items()})
+    plain = predict(recipe_of(), H200, 64, "ddp", "local", 32)
+    corrected = predict(recipe_of(), H200, 64, "ddp", "local", 32, slower)
+    assert 0.45 < corrected.images_per_s[1] / plain.images_per_s[1] < 0.6
+
+
+def test_batch_norm_over_all_ranks_is_what_limits_x1_on_many_gpus():
+    at_node = predict(recipe_of(), H200, 1024, "ddp", "node", 64)
+    at_all = predict(recipe_of(), H200, 1024, "ddp", "global", 64)
+    wide = predict(recipe_of(4), H200, 1024, "ddp", "global", 64)
+    assert at_all.efficiency < 0.7 < at_node.efficiency and wide.efficiency > at_all.efficiency
+
+
+def test_a_bucket_waits_for_its_gradients_and_for_the_bucket_before_it():
+    assert finish_s([(1.0, 0.5), (2.0, 0.5)]) == 2.5  # the link was free
+    assert finish_s([(1.0, 3.0), (2.0, 0.5)]) == 4.5  # it was not
+
+
+def test_an_all_reduce_over_nodes_costs_the_ring_within_and_the_ring_between():
+    net = Network(H200, 1)
+    num_bytes = 1.5e9  # ResNet-50 x4 in float32
+    ring = 2 * 7 / 8 * num_bytes / 420e9 + 2 * 7 / 8 * num_bytes / 8 / 42e9
+    assert net.seconds("all_reduce", num_bytes, 64) == pytest.approx(ring, rel=0.02)
+    assert net.seconds("all_reduce", num_bytes, 1) == 0
+
+
+def test_gradients_in_bf16_halve_what_ddp_sends(work):
+    slow = H200.model_copy(update={"overlap": (0.0, 0.0, 0.0)})
+    halved = Workload(recipe_of(engine={"reduce_precision": "bf16"}), 64, work.cost)
+    parts = estimate_parts(work, slow, 1)
+    full = exposed_s(work, parts, 64, "ddp", "node", slow, 1)["weights"]
+    assert exposed_s(halved, parts, 64, "ddp", "node", slow, 1)["weights"] < 0.6 * full
+
+
+def test_strong_scaling_keeps_the_global_batch_and_loses_to_launches():
+    rows = strong_scaling(recipe_of(data={"path": "", "global_batch": 4096}), H200)
+    assert [x.gpus for x in rows] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    efficiencies = [x.efficiency for x in rows]
+    rate = [x.images_per_s[1] for x in rows]
+    assert efficiencies == sorted(efficiencies, reverse=True)
+    assert rate[-1] < 4 * rate[3]  # 16 times as many GPUs as 64
+
+
+def test_published_efficiencies_lie_in_ranges_of_at_most_a_fifth(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parents[2] / "benchmarks"))
+    import scaling
+
+    a100 = load_hardware("a100")
+    r50 = scaling.supervised(a100, "resnet50", 256, 8, alone=2470.0)
+    r152 = scaling.supervised(scaling._without_loader(a100), "resnet152", 64, 8)
+    for (low, nominal, high), published in ((r50, 0.84), (r152, 0.974)):
+        assert low <= published <= high
+        assert nominal * 0.8 <= low and high <= nominal * 1.2
+
+
+def test_latency_and_bandwidth_come_back_from_the_times_they_make():
+    points = [(size, 20e-6 + size / 2e9) for size in (1_000, 10_000, 1_000_000, 50_000_000)]
+    alpha, beta = fit_line(points)
+    assert alpha == pytest.approx(20e-6, rel=1e-6) and beta == pytest.approx(0.5e-9, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["h200", "h100", "a100"])
+def test_hardware_files_hold_ranges_from_good_to_bad(name):
+    machine = load_hardware(name)
+    for key in ("roofline_fraction", "loader_images_per_s", "overlap"):
+        good, nominal, bad = getattr(machine, key)
+        assert good >= nominal >= bad
+    for key in ("op_us", "straggler"):
+        good, nominal, bad = getattr(machine, key)
+        assert good <= nominal <= bad
+
+
+def test_a_wrong_hardware_file_is_explained_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="give a path, or one of a100, h100, h200"):
+        load_hardware("h300")
+    path = tmp_path / "mine.yaml"
+    path.write_text((FOLDER / "h200.yaml").read_text() + "colour: red\n")
+    with pytest.raises(UserError, match="colour"):
+        load_hardware(str(path))

@@ -1,0 +1,126 @@
+"""The throughput program: profile.json, its arithmetic, and its modes."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from small_recipe import small_recipe, write_small_recipe
+
+from scale_smog import run_folder
+from scale_smog.loop import train_step
+from scale_smog.pretrain import build_state
+from scale_smog.profiling.step_profile import PARTS, Timeline, marked
+from scale_smog.throughput import NOW, Options, _profile, borders, build_batches
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+NET = ("data.large_px=64", "data.global_batch=16", "grouping.kmeans=false", "grouping.init=random")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_program(monkeypatch, *arguments: str) -> int:
+    """Runs launcher/throughput.py in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *arguments])
+    try:
+        runpy.run_path(str(ROOT / "launcher" / "throughput.py"), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_program_writes_profile_trace_and_plot(tmp_path, tars, monkeypatch, capsys):
+    recipe = str(write_small_recipe(tmp_path, tars))
+    assert run_program(monkeypatch, recipe, "--steps", "4", "--warm-up", "1") == 0
+    facts = json.loads((tmp_path / "run" / "profile.json").read_text())
+    assert list(facts["parts"]) == list(PARTS)
+    assert facts["images_per_s"] == pytest.approx(12 / facts["step_s"])
+    assert {"exposed_s", "hidden_s"} == set(facts["communication"])
+    assert 0 < facts["mfu"] < 1 and 0 < facts["roofline_fraction"] < 1
+    for row in facts["predictions"]:
+        assert set(row) == {"gpus", "engine", "batch_norm", "images_per_s", "efficiency"}
+        assert row["images_per_s"] == sorted(row["images_per_s"])
+    assert {row["gpus"] for row in facts["predictions"]} >= {8, 64, 256, 1024}
+    trace = json.loads((tmp_path / "run" / "trace" / "rank0.pt.trace.json").read_text())
+    assert any(event.get("name") == "part: backward" for event in trace["traceEvents"])
+    assert (tmp_path / "run" / "scaling.png").stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert "PREDICTED" in said and facts["bottleneck"] in said
+
+
+def test_a_profiled_folder_can_still_be_trained_in(tmp_path, tars):
+    recipe = small_recipe(tmp_path, tars)
+    _profile(recipe, Options(num_steps=1, num_warm_up=1, trace=False), CPU)
+    assert (tmp_path / "run" / "profile.json").exists()
+    assert run_folder.claim(recipe, "hash") == []
+
+
+def test_parts_add_up_and_what_belongs_to_none_is_small(tmp_path):
+    options = Options(num_steps=8, synthetic=True, trace=False)
+    facts = _profile(small_recipe(tmp_path, "", *NET), options, CPU)
+    parts = facts["parts"]
+    assert sum(parts.values()) == pytest.approx(facts["step_s"], rel=0.03)
+    assert parts["other"] <= 0.05 * facts["step_s"]
+    assert parts["online_forward"] > 0 and parts["backward"] > parts["momentum_forward"] > 0
+
+
+def test_twice_the_batch_takes_about_twice_as_long_forward(tmp_path):
+    timelines = {batch: Timeline(CPU) for batch in (16, 32)}
+    sides = {}
+    for batch in timelines:
+        recipe = small_recipe(tmp_path, "", *NET, f"data.global_batch={batch}")
+        images = next(iter(build_batches(recipe, batch, 1, True, CPU)))
+        sides[batch] = (recipe, build_state(recipe, batch, CPU), images)
+    for _ in range(12):  # in turns: a machine that is busy meanwhile slows both
+        for batch, (recipe, state, images) in sides.items():
+            timeline = timelines[batch]
+            with marked(timeline, borders(state)), timeline.step():
+                train_step(recipe, state, images, NOW)
+    fastest = {
+        batch: min(step["online_forward"] for step in timeline.durations())
+        for batch, timeline in timelines.items()
+    }
+    assert 1.4 <= fastest[32] / fastest[16] <= 2.6
+
+
+def test_the_loader_alone_and_random_views_need_no_nets_and_no_dataset(tmp_path, tars, monkeypatch):
+    recipe = str(write_small_recipe(tmp_path, tars))
+    assert run_program(monkeypatch, recipe, "--loader-only", "--steps", "3") == 0
+    facts = json.loads((tmp_path / "run" / "profile.json").read_text())
+    assert facts["images_per_s"] > 0 and "parts" not in facts
+    nowhere = str(write_small_recipe(tmp_path, "nowhere"))
+    assert run_program(monkeypatch, nowhere, "--synthetic", "--steps", "2", "--no-trace") == 0
+
+
+def test_mistakes_get_one_line(tmp_path, tars, monkeypatch, capsys):
+    recipe = str(write_small_recipe(tmp_path, tars))
+    assert run_program(monkeypatch, recipe, "--hardware", "h300") == 2
+    assert capsys.readouterr().err == (
+        "error: no hardware file h300: give a path, or one of a100, h100, h200\n"
+    )
+
+
+def _profile_rank(folder: Path) -> dict:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    recipe = small_recipe(folder, "", *NET, "engine.kind=ddp", "model.batch_norm=global")
+    return _profile(recipe, Options(num_steps=6, synthetic=True, calibrate=True), CPU)
+
+
+def test_two_ranks_report_the_communication_that_they_waited_for(tmp_path):
+    first, second = run_on_ranks(2, _profile_rank, tmp_path)
+    for facts in (first, second):
+        assert facts["parts"]["communication"] > 0
+        assert sum(facts["parts"].values()) == pytest.approx(facts["step_s"], rel=0.03)
+    links = first["measured_links"]
+    assert links["gpus_per_node"] == 2 and links["node"]["gb_per_s"][1] > 0.01
