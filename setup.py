@@ -33,7 +33,17 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest>=8", "scikit-learn", "faiss-cpu", "pyarrow", "ruff", "pyright"],
+        "dense": ["pycocotools", "torchmetrics"],  # segmentation and detection
+        "test": [
+            "pycocotools",
+            "torchmetrics",
+            "pytest>=8",
+            "scikit-learn",
+            "faiss-cpu",
+            "pyarrow",
+            "ruff",
+            "pyright",
+        ],
         "bench": ["lightly", "faiss-cpu", "scikit-learn"],
     },
 )

@@ -1,0 +1,82 @@
+"""Whether every host reads the same dataset."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from scale_smog.data.manifest import ShardEntry, load_manifest, manifest_sha256
+from scale_smog.errors import UserError
+from scale_smog.preflight.rows import Row, usual
+
+NUM_READERS = 8
+MOST_NAMED = 5
+
+
+class Seen(NamedTuple):
+    """What a host sees of a dataset."""
+
+    manifest_sha256: str  # "" where there is none
+    num_shards: int
+    problems: tuple[str, ...]
+
+
+def look(path: str, thorough: bool) -> Seen:
+    """Looks at a dataset folder from this host.
+
+    Args:
+        path: of the folder.
+        thorough: read every byte and compare hashes; else only whether files are there, whole.
+    """
+    try:
+        manifest, name = load_manifest(path), manifest_sha256(path)
+    except (UserError, OSError) as error:
+        return Seen("", 0, (str(error),))
+    entries = [entry for split in manifest.splits.values() for entry in split.shards]
+    folder = Path(path)
+
+    def problems(entry: ShardEntry) -> list[str]:
+        try:
+            return _damage(folder, entry) if thorough else _absence(folder, entry)
+        except OSError as error:
+            return [f"cannot read {error.filename or entry.name}: {error.strerror}"]
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:  # hashing releases the interpreter's lock
+        found = [text for texts in pool.map(problems, entries) for text in texts]
+    return Seen(name, len(entries), tuple(found))
+
+
+def _absence(folder: Path, entry: ShardEntry) -> list[str]:
+    names = (entry.name, entry.idx_name, entry.npy_name)
+    found = [f"{name} is missing" for name in names if not (folder / name).is_file()]
+    if not found and (size := (folder / entry.name).stat().st_size) != entry.bytes:
+        found.append(f"{entry.name} has {size} bytes, the manifest says {entry.bytes}")
+    return found
+
+
+def _damage(folder: Path, entry: ShardEntry) -> list[str]:
+    return [
+        f"{name} is {'changed' if (folder / name).is_file() else 'missing'}"
+        for name in entry.mismatched_files(folder)
+    ]
+
+
+def compare(hosts: Sequence[str], seen: Sequence[Seen], path: str, thorough: bool) -> Row:
+    """Names every host with another manifest than most, or with shards that are not the manifest's.
+
+    Args:
+        hosts: names.
+        seen: what each saw.
+        path: of the dataset's folder.
+        thorough: whether bytes were read.
+    """
+    most = usual([each.manifest_sha256 for each in seen if each.manifest_sha256] or [""])
+    faults = []
+    for host, each in zip(hosts, seen, strict=True):
+        if each.manifest_sha256 and each.manifest_sha256 != most:
+            faults.append(f"{host} has another dataset in {path}: copy it from {hosts[0]}")
+        faults += [f"{host}: {text} ({path})" for text in each.problems[:MOST_NAMED]]
+        if len(each.problems) > MOST_NAMED:
+            faults.append(f"{host}: {len(each.problems) - MOST_NAMED} more files ({path})")
+    how = "every byte read on every host" if thorough else "all there on every host"
+    return Row("dataset", f"{path}: {seen[0].num_shards} shards, {how}", faults)

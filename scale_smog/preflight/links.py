@@ -1,0 +1,164 @@
+"""How fast ranks and hosts talk to one another, and which link holds the others up."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from scale_smog import distributed
+from scale_smog.config import Recipe
+from scale_smog.preflight.rows import Row
+from scale_smog.profiling.collectives import fit_line, measure
+from scale_smog.profiling.hardware import MICRO, Hardware
+from scale_smog.profiling.scaling_model import Network
+
+REPEATS = 7
+SMALL_BYTES, LARGE_BYTES = 64, 2**22
+PESSIMISTIC = 2
+SLACK = 2.0  # times the hardware file's pessimistic value
+ODD = 3.0  # times the median of all links
+# Where there is no hardware file, what any wired network of one room does.
+LEAST_BYTES_PER_S, MOST_LATENCY_S = 0.1e9, 1e-3
+MIB = 2**20
+
+
+class Link(NamedTuple):
+    """Between two neighbouring hosts."""
+
+    a: str
+    b: str
+    latency_s: float  # one way
+    bytes_per_s: float
+
+    def __str__(self) -> str:
+        rate = f"{self.latency_s * 1e3:.2f} ms, {self.bytes_per_s / 1e9:.2f} GB/s"
+        return f"{self.a} - {self.b}: {rate}"
+
+
+def check_collectives(recipe: Recipe, device: torch.device, machine: Hardware | None) -> Row:
+    """Times all-reduce, all-gather and the groups' update over all ranks; a collective.
+
+    Args:
+        recipe: for the size of the groups.
+        device: of this rank.
+        machine: what its hardware file says; None where it has none.
+    """
+    ranks = distributed.world_size()
+    if ranks == 1:
+        return Row("collectives", "one rank: none")
+    numel = recipe.grouping.num_groups * (recipe.model.dim + 1)
+    groups = torch.zeros(numel, device=device)
+    group_s = seconds_of(lambda: dist.all_reduce(groups), device)
+    said, faults = [], []
+    network = Network(machine, PESSIMISTIC) if machine else None
+    for kind in ("all_reduce", "all_gather"):
+        points = measure(kind, device, ranks, None, REPEATS)
+        latency_s, s_per_byte = fit_line(points)
+        said.append(f"{kind} {latency_s * 1e3:.2f} ms, {1e-9 / s_per_byte:.2f} GB/s")
+        num_bytes, seconds = points[-1]
+        faults += _against(network, kind, num_bytes, seconds)
+    said.append(f"the groups' {numel * 4 / MIB:.2f} MiB {group_s * 1e3:.2f} ms")
+    faults += _against(network, "all_reduce", numel * 4, group_s)
+    said.append(f"expected of {machine.name}" if machine else "no hardware file to compare with")
+    return Row("collectives", "; ".join(said), faults)
+
+
+def _against(network: Network | None, kind: str, num_bytes: float, seconds: float) -> list[str]:
+    if network is None:
+        return []
+    expected = network.seconds(kind, num_bytes, distributed.world_size())
+    if seconds <= SLACK * expected:
+        return []
+    return [
+        f"{kind} of {num_bytes / MIB:.1f} MiB takes {seconds * 1e3:.2f} ms, {network.machine.name} "
+        f"{expected * 1e3:.2f} at worst: see the links, NCCL_SOCKET_IFNAME and NCCL_IB_HCA"
+    ]
+
+
+def check_links(
+    hosts: Sequence[str], leaders: Sequence[int], device: torch.device, machine: Hardware | None
+) -> Row:
+    """Sends between the first ranks of neighbouring hosts, in a ring; a collective.
+
+    Args:
+        hosts: names.
+        leaders: the first rank of each.
+        device: of this rank.
+        machine: what its hardware file says; None where it has none.
+    """
+    if len(hosts) == 1:
+        return Row("links", "one host: none")
+    mine: dict[int, tuple[float, float]] = {}
+    rounds = _rounds(len(hosts))
+    for pairs in rounds:
+        for number, (i, j) in pairs.items():
+            if distributed.rank() in (leaders[i], leaders[j]):
+                mine[number] = _between(leaders[i], leaders[j], device)
+        distributed.barrier()
+    measured: dict[int, tuple[float, float]] = {}
+    for each in distributed.gather_objects(mine):
+        measured |= each
+    ends = {number: pair for pairs in rounds for number, pair in pairs.items()}
+    links = [Link(hosts[ends[n][0]], hosts[ends[n][1]], *measured[n]) for n in sorted(ends)]
+    return judge(links, machine)
+
+
+def judge(links: Sequence[Link], machine: Hardware | None) -> Row:
+    """Names links that are slower than the machine's network, or than most others."""
+    most_s, least = MOST_LATENCY_S, LEAST_BYTES_PER_S
+    if machine:
+        most_s = SLACK * machine.network.latency_us[PESSIMISTIC] * MICRO
+        least = machine.network.gb_per_s[PESSIMISTIC] * 1e9 / SLACK
+    if len(links) > 2:
+        most_s = min(most_s, ODD * statistics.median(link.latency_s for link in links))
+        least = max(least, statistics.median(link.bytes_per_s for link in links) / ODD)
+    faults = [
+        f"slow link {link} (at most {most_s * 1e3:.2f} ms, at least {least / 1e9:.2f} GB/s)"
+        for link in links
+        if link.latency_s > most_s or link.bytes_per_s < least
+    ]
+    slowest = max(links, key=lambda link: link.latency_s)
+    return Row("links", f"{len(links)} between hosts, the slowest {slowest}", faults)
+
+
+def _rounds(num_hosts: int) -> list[dict[int, tuple[int, int]]]:
+    """The pairs of a ring, in rounds in which no host is in two: number of the pair -> its ends."""
+    ring = [(i, (i + 1) % num_hosts) for i in range(num_hosts if num_hosts > 2 else 1)]
+    rounds = [dict(list(enumerate(ring))[start::2]) for start in (0, 1)]
+    if num_hosts > 2 and num_hosts % 2:  # the last pair would meet the first
+        rounds[0].pop(num_hosts - 1)
+        rounds.append({num_hosts - 1: ring[-1]})
+    return rounds
+
+
+def _between(a: int, b: int, device: torch.device) -> tuple[float, float]:
+    """Latency [s] of a message and bandwidth [bytes/s] between two ranks."""
+    small_s, large_s = (_there_and_back(a, b, size, device) for size in (SMALL_BYTES, LARGE_BYTES))
+    return small_s / 2, 2 * LARGE_BYTES / max(large_s - small_s, 1e-9)
+
+
+def _there_and_back(a: int, b: int, num_bytes: int, device: torch.device) -> float:
+    message = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    first, second = (dist.send, dist.recv) if distributed.rank() == a else (dist.recv, dist.send)
+    other = b if distributed.rank() == a else a
+
+    def exchange() -> None:
+        first(message, other)
+        second(message, other)
+
+    return seconds_of(exchange, device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Median of REPEATS calls, after one that sets up connections."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,170 @@
+"""The check of a recipe on all ranks, and the quick part of it that every run begins with."""
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from scale_smog import distributed
+from scale_smog.checkpoint_space import probe_space
+from scale_smog.config import Recipe
+from scale_smog.errors import UserError
+from scale_smog.preflight import dataset, software
+from scale_smog.preflight.links import check_collectives, check_links
+from scale_smog.preflight.rows import Row, by_host, table, usual
+from scale_smog.profiling.hardware import hardware_name, load_hardware
+from scale_smog.profiling.memory import MIB, plan_memory
+
+MEETING_S = 60.0
+MOST_APART_S = 2.0  # clocks
+FULL = 0.9  # of a device's memory
+
+
+class Hosts(NamedTuple):
+    """All of them, in the order of their first ranks."""
+
+    names: list[str]
+    leaders: list[int]  # first rank of each
+    num_ranks: list[int]  # of each
+
+
+def check(recipe: Recipe) -> int:
+    """Checks a recipe on all ranks and prints a table; returns the exit status, 0 or 2.
+
+    Raises:
+        UserError: the ranks do not find one another.
+    """
+    device = distributed.start(meeting_s=MEETING_S)
+    try:
+        rows = examine(recipe, device)
+        num_faults = sum(len(row.faults) for row in rows)
+        if distributed.is_main():
+            verdict = f"{num_faults} fault(s)" if num_faults else "ready to train"
+            print(f"{table(rows)}\n{verdict}", flush=True)
+        return 2 if num_faults else 0
+    finally:
+        distributed.stop()
+
+
+def examine(recipe: Recipe, device: torch.device) -> list[Row]:
+    """Every check, on all ranks; the same rows on each."""
+    hosts = find_hosts()
+    name = hardware_name(device)
+    machine = load_hardware(name) if name else None
+    return [
+        _hosts_row(hosts),
+        *check_hosts(recipe, hosts, thorough=True),
+        check_clocks(hosts),
+        check_run_folder(recipe),
+        check_memory(recipe, device),
+        check_links(hosts.names, hosts.leaders, device, machine),
+        check_collectives(recipe, device, machine),
+    ]
+
+
+def require_equal_hosts(recipe: Recipe) -> None:
+    """The quick part: the same software and the same dataset on every host.
+
+    Raises:
+        UserError: on every rank; names the hosts.
+    """
+    if distributed.world_size() == 1:
+        return
+    faults = [f for row in check_hosts(recipe, find_hosts(), thorough=False) for f in row.faults]
+    if faults:
+        raise UserError(f"{'; '.join(faults)} (launcher/check.py looks at everything)")
+
+
+def find_hosts() -> Hosts:
+    """A collective."""
+    names = distributed.gather_objects(socket.gethostname())
+    order = list(dict.fromkeys(names))
+    leaders = [names.index(name) for name in order]
+    return Hosts(order, leaders, [names.count(name) for name in order])
+
+
+def _hosts_row(hosts: Hosts) -> Row:
+    summary = f"{sum(hosts.num_ranks)} ranks on {len(hosts.names)}: "
+    counts = [f"{n} ({k})" for n, k in zip(hosts.names, hosts.num_ranks, strict=True)]
+    most = usual(hosts.num_ranks)
+    faults = [
+        f"{name} has {num} ranks, the others {most}: give every host the same slots"
+        for name, num in zip(hosts.names, hosts.num_ranks, strict=True)
+        if num != most
+    ]
+    more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
+    return Row("hosts", summary + ", ".join(counts[:8]) + more, faults)
+
+
+def check_hosts(recipe: Recipe, hosts: Hosts, thorough: bool) -> list[Row]:
+    """Versions and dataset; the first rank of each host looks. A collective."""
+    path, seen = recipe.data.path, None
+    if distributed.rank() in hosts.leaders:
+        seen = software.versions(), dataset.look(path, thorough)
+    looks = by_host(distributed.gather_objects(seen), hosts.leaders)
+    return [
+        software.compare(hosts.names, [versions for versions, _ in looks]),
+        dataset.compare(hosts.names, [data for _, data in looks], path, thorough),
+    ]
+
+
+def check_clocks(hosts: Hosts) -> Row:
+    """The hosts' clocks against most of them; a collective."""
+    distributed.barrier()
+    times = by_host(distributed.gather_objects(time.time()), hosts.leaders)
+    now = usual(times, lambda a, b: abs(a - b) <= MOST_APART_S)
+    faults = [
+        f"{host}'s clock is {abs(t - now):.0f} s {'ahead' if t > now else 'behind'}: run an NTP "
+        "service"
+        for host, t in zip(hosts.names, times, strict=True)
+        if abs(t - now) > MOST_APART_S
+    ]
+    return Row("clocks", f"within {max(times) - min(times):.3f} s", faults)
+
+
+def check_run_folder(recipe: Recipe) -> Row:
+    """Every rank writes in the run's folder and sees the others' files; a collective."""
+    folder = Path(recipe.run.dir)
+    num_bytes = checkpoint_bytes(recipe) // distributed.world_size()
+    was_there = distributed.broadcast_object(folder.exists())
+    summary, faults = f"{folder}: every rank writes and sees the others", []
+    try:
+        warning = probe_space(folder, num_bytes, recipe.run.keep_checkpoints, None)
+        summary = warning or summary
+    except UserError as error:
+        faults = [str(error)]
+    if distributed.is_main() and not was_there and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    return Row("run folder", summary, faults)
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Of one checkpoint, all ranks' parts together."""
+    plan = plan_memory(recipe, 1)
+    heads = plan.num_online_parameters * 4 / MIB
+    parts = heads + plan.momentum_net_mib + plan.optimizer_mib + plan.groups_and_bank_mib
+    return int(parts * MIB)
+
+
+def check_memory(recipe: Recipe, device: torch.device) -> Row:
+    """The memory plan of a rank against what its device has; a collective."""
+    ranks, per_node = distributed.world_size(), distributed.ranks_per_node()
+    if recipe.data.global_batch % ranks:
+        fault = f"data.global_batch={recipe.data.global_batch} does not split over {ranks} ranks"
+        return Row("memory", "", [fault])
+    planned = plan_memory(recipe, ranks, per_node).total_mib
+    have = min(distributed.gather_objects(_memory_mib(device, per_node)))
+    said = f"a rank plans {planned:.0f} MiB of {have:.0f}"
+    if planned <= FULL * have:
+        return Row("memory", said)
+    advice = "more ranks, engine.accumulate, engine.activation_checkpointing or engine.kind=fsdp"
+    return Row("memory", "", [f"{said}: take {advice}"])
+
+
+def _memory_mib(device: torch.device, per_node: int) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / MIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB / per_node

@@ -1,0 +1,149 @@
+"""Two hosts, and all that happens to them: `campaign.py {faults,latency,stop,all}`, as root.
+
+faults: each fault of a cluster is planted alone; `check.py` must name it with its host, and find
+nothing on a sound one. latency: a step's seconds with 0, 1 and 5 ms more on the link, for batch
+norm over all ranks, of a node and of a rank, beside the scaling model's. stop: SIGINT and SIGTERM
+end a run on both hosts, with a checkpoint, and leave a second run on them alone.
+Exit status 0 only if all of it holds. Needs openssh-server, pdsh, iproute2 and faketime.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from conftest import OVERRIDES
+from hosts import BIN, ROOT, Cluster, console, finish, two_hosts, why_not
+from plant import FAKETIME, FAULTS, planted
+
+from scale_smog.data.demo_images import make_demo
+
+PRETRAIN, CHECK = ROOT / "launcher" / "pretrain.py", ROOT / "launcher" / "check.py"
+RECIPE = ROOT / "recipes" / "demo.yaml"
+ON_HOSTS = (BIN / "python", ROOT / "launcher" / "on_hosts.py")
+SCOPES = ("global", "node", "local")
+
+
+def faults(cluster: Cluster, data: Path, folder: Path) -> bool:
+    """A check for each fault, and one without."""
+    num_found = 0
+    for number, name in enumerate([None, *FAULTS]):
+        if name == "wrong clock" and not FAKETIME:
+            print("wrong clock: skipped, apt-get install faketime")
+            continue
+        work, run = folder / f"fault-{number}", folder / f"fault-{number}" / "run"
+        run.mkdir(parents=True)
+        program = [CHECK, RECIPE, *OVERRIDES, f"data.path={data}", f"run.dir={run}"]
+        with planted(cluster.hosts[1], [name] if name else [], data, run):
+            status = finish([cluster.deepspeed(work, *program)], work)
+        said = console(work).read_text()
+        if name is None:
+            is_good = status == 0 and "ready to train" in said
+            line = "ready to train" if is_good else said[-2000:]
+        else:
+            found = re.search(FAULTS[name].said, said)
+            is_good = bool(found) and status != 0 and said.count("FAULT") <= 1
+            line = found.group() if found else said[-2000:]
+        num_found += is_good
+        print(
+            f"{name or 'sound hosts':<26}{'ok' if is_good else 'NOT'}  {status=}  {line}",
+            flush=True,
+        )
+    return num_found == len(FAULTS) + 1
+
+
+def latency(cluster: Cluster, data: Path, folder: Path) -> bool:
+    """Seconds of a step, measured and predicted from the collectives measured in the same run."""
+    for delay_ms in (0, 1, 5):
+        if delay_ms:  # half of it on each host's way out
+            for host in cluster.hosts:
+                host.sh(f"tc qdisc replace dev eth0 root netem delay {delay_ms / 2}ms")
+        for scope in SCOPES:
+            work = folder / f"latency-{delay_ms}-{scope}"
+            run = work / "run"
+            program = [ROOT / "launcher" / "throughput.py", RECIPE, *OVERRIDES, f"data.path={data}"]
+            program += [f"run.dir={run}", f"model.batch_norm={scope}", "engine.kind=ddp"]
+            program += ["--steps", "20", "--no-trace", "--calibrate", "--synthetic"]
+            if finish(cluster.torchrun(work, *program), work):
+                print(console(work).read_text()[-2000:])
+                return False
+            facts = json.loads((run / "profile.json").read_text())
+            print(json.dumps({"delay_ms": delay_ms, "scope": scope, "step_s": facts["step_s"]}))
+    for host in cluster.hosts:
+        host.sh("tc qdisc del dev eth0 root || true")
+    return True
+
+
+def stop(cluster: Cluster, data: Path, folder: Path) -> bool:
+    """Two runs on the same hosts; the first is stopped."""
+    results = []
+    for name in ("INT", "TERM"):
+        first, second = folder / f"stopped-{name}", folder / f"spared-{name}"
+        jobs = []
+        for work in (first, second):
+            program = [PRETRAIN, RECIPE, *OVERRIDES, f"data.path={data}", f"run.dir={work / 'run'}"]
+            jobs.append(cluster.deepspeed(work, *program, "run.steps=100000", launcher=ON_HOSTS))
+        for work in (first, second):
+            wait_for_step(work / "run", 2)
+        before = last_step(second / "run")
+        cluster.hosts[0].signal(jobs[0], name)
+        start = time.monotonic()
+        jobs[0].wait(60)
+        while any(str(first) in line for h in cluster.hosts for line in h.processes()):
+            assert time.monotonic() - start < 60, "still running"
+            time.sleep(0.2)
+        seconds = time.monotonic() - start
+        wait_for_step(second / "run", before + 5)
+        alive = [sum(str(second) in line for line in host.processes()) for host in cluster.hosts]
+        saved = sorted((first / "run" / "checkpoints").glob("step-*"))
+        is_good = all(alive) and bool(saved)
+        print(
+            f"SIG{name}: both hosts' processes ended after {seconds:.1f} s, saved {saved[-1:]}; the "
+            f"other run went from step {before} to {last_step(second / 'run')}, {is_good=}"
+        )
+        cluster.hosts[0].signal(jobs[1], "TERM")
+        jobs[1].wait(60)
+        results.append(is_good)
+    return all(results)
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    end = time.monotonic() + 240
+    while last_step(run) < step:
+        if time.monotonic() > end:
+            raise SystemExit(f"no step {step}:\n{console(run.parent).read_text()[-4000:]}")
+        time.sleep(0.2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stories = {"faults": faults, "latency": latency, "stop": stop}
+    parser.add_argument("story", choices=[*stories, "all"])
+    story = parser.parse_args().story
+    if reason := why_not():
+        raise SystemExit(f"error: {reason}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_demo(folder / "demo_data")
+        with two_hosts(folder) as hosts:
+            cluster = Cluster(folder, hosts)
+            chosen = stories.values() if story == "all" else [stories[story]]
+            good = [tell(cluster, folder / "demo_data", folder) for tell in chosen]
+    raise SystemExit(not all(good))
+
+
+if __name__ == "__main__":
+    main()

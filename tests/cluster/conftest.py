@@ -1,0 +1,53 @@
+"""Two hosts for the tests of this folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hosts
+import pytest
+
+from scale_smog.data import demo_images
+from scale_smog.data.manifest import MANIFEST_NAME
+
+STEPS, RESET = 20, 8
+OVERRIDES = (
+    f"run.steps={STEPS}",
+    "run.log_every=1",
+    "run.checkpoint_every=0",
+    "data.global_batch=32",
+    "data.large_px=24",
+    "grouping.num_groups=24",
+    f"grouping.reset_every={RESET}",
+    "evaluation.baselines=false",
+    "evaluation.num_train_images=32",
+    "evaluation.num_test_images=16",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that ask for hosts are marked."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.hosts)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Cluster]:
+    """Two hosts with sshd, or a reason why not."""
+    if reason := hosts.why_not():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cluster")
+    with hosts.two_hosts(folder) as both:
+        yield hosts.Cluster(folder, both)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's tars, with fewer images."""
+    folder = tmp_path_factory.mktemp("demo") / "demo_data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_images, "NUM_IMAGES", {"train": 320, "test": 40})
+        patch.setattr(demo_images, "_SHARD_SAMPLES", 80)
+        demo_images.make_demo(folder)
+    assert (folder / MANIFEST_NAME).exists()
+    return folder

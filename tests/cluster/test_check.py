@@ -1,0 +1,80 @@
+"""`check.py RECIPE` over two hosts."""
+
+import re
+from pathlib import Path
+
+from conftest import OVERRIDES
+from hosts import ROOT, Cluster, console, finish
+from plant import FAKETIME, FAULTS, planted
+
+from scale_smog.preflight import dataset, software
+from scale_smog.preflight.dataset import Seen
+from scale_smog.preflight.links import Link, _rounds, judge
+from scale_smog.preflight.rows import Row, table, usual
+from scale_smog.profiling.hardware import load_hardware
+
+CHECK, RECIPE = ROOT / "launcher" / "check.py", ROOT / "recipes" / "demo.yaml"
+
+
+def test_faults_of_one_host_are_all_named(cluster: Cluster, demo: Path, tmp_path: Path):
+    names = ["another package version", "missing shard", "changed shard", "read-only run folder"]
+    names += ["slow link", *(["wrong clock"] if FAKETIME else [])]
+    run = tmp_path / "run"
+    run.mkdir()
+    with planted(cluster.hosts[1], names, demo, run):
+        program = [CHECK, RECIPE, *OVERRIDES, f"data.path={demo}", f"run.dir={run}"]
+        status = finish(cluster.torchrun(tmp_path, *program), tmp_path)
+    said = console(tmp_path).read_text()
+    assert status != 0
+    assert [name for name in names if not re.search(FAULTS[name].said, said)] == [], said
+    assert not list(run.iterdir())
+
+
+def test_the_odd_host_is_named_and_the_first_is_right_in_a_draw():
+    hosts = ["a", "b", "c"]
+    row = software.compare(hosts, [{"torch": "1"}, {"torch": "2"}, {"torch": "2"}])
+    assert row.faults == ["a has torch 1, b has 2"]
+    assert software.compare(["a", "b"], [{"x": "1"}, {}]).faults == ["b has x none, a has 1"]
+    assert usual([1.0, 9.0, 9.5], lambda a, b: abs(a - b) < 1) == 9.0
+    seen = [Seen("m", 2, ()), Seen("other", 2, ("train-000000.tar is missing",))]
+    faults = dataset.compare(["a", "b"], seen, "set", thorough=True).faults
+    assert len(faults) == 2 and all(fault.startswith("b") for fault in faults)
+
+
+def test_a_dataset_is_read_to_the_last_byte_only_where_that_is_asked_for(tmp_path, tars):
+    for path in tars.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert dataset.look(str(tmp_path), thorough=True).problems == ()
+    shard = tmp_path / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert dataset.look(str(tmp_path), thorough=False).problems == ()
+    assert dataset.look(str(tmp_path), thorough=True).problems == ("train-000001.tar is changed",)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "bytes" in dataset.look(str(tmp_path), thorough=False).problems[0]
+
+
+def test_a_slow_link_is_one_the_network_or_most_links_beat():
+    fast, slow = Link("a", "b", 1e-5, 40e9), Link("b", "c", 4e-4, 40e9)
+    assert judge([fast], load_hardware("h200")).faults == []
+    assert "b - c" in judge([fast, slow], load_hardware("h200")).faults[0]
+    assert judge([fast, slow], None).faults == []  # a fifth of what any wired network does
+    assert "b - c" in judge([fast, slow, fast], None).faults[0]
+    assert "0.01 GB/s" in judge([Link("a", "b", 1e-5, 1e7)], None).faults[0]
+
+
+def test_no_host_sends_to_two_at_a_time():
+    for num in range(2, 9):
+        rounds = _rounds(num)
+        for pairs in rounds:
+            ends = [end for pair in pairs.values() for end in pair]
+            assert len(ends) == len(set(ends))
+        assert sum(map(len, rounds)) == (num if num > 2 else 1)
+
+
+def test_every_fault_has_its_line():
+    lines = table([Row("a", "fine"), Row("b", "", ["one", "two"])]).splitlines()
+    assert [line.split() for line in lines] == [
+        ["a", "ok", "fine"],
+        ["b", "FAULT", "one"],
+        ["FAULT", "two"],
+    ]
