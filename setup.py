@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["scale_smog", "scale_smog.*"]),
+    package_data={"scale_smog.profiling": ["hardware/*.yaml"]},
     install_requires=[
         # torch and torchvision come together: a torchvision of another build does not import.
         "torch>=2.11",

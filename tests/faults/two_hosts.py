@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 HOSTS = {"host-a": "10.77.31.1", "host-b": "10.77.31.2"}
 BRIDGE = "smog-bridge"
 NUM_STEPS = 60
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 def sh(*command: str) -> None:
@@ -204,7 +204,7 @@ def go_on(cluster: Cluster, step: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--deadline", type=int, default=20, help="of a step, in seconds")
+    parser.add_argument("--deadline", type=int, default=30, help="of a step, in seconds")
     parser.add_argument("--engine", default="ddp")
     arguments = parser.parse_args()
     overrides = [
