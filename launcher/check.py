@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from scale_smog import distributed, load_recipe
-from scale_smog.checkpoint_manifest import generations, whole_or_why
+from scale_smog.checkpoint.manifest import generations, whole_or_why
 from scale_smog.errors import UserError, exits_on_user_error
 from scale_smog.preflight import check
 

@@ -17,9 +17,9 @@ from ranks import PRELOADED, run_on_ranks
 from safetensors.torch import load_file
 from small_recipe import small_recipe
 
-from scale_smog import UserError, checkpoint, checkpoint_space, distributed
-from scale_smog.checkpoint import Checkpoints
-from scale_smog.checkpoint_manifest import MANIFEST_FILE, read_manifest
+from scale_smog import UserError, checkpoint, distributed
+from scale_smog.checkpoint import Checkpoints, saving, space
+from scale_smog.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from scale_smog.config import RunConfig
 from scale_smog.data import TarDataset
 from scale_smog.data.augment import training_views
@@ -129,7 +129,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run):
 
 def test_a_checkpoint_of_a_later_version_is_refused_and_not_passed_over(run, monkeypatch):
     save_steps(run, 1)
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
+    monkeypatch.setattr(saving, "FORMAT_VERSION", 3)
     save_steps(run, 2)
     with pytest.raises(UserError, match="has format 3"):
         newest(run)
@@ -261,8 +261,8 @@ def disagree(folder: Path) -> tuple[str, int | None]:
     """What rank 1 writes is not seen by rank 0; each gave another folder, and rank 0's counts."""
     run = RunConfig(dir=str(folder / f"of-rank-{distributed.rank()}"), steps=1)
     save_steps(run, 1)
-    write = checkpoint_space._write if distributed.is_main() else lambda path: None
-    with mock.patch.object(checkpoint_space, "_write", write):
+    write = space._write if distributed.is_main() else lambda path: None
+    with mock.patch.object(space, "_write", write):
         try:
             Checkpoints(run, {}).prepare(pieces_of(1.0))
         except UserError as error:
@@ -300,7 +300,7 @@ def test_a_checkpoint_of_format_1_comes_back_and_goes_on(tmp_path):
     runs.run(recipe, state, 6)
     assert names(tmp_path / "run") == ["step-00000004", "step-00000006"]
     manifest = read_manifest(checkpoint.generations(tmp_path / "run")[-1])
-    assert manifest.format_version == checkpoint.FORMAT_VERSION == 2
+    assert manifest.format_version == saving.FORMAT_VERSION == 2
 
 
 def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path):

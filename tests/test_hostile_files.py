@@ -12,7 +12,7 @@ import torch
 
 from scale_smog import UserError, checkpoint, load_recipe
 from scale_smog.checkpoint import Checkpoints
-from scale_smog.checkpoint_manifest import (
+from scale_smog.checkpoint.manifest import (
     FileFacts,
     TensorFacts,
     read_manifest,

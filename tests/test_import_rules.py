@@ -25,12 +25,7 @@ MAY_IMPORT = {
     "rank_logs": {"distributed", "errors", "phases"},
     "deadlines": {"config", "distributed", "phases", "rank_logs"},
     "health": {"config", "distributed", "data", "errors"},
-    "checkpoint_manifest": {"errors"},
-    "checkpoint_planner": {"distributed"},
-    "checkpoint_reading": {"checkpoint_manifest", "checkpoint_planner", "distributed", "errors"},
-    "checkpoint_space": {"distributed", "errors"},
-    "checkpoint": LEAVES
-    | {"checkpoint_manifest", "checkpoint_planner", "checkpoint_reading", "checkpoint_space"},
+    "checkpoint": LEAVES,
     "data": LEAVES,
     "models": LEAVES,
     "grouping": LEAVES,

@@ -125,7 +125,7 @@ def draw_group_entropy(path: Path, curves: Mapping[str, GroupQuality]) -> None:
         axes.axvline(quality.entropy_weighted, color=line.get_color(), lw=1, ls=(0, (4, 3)))
     axes.set(xlim=(0, at[-1]), ylim=(0, None), ylabel="density of the groups in use")
     axes.set_xlabel("entropy of the classes in a group, nats; dashed: mean weighted by size")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, bbox_inches="tight", facecolor="white")
 

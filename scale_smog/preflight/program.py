@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from scale_smog import distributed
-from scale_smog.checkpoint_space import probe_space
+from scale_smog.checkpoint.space import probe_space
 from scale_smog.config import Recipe
 from scale_smog.errors import UserError
 from scale_smog.preflight import dataset, software

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.cuda import nccl
 
 from scale_smog.preflight.rows import Row, usual
 
@@ -35,7 +36,7 @@ def versions() -> dict[str, str]:
             found[package] = "none"
     found["CUDA"] = torch.version.cuda or "none"
     if torch.cuda.is_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["NCCL"] = ".".join(map(str, nccl.version()))
         found["GPU"] = torch.cuda.get_device_name()
     if DRIVER_FILE.exists():
         driver = re.search(r"\d+\.\d+(\.\d+)*", DRIVER_FILE.read_text())

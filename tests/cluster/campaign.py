@@ -10,20 +10,16 @@ Exit status 0 only if all of it holds. Needs openssh-server, pdsh, iproute2 and 
 import argparse
 import json
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from conftest import OVERRIDES
 from hosts import BIN, ROOT, Cluster, console, finish, two_hosts, why_not
 from plant import FAKETIME, FAULTS, planted
+from programs import CHECK, OVERRIDES, PRETRAIN, RECIPE
 
 from scale_smog.data.demo_images import make_demo
 
-PRETRAIN, CHECK = ROOT / "launcher" / "pretrain.py", ROOT / "launcher" / "check.py"
-RECIPE = ROOT / "recipes" / "demo.yaml"
 ON_HOSTS = (BIN / "python", ROOT / "launcher" / "on_hosts.py")
 SCOPES = ("global", "node", "local")
 
@@ -102,7 +98,7 @@ def stop(cluster: Cluster, data: Path, folder: Path) -> bool:
         saved = sorted((first / "run" / "checkpoints").glob("step-*"))
         is_good = all(alive) and bool(saved)
         print(
-            f"SIG{name}: both hosts' processes ended after {seconds:.1f} s, saved {saved[-1:]}; the "
+            f"SIG{name}: gone from both hosts after {seconds:.1f} s, saved {saved[-1:]}; the "
             f"other run went from step {before} to {last_step(second / 'run')}, {is_good=}"
         )
         cluster.hosts[0].signal(jobs[1], "TERM")

@@ -9,20 +9,6 @@ import pytest
 from scale_smog.data import demo_images
 from scale_smog.data.manifest import MANIFEST_NAME
 
-STEPS, RESET = 20, 8
-OVERRIDES = (
-    f"run.steps={STEPS}",
-    "run.log_every=1",
-    "run.checkpoint_every=0",
-    "data.global_batch=32",
-    "data.large_px=24",
-    "grouping.num_groups=24",
-    f"grouping.reset_every={RESET}",
-    "evaluation.baselines=false",
-    "evaluation.num_train_images=32",
-    "evaluation.num_test_images=16",
-)
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that ask for hosts are marked."""

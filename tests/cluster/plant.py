@@ -66,7 +66,8 @@ FAULTS = {
         rf"{HOST}'s clock is 7\d\d\d s ahead",
     ),
     "slow link": Fault(
-        "tc qdisc add dev eth0 root netem delay 5ms",
+        "tc qdisc add dev eth0 root netem delay 5ms 2>/dev/null || "  # not in every kernel
+        "tc qdisc add dev eth0 root tbf rate 200mbit burst 64kb latency 400ms",
         "tc qdisc del dev eth0 root",
         rf"slow link host-a - {HOST}",
     ),

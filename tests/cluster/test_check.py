@@ -3,17 +3,15 @@
 import re
 from pathlib import Path
 
-from conftest import OVERRIDES
-from hosts import ROOT, Cluster, console, finish
+from hosts import Cluster, console, finish
 from plant import FAKETIME, FAULTS, planted
+from programs import CHECK, OVERRIDES, RECIPE
 
 from scale_smog.preflight import dataset, software
 from scale_smog.preflight.dataset import Seen
 from scale_smog.preflight.links import Link, _rounds, judge
 from scale_smog.preflight.rows import Row, table, usual
 from scale_smog.profiling.hardware import load_hardware
-
-CHECK, RECIPE = ROOT / "launcher" / "check.py", ROOT / "recipes" / "demo.yaml"
 
 
 def test_faults_of_one_host_are_all_named(cluster: Cluster, demo: Path, tmp_path: Path):

@@ -1,24 +1,25 @@
 """The same recipe under every launcher, over two hosts and on one: the same run."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import OVERRIDES, STEPS
-from hosts import ROOT, Cluster, console, finish
+from hosts import Cluster, console, finish
+from programs import OVERRIDES, PRETRAIN, RECIPE, STEPS
 from ranks import run_on_ranks
 
-from scale_smog import checkpoint, load_recipe
+from scale_smog import checkpoint, distributed, load_recipe
 from scale_smog.deadlines import Deadlines
 from scale_smog.pretrain import _pretrain
 from scale_smog.rank_logs import RankLogs
 
-PRETRAIN, RECIPE = ROOT / "launcher" / "pretrain.py", ROOT / "recipes" / "demo.yaml"
-
 
 def train_here(overrides: list[str]) -> None:
-    """The whole of a run on ranks that exist already."""
+    """The whole of a run on ranks that exist already, with the threads of a host's only rank."""
+    os.environ["LOCAL_RANK"] = str(distributed.rank())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe = load_recipe(RECIPE, overrides)
     with Deadlines(recipe.deadlines):
         _pretrain(recipe, torch.device("cpu"), RankLogs())

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from scale_smog.checkpoint_manifest import Damaged, Manifest, read_manifest
-from scale_smog.checkpoint_planner import LoadPlanner, reader
+from scale_smog.checkpoint.manifest import Damaged, Manifest, read_manifest
+from scale_smog.checkpoint.planner import LoadPlanner, reader
 from scale_smog.distributed import Piece
 from scale_smog.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Saves and loads what a run is, in pieces that any engine on any number of ranks can take.
+"""The checkpoints of a run: saved in the background, the newest whole one taken.
 
 torch.distributed.checkpoint plans who writes and reads which range and keeps the bytes in
 safetensors files, which cannot run code. Around it: a folder set aside, hashes, and one rename.
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_smog import distributed
-from scale_smog.checkpoint_manifest import (
+from scale_smog.checkpoint.manifest import (
     FORMAT_VERSION,
     Damaged,
     FileFacts,
@@ -33,16 +33,13 @@ from scale_smog.checkpoint_manifest import (
     remove_leftovers,
     remove_superseded,
     step_folder,
-    whole_or_why,
 )
-from scale_smog.checkpoint_planner import SavePlanner, own_files, writer
-from scale_smog.checkpoint_reading import load, read
-from scale_smog.checkpoint_space import probe_space
+from scale_smog.checkpoint.planner import SavePlanner, own_files, writer
+from scale_smog.checkpoint.reading import read
+from scale_smog.checkpoint.space import probe_space
 from scale_smog.config import RunConfig
 from scale_smog.distributed import Piece, on_all_ranks
 from scale_smog.errors import UserError
-
-__all__ = ["Checkpoints", "Restored", "generations", "load", "whole_or_why"]
 
 T = TypeVar("T")
 
