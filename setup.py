@@ -39,6 +39,7 @@ setup(
             "pycocotools",
             "torchmetrics",
             "pytest>=8",
+            "pytest-xdist",
             "scikit-learn",
             "faiss-cpu",
             "pyarrow",

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import pickle
 import shlex
 import shutil
@@ -163,6 +164,17 @@ def test_a_program_may_write_more_than_the_tar(tars):
     more = "head -c 2000000 /dev/zero || exit 7"  # fails if nobody reads it
     samples = list(read_tar(f"pipe:cat {shlex.quote(str(tars))}/train-000000.tar; {more}"))
     assert len(samples) == 16
+
+
+def test_s3_is_read_by_the_aws_program_without_a_shell(tars, tmp_path, monkeypatch):
+    """Amazon's program is not here: one in its place answers the very command it is given."""
+    program = tmp_path / "aws"
+    words = '"$1 $2 $3 $4 $5" = "s3 cp --only-show-errors s3://bucket/a;b.tar -"'
+    program.write_text(f"#!/bin/sh\n[ {words} ] && cat {shlex.quote(str(tars))}/train-000000.tar\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (url,) = shard_urls("s3://bucket/a;b.tar", allow_pipe=False)
+    assert len(list(read_tar(url))) == 16
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "/data/a.tar", "gs://bucket/a.tar"])
