@@ -15,7 +15,7 @@ from scale_smog.profiling.collectives import fit_line, measure
 from scale_smog.profiling.hardware import MICRO, Hardware
 from scale_smog.profiling.scaling_model import Network
 
-REPEATS = 7
+REPEATS = 15
 SMALL_BYTES, LARGE_BYTES = 64, 2**22
 PESSIMISTIC = 2
 SLACK = 2.0  # times the hardware file's pessimistic value
@@ -51,7 +51,7 @@ def check_collectives(recipe: Recipe, device: torch.device, machine: Hardware | 
         return Row("collectives", "one rank: none")
     numel = recipe.grouping.num_groups * (recipe.model.dim + 1)
     groups = torch.zeros(numel, device=device)
-    group_s = seconds_of(lambda: dist.all_reduce(groups), device)
+    group_s = statistics.median(times_of(lambda: dist.all_reduce(groups), device))
     said, faults = [], []
     network = Network(machine, PESSIMISTIC) if machine else None
     for kind in ("all_reduce", "all_gather"):
@@ -149,11 +149,11 @@ def _there_and_back(a: int, b: int, num_bytes: int, device: torch.device) -> flo
         first(message, other)
         second(message, other)
 
-    return seconds_of(exchange, device)
+    return min(times_of(exchange, device))  # a busy host is slow at times, a slow link always
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Median of REPEATS calls, after one that sets up connections."""
+def times_of(call: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of REPEATS calls, after one that sets up connections."""
     seconds = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -161,4 +161,4 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    return seconds[1:]

@@ -13,15 +13,21 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from hosts import BIN, ROOT, Cluster, console, finish, two_hosts, why_not
 from plant import FAKETIME, FAULTS, planted
 from programs import CHECK, OVERRIDES, PRETRAIN, RECIPE
+from slow_wire import slow_wire
 
+from scale_smog import load_recipe
 from scale_smog.data.demo_images import make_demo
+from scale_smog.profiling.hardware import Link, load_hardware
+from scale_smog.profiling.scaling_model import Workload, exposed_s
 
 ON_HOSTS = (BIN / "python", ROOT / "launcher" / "on_hosts.py")
 SCOPES = ("global", "node", "local")
+PROFILED = [RECIPE, *OVERRIDES, "engine.kind=ddp", "grouping.kmeans=false", "grouping.init=random"]
 
 
 def faults(cluster: Cluster, data: Path, folder: Path) -> bool:
@@ -53,25 +59,51 @@ def faults(cluster: Cluster, data: Path, folder: Path) -> bool:
 
 
 def latency(cluster: Cluster, data: Path, folder: Path) -> bool:
-    """Seconds of a step, measured and predicted from the collectives measured in the same run."""
+    """A step's seconds, measured, and as the scaling model has it.
+
+    The model adds to the step without more latency what its links, measured in the same run, cost.
+    """
+    del data
+    base: dict[str, float] = {}
     for delay_ms in (0, 1, 5):
-        if delay_ms:  # half of it on each host's way out
-            for host in cluster.hosts:
-                host.sh(f"tc qdisc replace dev eth0 root netem delay {delay_ms / 2}ms")
-        for scope in SCOPES:
-            work = folder / f"latency-{delay_ms}-{scope}"
-            run = work / "run"
-            program = [ROOT / "launcher" / "throughput.py", RECIPE, *OVERRIDES, f"data.path={data}"]
-            program += [f"run.dir={run}", f"model.batch_norm={scope}", "engine.kind=ddp"]
-            program += ["--steps", "20", "--no-trace", "--calibrate", "--synthetic"]
-            if finish(cluster.torchrun(work, *program), work):
-                print(console(work).read_text()[-2000:])
-                return False
-            facts = json.loads((run / "profile.json").read_text())
-            print(json.dumps({"delay_ms": delay_ms, "scope": scope, "step_s": facts["step_s"]}))
-    for host in cluster.hosts:
-        host.sh("tc qdisc del dev eth0 root || true")
+        with slow_wire(cluster.hosts, delay_ms / 1e3):
+            for scope in SCOPES:
+                work = folder / f"latency-{delay_ms}-{scope}"
+                facts = profiled(cluster, work, scope)
+                if facts is None:
+                    return False
+                exposed = modelled_s(facts, scope)
+                own = base.setdefault(scope, facts["step_s"] - exposed)
+                latency_us = facts["measured_links"]["network"]["latency_us"][1]
+                line = {"delay_ms": delay_ms, "batch_norm": scope, "latency_us": latency_us}
+                line |= {"step_s": facts["step_s"], "predicted_s": own + exposed}
+                print(json.dumps(line), flush=True)
     return True
+
+
+def profiled(cluster: Cluster, work: Path, scope: str) -> dict[str, Any] | None:
+    """profile.json of the recipe with ddp over both hosts."""
+    program = [ROOT / "launcher" / "throughput.py", *PROFILED, f"model.batch_norm={scope}"]
+    program += [f"run.dir={work / 'run'}", "--steps", "20", "--no-trace", "--calibrate"]
+    if finish(cluster.torchrun(work, *program, "--synthetic"), work):
+        print(console(work).read_text()[-2000:])
+        return None
+    return json.loads((work / "run" / "profile.json").read_text())
+
+
+def modelled_s(facts: dict[str, Any], scope: str) -> float:
+    """What a step of two hosts waits for, by the links that were measured."""
+    links = facts["measured_links"]
+    machine = load_hardware("h200").model_copy(
+        update={
+            "gpus_per_node": 1,
+            "network": Link.model_validate(links["network"]),
+            "collective_shares": links["collective_shares"],
+        }
+    )
+    recipe = load_recipe(PROFILED[0], PROFILED[1:])
+    work = Workload.of(recipe, recipe.data.global_batch // 2)
+    return sum(exposed_s(work, facts["parts"], 2, "ddp", scope, machine, 1).values())
 
 
 def stop(cluster: Cluster, data: Path, folder: Path) -> bool:
@@ -133,7 +165,8 @@ def main() -> None:
         raise SystemExit(f"error: {reason}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_demo(folder / "demo_data")
+        if story != "latency":
+            make_demo(folder / "demo_data")
         with two_hosts(folder) as hosts:
             cluster = Cluster(folder, hosts)
             chosen = stories.values() if story == "all" else [stories[story]]

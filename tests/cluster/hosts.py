@@ -17,7 +17,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 HOSTS = {"host-a": "10.77.41.1", "host-b": "10.77.41.2"}
-PROGRAMS = ("sshd", "ssh", "ssh-keygen", "pdsh", "ip", "tc", "unshare", "nsenter", "setpriv")
+PROGRAMS = (
+    "sshd",
+    "ssh",
+    "ssh-keygen",
+    "pdsh",
+    "ip",
+    "tc",
+    "unshare",
+    "nsenter",
+    "setpriv",
+    "taskset",
+)
 PATIENCE_S = 240.0
 DEEPSPEED = (BIN / "deepspeed",)
 FORWARDED = {  # to the programs on the hosts
@@ -86,11 +97,25 @@ class Host:
 
     def __init__(self, name: str, folder: Path, pid: int):
         self.name, self.folder, self.pid = name, folder, pid
+        self.cpu = cpu_of(name)
         self.address = HOSTS[name]
 
     def command(self, *command: str | Path) -> list[str]:
         """What starts a command on this host, in the working folder of the caller."""
-        enter = ["nsenter", "-t", str(self.pid), "-n", "-u", "-m", "-p", "sh", "-c"]
+        enter = [
+            "taskset",
+            "-c",
+            self.cpu,
+            "nsenter",
+            "-t",
+            str(self.pid),
+            "-n",
+            "-u",
+            "-m",
+            "-p",
+            "sh",
+            "-c",
+        ]
         return [*enter, 'cd "$0" && exec "$@"', os.getcwd(), *map(str, command)]
 
     def sh(self, script: str) -> str:
@@ -123,6 +148,12 @@ class Host:
         return [line for line in lines.splitlines() if "python" in line and "/proc/" not in line]
 
 
+def cpu_of(name: str) -> str:
+    """The processor of a host: its own, where there are two."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return str(cpus[list(HOSTS).index(name) % len(cpus)])
+
+
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[list[Host]]:
     """Starts both and ends them, with everything that runs on them.
@@ -152,7 +183,17 @@ def _host(name: str, folder: Path) -> Iterator[Host]:
     script = FIRST_PROCESS.format(name=name, folder=own, common=folder)
     namespaces = ["--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child"]
     # The host ends with the process that started it, however that one ends.
-    command = ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, "--mount-proc"]
+    command = [
+        "taskset",
+        "-c",
+        cpu_of(name),
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "unshare",
+        *namespaces,
+        "--mount-proc",
+    ]
     with open(folder / f"{name}.log", "wb") as log:
         starter = subprocess.Popen([*command, "sh", "-c", script], stderr=log, env=_environment())
     try:

@@ -17,9 +17,8 @@ from scale_smog.rank_logs import RankLogs
 
 
 def train_here(overrides: list[str]) -> None:
-    """The whole of a run on ranks that exist already, with the threads of a host's only rank."""
+    """The whole of a run on ranks that exist already, each with one thread, as on the hosts."""
     os.environ["LOCAL_RANK"] = str(distributed.rank())
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     recipe = load_recipe(RECIPE, overrides)
     with Deadlines(recipe.deadlines):
         _pretrain(recipe, torch.device("cpu"), RankLogs())
