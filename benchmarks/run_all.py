@@ -34,6 +34,7 @@ NEEDS: dict[str, str] = {
     "engine_memory": "",
     "group_update": "",
     "kmeans": "",
+    "evaluation": "",
     "scaling": "",
     "profiling": "",
     "backbones": "",

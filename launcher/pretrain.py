@@ -4,10 +4,14 @@ The same program runs alone and under deepspeed, torchrun and srun.
 """
 
 import argparse
+import signal
 
-from scale_smog import distributed, load_recipe
-from scale_smog.errors import exits_on_user_error
-from scale_smog.pretrain import dry_run, pretrain
+# Importing takes seconds: until the run listens, these two wait.
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
+from scale_smog import distributed, load_recipe  # noqa: E402
+from scale_smog.errors import exits_on_user_error  # noqa: E402
+from scale_smog.pretrain import dry_run, pretrain  # noqa: E402
 
 
 def main() -> None:

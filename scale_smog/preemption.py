@@ -25,6 +25,7 @@ class Preemption:
         self._sum = torch.zeros(1)
         self._work: dist.Work | None = None
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launcher/pretrain.py has them wait
         phases.on_pause.append(self._poll)
         return self
 

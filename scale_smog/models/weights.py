@@ -96,7 +96,7 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     # Counters are no weights; torchvision's oldest files lack them.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
     missing, unexpected = sorted(needed - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
+    shapes = [n for n in own if n in weights and own[n].shape != weights[n].shape]
     if missing or unexpected or shapes:
         first = (
             f"{shapes[0]} is {tuple(weights[shapes[0]].shape)}, not {tuple(own[shapes[0]].shape)}"

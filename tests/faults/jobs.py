@@ -165,6 +165,8 @@ def _run_rank(rank: int, port: int, job: Job, strike: Strike | None) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    # As launcher/pretrain.py does before it imports anything.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     if strike is not None and strike.rank == rank:
         _arm(strike, job.folder)
     if job.hook is not None:

@@ -59,8 +59,7 @@ def draw(rng: random.Random, phase: str) -> Strike:
     """A random rank and signal; a random occurrence of the phase."""
     num, longest_s = WHERE[phase]
     number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
-    earliest_s = 0.2 if phase == phases.START else 0.0  # the run has begun to listen
-    delay_s = rng.uniform(earliest_s, max(earliest_s, longest_s))
+    delay_s = rng.uniform(0.0, longest_s)
     return Strike(number, rng.randrange(2), phase, rng.randint(1, num), delay_s)
 
 
