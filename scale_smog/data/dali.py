@@ -59,11 +59,7 @@ class DaliLoader:
             source.views,
             _Feed(source, steps.start),
             on_gpu=on_gpu,
-            batch_size=len(source.ids(steps.start)),
-            num_threads=max(1, threads),
-            device_id=device.index if on_gpu else None,
-            prefetch_queue_depth=PREFETCH_BATCHES,
-            exec_dynamic=True,
+            **pipeline_settings(len(source.ids(steps.start)), threads, device, on_gpu),
         )
         self._pipeline.build()
 
@@ -77,6 +73,19 @@ class DaliLoader:
             ids = self._source.ids(step)
             label = torch.from_numpy(labels[ids]).to(self._device, non_blocking=True)
             yield Batch(views[:num_large], views[num_large:], label, torch.from_numpy(ids))
+
+
+def pipeline_settings(
+    batch: int, threads: int, device: torch.device, on_gpu: bool
+) -> dict[str, Any]:
+    """What every pipeline here is built with."""
+    return {
+        "batch_size": batch,
+        "num_threads": max(1, threads),
+        "device_id": device.index if on_gpu else None,
+        "prefetch_queue_depth": PREFETCH_BATCHES,
+        "exec_dynamic": True,
+    }
 
 
 def to_torch(output: Any, device: torch.device) -> Tensor:
@@ -102,11 +111,7 @@ class DaliCpuLoader:
         self._device = device
         self._pipeline = _decoding_pipeline(
             lambda iteration: source.encoded(source.ids(steps.start + iteration)),
-            batch_size=len(source.ids(steps.start)),
-            num_threads=self._threads,
-            device_id=None,
-            prefetch_queue_depth=PREFETCH_BATCHES,
-            exec_dynamic=True,
+            **pipeline_settings(len(source.ids(steps.start)), threads, device, on_gpu=False),
         )
         self._pipeline.build()
 

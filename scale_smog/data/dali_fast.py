@@ -26,7 +26,13 @@ from torch import Tensor
 from scale_smog.data.augment import ASPECT, NUM_CROP_TRIES, RandomView
 from scale_smog.data.background import in_background
 from scale_smog.data.batch import Batch
-from scale_smog.data.dali import PREFETCH_BATCHES, make_view, needed_numbers, to_torch
+from scale_smog.data.dali import (
+    PREFETCH_BATCHES,
+    make_view,
+    needed_numbers,
+    pipeline_settings,
+    to_torch,
+)
 from scale_smog.data.manifest import TarDataset
 
 SHUFFLE_BUFFER = 1000  # encoded samples a rank keeps
@@ -71,11 +77,7 @@ class FastDaliLoader:
             on_gpu,
             shard=(rank, world_size),
             order_seed=seed * 1_000_003 + steps.start,
-            batch_size=batch,
-            num_threads=max(1, threads),
-            device_id=device.index if on_gpu else None,
-            prefetch_queue_depth=PREFETCH_BATCHES,
-            exec_dynamic=True,
+            **pipeline_settings(batch, threads, device, on_gpu),
         )
         self._pipeline.build()
 
