@@ -24,6 +24,7 @@ class RunConfig(Section):
     steps: Positive | None = None  # exactly one of steps and epochs
     epochs: Annotated[float, Field(gt=0)] | None = None
     seed: NonNegative = 0
+    small_data: bool = False  # what is not given follows from the number of images (small_data.py)
     log_every: Positive = 10
     checkpoint_every: NonNegative = 1000  # 0: only at the end
     keep_checkpoints: Positive = 3  # the newest ones
@@ -118,6 +119,7 @@ class GroupingConfig(Section):
     kmeans_iterations: Positive = 10
     reset_momentum: bool = True  # momentum net <- online net at a reset
     detach_groups: bool = False  # ablation: no gradient through the updated groups
+    instance_warmup_steps: NonNegative = 0  # not in the paper: first steps contrast images (SimCLR)
 
 
 class OptimizerConfig(Section):
@@ -284,5 +286,12 @@ class Recipe(Section):
             raise ValueError(
                 f"grouping.num_groups={self.grouping.num_groups} is more than the {bank} features "
                 f"to cluster (bank_steps x global_batch): take at most {bank} groups"
+            )
+        warmup = self.grouping.instance_warmup_steps
+        if 0 < warmup * self.data.global_batch < self.grouping.num_groups:
+            raise ValueError(
+                f"grouping.instance_warmup_steps={warmup} leaves fewer features than the "
+                f"{self.grouping.num_groups} groups that are made of them: take at least "
+                f"{-(-self.grouping.num_groups // self.data.global_batch)} steps, or 0"
             )
         return self

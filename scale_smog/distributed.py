@@ -176,6 +176,14 @@ def differentiable_all_reduce(x: Tensor) -> Tensor:
     return _AllReduceSum.apply(x) if world_size() > 1 else x
 
 
+def differentiable_gather(x: Tensor) -> Tensor:
+    """`x` of all ranks [W, ...], in rank order; gradients as of `differentiable_all_reduce`."""
+    if world_size() == 1:
+        return x[None]
+    own = torch.arange(world_size(), device=x.device) == rank()
+    return differentiable_all_reduce(own.view(-1, *[1] * x.dim()) * x)  # one rank's x, and zeros
+
+
 def background_group() -> dist.ProcessGroup | None:
     """All ranks once more, on the CPU, for a thread that talks beside the training; else None."""
     if world_size() == 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scale_smog import distributed, phases
 from scale_smog.checkpoint import Checkpoints
-from scale_smog.config import Recipe
+from scale_smog.config import GroupingConfig, Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.distributed import Piece
 from scale_smog.engine import Engine
@@ -24,7 +24,7 @@ from scale_smog.grouping import (
     perplexity,
 )
 from scale_smog.health import SkippedSteps, Stragglers
-from scale_smog.loss import group_contrastive_loss
+from scale_smog.loss import group_contrastive_loss, instance_contrastive_loss
 from scale_smog.metrics import Metrics, StepClock
 from scale_smog.schedules import Now, Schedules, due
 
@@ -135,15 +135,10 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, now: Now) -> Ste
     """One step of SMoG on this rank's part of the batch."""
     grouping = recipe.grouping
     engine, groups, bank = state.engine, state.groups, state.bank
+    if state.step < grouping.instance_warmup_steps:
+        return instance_step(recipe, state, batch, now)
     online_view, momentum_view = batch.views(swap=state.step % 2 == 1)
-
-    report = None
-    reset = state.step > 0 and due(state.step, grouping.reset_every)
-    if reset and grouping.kmeans:
-        with phases.during(phases.KMEANS):
-            report = groups.reseed_from(bank)  # multi-node k-means over the cached features
-    if reset and grouping.reset_momentum:
-        engine.reset_momentum()
+    report = reset_if_due(grouping, state)
 
     z, p = engine.forward_online(online_view, batch.small)  # [B, D], [V, B, D]
     target = groups.assign(engine.forward_momentum(momentum_view))  # [B]
@@ -158,6 +153,40 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, now: Now) -> Ste
         engine.ema(recipe.model.ema)
     state.step += 1
     return StepReport(loss, is_applied, report)
+
+
+def reset_if_due(grouping: GroupingConfig, state: TrainState) -> ResetReport | None:
+    """Groups by k-means over the cached features of all ranks, momentum net from the online one."""
+    report, is_first = None, state.step == grouping.instance_warmup_steps
+    if state.step == 0 or not (is_first or due(state.step, grouping.reset_every)):
+        return None
+    if is_first:  # the groups of the initial net are of no use to a net that has learnt
+        with phases.during(phases.KMEANS):
+            state.groups.start_from(state.bank)
+    elif grouping.kmeans:
+        with phases.during(phases.KMEANS):
+            report = state.groups.reseed_from(state.bank)
+    if is_first or grouping.reset_momentum:
+        state.engine.reset_momentum()
+    return report
+
+
+def instance_step(recipe: Recipe, state: TrainState, batch: Batch, now: Now) -> StepReport:
+    """A step of the instance-contrastive start: both views are trained, the groups rest.
+
+    Not in the paper; docs/learning.md has its effect.
+    """
+    engine = state.engine
+    first, second = batch.large
+    z, p = engine.forward_online(first, [second])  # [B, D], [2, B, D]
+    loss = instance_contrastive_loss(p)
+    engine.backward(loss)
+    is_applied = engine.step(now.lr, now.weight_decay)
+    if is_applied:
+        state.bank.push(z)
+        engine.ema(recipe.model.ema)
+    state.step += 1
+    return StepReport(loss, is_applied, None)
 
 
 def save(state: TrainState, checkpoints: Checkpoints, metrics: Metrics) -> int:

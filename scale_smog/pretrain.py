@@ -32,6 +32,7 @@ from scale_smog.profiling.memory import plan_memory
 from scale_smog.rank_logs import RankLogs
 from scale_smog.recipe import dump_recipe
 from scale_smog.schedules import Schedules
+from scale_smog.small_data import fit_to_data
 
 PICTURE_FILE = "groups.png"
 NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
@@ -62,6 +63,7 @@ def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     data, run_dir = recipe.data, Path(recipe.run.dir)
     require_equal_hosts(recipe)
     dataset = TarDataset(data.path, "train")
+    recipe, derived = fit_to_data(recipe, dataset.num_samples)
     plan, schedules = plan_steps(recipe, dataset)
     views = training_views(data, recipe.augment)
     facts = {"manifest_sha256": manifest_sha256(data.path)}
@@ -78,7 +80,8 @@ def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     if state.step < schedules.num_steps and (warning := checkpoints.prepare(state.pieces())):
         news.append(f"warning: {warning}")
     metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch)
-    for line in [*(f"changed since the run began: {change}" for change in changes), *news]:
+    changed = [f"changed since the run began: {change}" for change in changes]
+    for line in [*derived, *changed, *news]:
         metrics.say(line)
 
     def load(steps: range) -> Iterable[Batch]:
@@ -96,7 +99,7 @@ def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
             metrics.say(f"{'resuming' if state.step else 'starting'} {_describe(recipe, state)}")
             if state.step == 0 and recipe.grouping.init == "kmeans":
                 steps = range(-(-recipe.num_init_features // data.global_batch))
-                start_groups(state, load(steps), checkpoints)
+                start_or_save(state, load(steps), checkpoints)
             batches = load(range(state.step, schedules.num_steps))
             if recipe.evaluation.online:
                 online = build_online_probe(state, dataset, data.path)
@@ -178,20 +181,24 @@ def build_state(recipe: Recipe, batch: int, device: torch.device) -> TrainState:
 
 
 @torch.no_grad()
-def start_groups(state: TrainState, batches: Iterable[Batch], checkpoints: Checkpoints) -> None:
-    """First groups: k-means over features of the initial net (SMoG section 4.1).
-
-    The nets stay as they are, so a run that is stopped here has its checkpoint too: of step 0,
-    from which this begins anew.
-    """
+def start_groups(state: TrainState, batches: Iterable[Batch]) -> None:
+    """First groups: k-means over features of the initial net (SMoG section 4.1)."""
     embed = pausing(lambda view: state.engine.forward_online(view, [])[0])
+    with untracked(state.engine.online):
+        z = [embed(batch.large[0]) for batch in batches]
+    bank = FeatureBank(len(z), len(z[0]), z[0].shape[1], z[0].device)
+    for features in z:
+        bank.push(features)
+    state.groups.start_from(bank)
+
+
+def start_or_save(state: TrainState, batches: Iterable[Batch], checkpoints: Checkpoints) -> None:
+    """`start_groups`; a run that is stopped in it has its checkpoint too, of step 0.
+
+    The nets stay as they are, so it begins anew from there.
+    """
     try:
-        with untracked(state.engine.online):
-            z = [embed(batch.large[0]) for batch in batches]
-        bank = FeatureBank(len(z), len(z[0]), z[0].shape[1], z[0].device)
-        for features in z:
-            bank.push(features)
-        state.groups.start_from(bank)
+        start_groups(state, batches)
     except phases.Stopped:
         checkpoints.save(0, state.pieces())
         if problem := checkpoints.wait():
@@ -305,6 +312,7 @@ def dry_run(recipe: Recipe) -> str:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = TarDataset(recipe.data.path, "train")
+    recipe, _ = fit_to_data(recipe, dataset.num_samples)
     plan, schedules = plan_steps(recipe, dataset)
     batch = len(plan.ids(0, 0, world_size))
     memory = plan_memory(recipe, world_size)

@@ -31,6 +31,7 @@ from scale_smog.profiling.scaling_model import Measured, Workload, whole_parts
 from scale_smog.profiling.step_profile import Border, StepProfile, Timeline, marked
 from scale_smog.profiling.traces import communication, tracing, write_trace
 from scale_smog.schedules import Now
+from scale_smog.small_data import fit_to_data
 
 DEFAULT_TARGET = "h200"
 NUM_TRACED = 2
@@ -67,6 +68,8 @@ def profile(recipe: Recipe, options: Options) -> dict[str, Any]:
 
 def _profile(recipe: Recipe, options: Options, device: torch.device) -> dict[str, Any]:
     target = load_hardware(options.hardware or hardware_name(device) or DEFAULT_TARGET)
+    if recipe.run.small_data:
+        recipe, _ = fit_to_data(recipe, TarDataset(recipe.data.path, "train").num_samples)
     batch = images_of_a_rank(recipe)
     num_batches = options.num_warm_up + options.num_steps + NUM_TRACED
     batches = build_batches(recipe, batch, num_batches, options.synthetic, device)

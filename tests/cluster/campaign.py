@@ -3,17 +3,19 @@
 faults: each fault of a cluster is planted alone; `check.py` must name it with its host, and find
 nothing on a sound one. latency: a step's seconds with 0, 1 and 5 ms more on the link, for batch
 norm over all ranks, of a node and of a rank, beside the scaling model's. stop: SIGINT and SIGTERM
-end a run on both hosts, with a checkpoint, and leave a second run on them alone.
+to the launcher, deepspeed's or torchrun, end a run on both hosts, with a checkpoint, and leave a
+second run on them alone.
 Exit status 0 only if all of it holds. Needs openssh-server, pdsh, iproute2 and faketime.
 """
 
 import argparse
 import json
 import re
+import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hosts import BIN, ROOT, Cluster, console, finish, two_hosts, why_not
 from plant import FAKETIME, FAULTS, planted
@@ -26,6 +28,7 @@ from scale_smog.profiling.hardware import Link, load_hardware
 from scale_smog.profiling.scaling_model import Workload, exposed_s
 
 ON_HOSTS = (BIN / "python", ROOT / "launcher" / "on_hosts.py")
+Job: TypeAlias = "subprocess.Popen[bytes]"
 SCOPES = ("global", "node", "local")
 PROFILED = [RECIPE, *OVERRIDES, "engine.kind=ddp", "grouping.kmeans=false", "grouping.init=random"]
 
@@ -107,36 +110,57 @@ def modelled_s(facts: dict[str, Any], scope: str) -> float:
 
 
 def stop(cluster: Cluster, data: Path, folder: Path) -> bool:
-    """Two runs on the same hosts; the first is stopped."""
+    """Two runs on the same hosts, under each launcher; the first one's launcher gets a signal.
+
+    Under torchrun only the first host's launcher gets it, as from a person at that host.
+    """
+
+    def by_deepspeed(work: Path, *program: str | Path) -> list[Job]:
+        return [cluster.deepspeed(work, *program, launcher=ON_HOSTS)]
+
     results = []
-    for name in ("INT", "TERM"):
-        first, second = folder / f"stopped-{name}", folder / f"spared-{name}"
-        jobs = []
-        for work in (first, second):
-            program = [PRETRAIN, RECIPE, *OVERRIDES, f"data.path={data}", f"run.dir={work / 'run'}"]
-            jobs.append(cluster.deepspeed(work, *program, "run.steps=100000", launcher=ON_HOSTS))
-        for work in (first, second):
-            wait_for_step(work / "run", 2)
-        before = last_step(second / "run")
-        cluster.hosts[0].signal(jobs[0], name)
-        start = time.monotonic()
-        jobs[0].wait(60)
-        while any(str(first) in line for h in cluster.hosts for line in h.processes()):
-            assert time.monotonic() - start < 60, "still running"
-            time.sleep(0.2)
-        seconds = time.monotonic() - start
-        wait_for_step(second / "run", before + 5)
-        alive = [sum(str(second) in line for line in host.processes()) for host in cluster.hosts]
-        saved = sorted((first / "run" / "checkpoints").glob("step-*"))
-        is_good = all(alive) and bool(saved)
-        print(
-            f"SIG{name}: gone from both hosts after {seconds:.1f} s, saved {saved[-1:]}; the "
-            f"other run went from step {before} to {last_step(second / 'run')}, {is_good=}"
-        )
-        cluster.hosts[0].signal(jobs[1], "TERM")
-        jobs[1].wait(60)
-        results.append(is_good)
+    for launcher, start in (("deepspeed", by_deepspeed), ("torchrun", cluster.torchrun)):
+        for name in ("INT", "TERM"):
+            first, second = (
+                folder / f"{launcher}-{name}-{which}" for which in ("stopped", "spared")
+            )
+            jobs = []
+            for work in (first, second):
+                program = [PRETRAIN, RECIPE, *OVERRIDES, f"data.path={data}"]
+                program += [f"run.dir={work / 'run'}", "run.steps=100000"]
+                jobs.append(start(work, *program))
+            results.append(stopped(cluster, launcher, name, jobs[0], first, second))
+            cluster.hosts[0].signal(jobs[1][0], "TERM")
+            for job in jobs[1]:
+                job.wait(60)
     return all(results)
+
+
+def stopped(
+    cluster: Cluster, launcher: str, name: str, jobs: list[Job], first: Path, second: Path
+) -> bool:
+    """Signals the first run's launcher; whether it is gone, saved, and the second one trains on."""
+    for work in (first, second):
+        wait_for_step(work / "run", 2)
+    before = last_step(second / "run")
+    cluster.hosts[0].signal(jobs[0], name)
+    start = time.monotonic()
+    for job in jobs:
+        job.wait(60)
+    while any(str(first) in line for h in cluster.hosts for line in h.processes()):
+        assert time.monotonic() - start < 60, "still running"
+        time.sleep(0.2)
+    seconds = time.monotonic() - start
+    wait_for_step(second / "run", before + 5)
+    alive = [sum(str(second) in line for line in host.processes()) for host in cluster.hosts]
+    saved = [path.name for path in sorted((first / "run" / "checkpoints").glob("step-*"))]
+    is_good = all(alive) and bool(saved)
+    print(
+        f"{launcher}, SIG{name}: gone from both hosts after {seconds:.1f} s, saved {saved[-1:]}; "
+        f"the other run went from step {before} to {last_step(second / 'run')}, {is_good=}",
+        flush=True,
+    )
+    return is_good
 
 
 def last_step(run: Path) -> int:

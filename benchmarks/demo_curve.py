@@ -1,0 +1,92 @@
+"""The demo's course on one rank and one thread: what it must be again on any day.
+
+    python benchmarks/demo_curve.py DEMO_DATA [--steps 700]
+
+Writes results/demo_curve.json and .png. `tests/test_demo_curve.py` trains the first 150 steps and
+compares them with it.
+"""
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+
+import torch
+from step import one_rank
+
+from scale_smog import load_recipe
+from scale_smog.config import Recipe
+from scale_smog.data import TarDataset
+from scale_smog.data.augment import training_views
+from scale_smog.data.batch_source import BatchSource
+from scale_smog.data.memory_loader import MemoryLoader
+from scale_smog.grouping import chance_loss, perplexity
+from scale_smog.loop import train_step
+from scale_smog.pretrain import build_state, plan_steps, start_groups
+
+ROOT = Path(__file__).parent.parent
+FILE = ROOT / "benchmarks" / "results" / "demo_curve.json"
+CPU = torch.device("cpu")
+
+
+def demo_recipe(data: str | Path, *overrides: str) -> Recipe:
+    """The demo for one rank."""
+    own = [f"data.path={data}", "engine.kind=ddp"]
+    return load_recipe(ROOT / "recipes" / "demo.yaml", [*own, *overrides])
+
+
+def curve(recipe: Recipe, num_steps: int) -> dict[str, list[float]]:
+    """Loss of each of the first steps, and the perplexity of the groups' use after it."""
+    torch.set_num_threads(1)
+    dataset = TarDataset(recipe.data.path, "train")
+    plan, schedules = plan_steps(recipe, dataset)
+    views = training_views(recipe.data, recipe.augment)
+    source = BatchSource(dataset, plan, views, recipe.run.seed, 0, 1)
+    loader = MemoryLoader(source, range(num_steps), CPU)
+    found: dict[str, list[float]] = {"loss": [], "perplexity": []}
+    with one_rank():
+        state = build_state(recipe, recipe.data.global_batch, CPU)
+        num_start = -(-recipe.num_init_features // recipe.data.global_batch)
+        start_groups(state, islice(loader, num_start))
+        for step, batch in enumerate(loader):
+            found["loss"].append(train_step(recipe, state, batch, schedules.at(step)).loss.item())
+            found["perplexity"].append(perplexity(state.usage.counts()))
+    return found
+
+
+def draw(found: dict[str, list[float]], recipe: Recipe, path: Path) -> None:
+    """Both curves, with the resets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    above.plot(found["loss"], color="tab:blue", lw=1)
+    chance = chance_loss(recipe.grouping.num_groups)
+    above.axhline(chance, color="grey", ls=":", label=f"chance: ln K = {chance:.2f}")
+    below.plot(found["perplexity"], color="tab:orange")
+    below.axhline(recipe.grouping.num_groups, color="grey", ls=":", label="all groups alike")
+    for axes in (above, below):
+        for step in range(0, len(found["loss"]), recipe.grouping.reset_every):
+            axes.axvline(step, color="black", alpha=0.1)
+        axes.legend()
+    above.set(ylabel="loss", title="The demo, one thread, seed 0; lines: k-means resets")
+    below.set(ylabel="perplexity of the groups' use", xlabel="step")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Records the curve."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data")
+    parser.add_argument("--steps", type=int, default=700)
+    arguments = parser.parse_args()
+    recipe = demo_recipe(arguments.data)
+    found = curve(recipe, arguments.steps)
+    rounded = {name: [round(x, 4) for x in values] for name, values in found.items()}
+    FILE.write_text(json.dumps(rounded) + "\n")
+    draw(found, recipe, FILE.with_suffix(".png"))
+    print(f"written to {FILE}; last loss {found['loss'][-1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

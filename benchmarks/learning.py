@@ -1,0 +1,261 @@
+"""How well methods learn on a small set: equal nets, views, rates, steps and judge.
+
+    python benchmarks/learning.py {cifar10,shapes} TARS RESULTS.jsonl RUN [RUN …] [--seeds 0 1 2]
+
+TARS is a dataset of `data_tools/shard.py` with a training and a test split. A RUN is
+`label: method section.key=value …`, the method one of `methods.METHODS`. A line is added to RESULTS
+for each run and seed; those that it has already are left out, so the same command goes on after a
+stop. The last tenth of the training images is held out to choose settings on (`selection`); what is
+reported is the test split. kNN of backbone features, centre crops.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+NUM_BANK, EMBEDDED_AT_ONCE, CURVE_POINTS = 10_000, 500, 6
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "cifar10": {
+        "run": {"steps": 600, "small_data": True},
+        "data": {"global_batch": 256, "large_px": 32},
+        "augment": {"blur": [0.0, 0.0], "solarize": [0.0, 0.0]},
+        "model": {"backbone": "resnet_tiny"},
+        "evaluation": {"k": 20, "temperature": 0.1, "image_px": 32, "crop_share": 1.0},
+    },
+    "shapes": {
+        "run": {"steps": 900, "small_data": True},
+        "data": {"global_batch": 128, "large_px": 32, "small_px": 24},
+        "augment": {
+            "large_scale": [0.25, 0.7], "small_scale": [0.1, 0.25], "brightness": 0.2,
+            "saturation": 0.8, "hue": 0.5, "grey": 0.5, "blur": [0.0, 0.0], "solarize": [0.0, 0.0],
+        },
+        "model": {"backbone": "resnet_tiny", "head_width": 512},
+        "evaluation": {"k": 20, "temperature": 0.1, "image_px": 48, "crop_share": 1.0},
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with its settings and a seed, on a dataset."""
+
+    label: str
+    method: str
+    overrides: tuple[str, ...]
+    seed: int
+    setting: str
+    tars: str
+
+    @classmethod
+    def parse(cls, text: str, seed: int, setting: str, tars: str) -> "Run":
+        """`label: method section.key=value …`"""
+        label, _, rest = text.partition(":")
+        method, *overrides = rest.split()
+        return cls(label.strip(), method, tuple(overrides), seed, setting, tars)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Accuracy of an embedding on images it has not been trained on."""
+
+    bank: tuple[Tensor, Tensor]  # images [N, 3, px, px], labels [N]
+    sets: dict[str, tuple[Tensor, Tensor]]
+    k: int
+    temperature: float
+
+    @torch.no_grad()
+    def accuracies(self, backbone: nn.Module) -> dict[str, float]:
+        """kNN top-1 of each set, 0 to 1."""
+        from scale_smog.evaluation import knn_accuracy
+
+        was_training = backbone.training
+        backbone.eval()
+        device = next(backbone.parameters()).device
+        z, y = self._embed(backbone, self.bank[0]), self.bank[1].to(device)
+        found = {}
+        for name, (images, labels) in self.sets.items():
+            test_z = self._embed(backbone, images)
+            for suffix, k in (("", self.k), ("_k200", 200)):
+                found[name + suffix] = knn_accuracy(z, y, test_z, labels, k, self.temperature)
+        backbone.train(was_training)
+        return found
+
+    def _embed(self, backbone: nn.Module, images: Tensor) -> Tensor:
+        device = next(backbone.parameters()).device
+        chunks = images.split(EMBEDDED_AT_ONCE)
+        return torch.cat([backbone(chunk.to(device)).float() for chunk in chunks])
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains and judges; one process, one thread, or a GPU."""
+    from methods import METHODS
+    from step import one_rank
+
+    from scale_smog.data import EpochPlan, TarDataset
+    from scale_smog.data.augment import training_views
+    from scale_smog.data.batch_source import BatchSource
+    from scale_smog.data.memory_loader import MemoryLoader
+    from scale_smog.pretrain import plan_steps
+    from scale_smog.small_data import fit_to_data
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(1 if device.type == "cpu" else 8)
+    recipe = recipe_of(run, device)
+    dataset = TarDataset(run.tars, "train")
+    num_train = dataset.num_samples * 9 // 10
+    recipe, _ = fit_to_data(recipe, num_train)
+    _, schedules = plan_steps(recipe, dataset)
+    plan = EpochPlan(num_train, recipe.data.global_batch, run.seed)
+    views = training_views(recipe.data, recipe.augment)
+    source = BatchSource(dataset, plan, views, run.seed, 0, 1)
+    loader = MemoryLoader(source, range(schedules.num_steps), device)
+    judge = build_judge(recipe, dataset, num_train)
+    with one_rank():
+        start = islice(loader, -(-recipe.num_init_features // recipe.data.global_batch))
+        contestant = METHODS[run.method](recipe, start, device)
+        curve, losses, begin, judging = [], [], time.perf_counter(), 0.0
+        for step, batch in enumerate(loader):
+            losses.append(contestant.step(batch, schedules.at(step)))
+            if (step + 1) % max(1, schedules.num_steps // CURVE_POINTS) == 0:
+                pause = time.perf_counter()
+                accuracy = judge.accuracies(contestant.backbone)
+                loss = torch.stack(losses[-20:]).mean().item()
+                curve.append({"step": step + 1, "loss": loss, "test": accuracy["test"]})
+                judging += time.perf_counter() - pause
+        seconds = time.perf_counter() - begin - judging
+    return asdict(run) | accuracy | contestant.figures() | {"seconds": seconds, "curve": curve}
+
+
+def recipe_of(run: Run, device: torch.device) -> Any:
+    """The setting of the dataset with the run's own changes."""
+    from scale_smog.config import Recipe
+    from scale_smog.recipe import apply_override, validate
+
+    tree = json.loads(json.dumps(SETTINGS[run.setting]))
+    tree["run"]["seed"] = run.seed
+    tree["data"]["path"] = run.tars
+    tree["engine"] = {"precision": "bf16" if device.type == "cuda" else "fp32"}
+    for override in run.overrides:
+        apply_override(tree, override)
+    return validate(Recipe, tree)
+
+
+def build_judge(recipe: Any, dataset: Any, num_train: int) -> Judge:
+    """Centre crops of the first training images, of those held out, and of the test split."""
+    from scale_smog.data.folder_dataset import open_split
+    from scale_smog.evaluation import embed_images
+    from scale_smog.evaluation.splits import test_split
+
+    def crops(images: Any, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        px, cpu = recipe.evaluation.image_px, torch.device("cpu")
+        flat = embed_images(
+            lambda x: x.flatten(1), recipe.data, recipe.evaluation, images, ids, cpu
+        )
+        return flat.view(-1, 3, px, px), torch.from_numpy(images.labels[ids])
+
+    test = open_split(recipe.data.path, test_split(recipe.data.path))
+    bank = crops(dataset, np.arange(min(NUM_BANK, num_train)))
+    sets = {
+        "selection": crops(dataset, np.arange(num_train, dataset.num_samples)),
+        "test": crops(test, np.arange(test.num_samples)),
+    }
+    return Judge(bank, sets, recipe.evaluation.k, recipe.evaluation.temperature)
+
+
+def campaign(runs: Sequence[Run], results: Path, jobs: int) -> list[dict[str, Any]]:
+    """Trains what `results` does not have yet, `jobs` at a time; returns its lines of `runs`."""
+    done = (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    )
+    names = {(line["label"], line["seed"]) for line in done}
+    missing = [run for run in runs if (run.label, run.seed) not in names]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for line in _trained(missing, jobs):
+        done.append(line)
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        usage = f"  perplexity {line['perplexity']:.0f}" if "perplexity" in line else ""
+        print(
+            f"{line['label']:<36} seed {line['seed']}  selection {line['selection']:.3f}  "
+            f"test {line['test']:.3f}{usage}  {line['seconds']:.0f} s",
+            flush=True,
+        )
+    wanted = {(run.label, run.seed) for run in runs}
+    return [line for line in done if (line["label"], line["seed"]) in wanted]
+
+
+def _trained(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
+    if not runs:
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        yield from pool.map(train, runs)
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds of each label, best first, as Markdown."""
+    labels: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        labels.setdefault(line["label"], []).append(line)
+    rows = [
+        "| run | kNN, held out | kNN, test | seeds | perplexity | s a run |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def spread(group: list[dict[str, Any]], key: str) -> str:
+        values = [line[key] for line in group if key in line]
+        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{deviation}" if values else "–"
+
+    for label, group in sorted(labels.items(), key=lambda x: -mean_of(x[1], "selection")):
+        perplexity = f"{mean_of(group, 'perplexity'):.0f}" if "perplexity" in group[0] else "–"
+        cells = [
+            label,
+            spread(group, "selection"),
+            spread(group, "test"),
+            str(len(group)),
+            perplexity,
+        ]
+        rows.append("| " + " | ".join([*cells, f"{mean_of(group, 'seconds'):.0f}"]) + " |")
+    return "\n".join(rows)
+
+
+def mean_of(lines: Sequence[dict[str, Any]], key: str) -> float:
+    """Of a figure that all lines have."""
+    return statistics.mean(line[key] for line in lines)
+
+
+def main() -> None:
+    """Trains and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("setting", choices=list(SETTINGS))
+    parser.add_argument("tars")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count()
+    )
+    arguments = parser.parse_args()
+    runs = [
+        Run.parse(text, seed, arguments.setting, arguments.tars)
+        for text in arguments.runs
+        for seed in arguments.seeds
+    ]
+    print(table(campaign(runs, arguments.results, arguments.jobs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The methods that `learning.py` compares, each a backbone and what it does with a batch.
+
+All train the same backbone on the same views at the same rates. Ours is the framework's own step.
+The others are made of lightly's parts; `LightlySmog` is its SMoG example's loop, of which
+`as_it_is` keeps the example's own settings too.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scale_smog.config import Recipe
+from scale_smog.data.batch import Batch
+from scale_smog.grouping import perplexity
+from scale_smog.loop import train_step
+from scale_smog.models import build_backbone
+from scale_smog.pretrain import build_state, start_groups
+from scale_smog.schedules import Now
+
+SIMCLR_TEMPERATURE, MOCO_TEMPERATURE, MOCO_QUEUE = 0.2, 0.2, 4096
+
+
+class Contestant(ABC):
+    """One method."""
+
+    backbone: nn.Module
+
+    @abstractmethod
+    def step(self, batch: Batch, now: Now) -> Tensor:
+        """Trains on a batch; returns the loss."""
+
+    def figures(self) -> dict[str, float]:
+        """What else it has to say at the end."""
+        return {}
+
+
+class Ours(Contestant):
+    """The framework: `scale_smog.loop.train_step` on one rank.
+
+    Args:
+        recipe: of the run.
+        start: the first batches, for the first k-means.
+        device: of the nets.
+    """
+
+    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
+        self._recipe = recipe
+        self._state = build_state(recipe, recipe.data.global_batch, device)
+        if recipe.grouping.init == "kmeans":
+            start_groups(self._state, start)
+        self.backbone = self._state.engine.online.backbone
+
+    def step(self, batch: Batch, now: Now) -> Tensor:
+        """One of training."""
+        return train_step(self._recipe, self._state, batch, now).loss.detach()
+
+    def figures(self) -> dict[str, float]:
+        """How many groups are in use, over the last steps."""
+        usage = self._state.usage.counts()
+        return {"perplexity": perplexity(usage), "in_use": int((usage > 0).sum())}
+
+
+class Peer(Contestant):
+    """What the others share: heads, an optimizer that is torch's own, a momentum net if need be."""
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        torch.manual_seed(recipe.run.seed)
+        model = recipe.model
+        self.recipe, self.dim, self.hidden = recipe, model.dim, model.head_width
+        self.backbone = build_backbone(model.backbone, model.width, model.small_images).to(device)
+        self.num_features: int = self.backbone.num_features  # pyright: ignore
+        self.num_steps = 0
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=recipe.engine.precision == "bf16"
+        )
+        self.device = device
+
+    def prepare(self, *trained: nn.Module) -> None:
+        """Moves heads to the device and hands all that is trained to an optimizer."""
+        config = self.recipe.optimizer
+        parameters = [
+            p for net in (self.backbone, *trained) for p in net.to(self.device).parameters()
+        ]
+        decayed = [p for p in parameters if p.dim() > 1]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        if config.name == "adamw":
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1.0)
+        else:
+            self.optimizer = torch.optim.SGD(groups, lr=1.0, momentum=config.momentum)
+
+    def update(self, loss: Tensor, lr: float) -> Tensor:
+        """One step of the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.num_steps += 1
+        return loss.detach()
+
+
+class SimClr(Peer):
+    """SimCLR of lightly's projection head and loss (Chen et al., ICML 2020)."""
+
+    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import SimCLRProjectionHead
+
+        super().__init__(recipe, device)
+        self.head = SimCLRProjectionHead(self.num_features, self.hidden, self.dim)
+        self.loss = NTXentLoss(temperature=SIMCLR_TEMPERATURE)
+        self.prepare(self.head)
+
+    def step(self, batch: Batch, now: Now) -> Tensor:
+        """Both views are trained."""
+        with self.autocast:
+            first, second = (self.head(self.backbone(view)) for view in batch.large)
+        return self.update(self.loss(first.float(), second.float()), now.lr)
+
+
+class WithMomentumNet(Peer):
+    """A backbone and a projection head, and copies that follow them."""
+
+    def follow(self, head: nn.Module) -> None:
+        """Copies of the nets as they are now."""
+        self.head = head.to(self.device)
+        self.copies = [
+            copy.deepcopy(net).requires_grad_(False) for net in (self.backbone, self.head)
+        ]
+
+    def project(self, view: Tensor) -> Tensor:
+        """The trained nets' projection [B, D]."""
+        with self.autocast:
+            return self.head(self.backbone(view)).float()
+
+    @torch.no_grad()
+    def project_momentum(self, view: Tensor) -> Tensor:
+        """The copies', after they have followed."""
+        for net, its_copy in zip((self.backbone, self.head), self.copies, strict=True):
+            leaders, followers = list(net.parameters()), list(its_copy.parameters())
+            torch._foreach_lerp_(followers, leaders, 1 - self.recipe.model.ema)
+        with self.autocast:
+            return self.copies[1](self.copies[0](view)).float()
+
+
+class Moco(WithMomentumNet):
+    """MoCo v2 of lightly's parts (Chen et al., arXiv:2003.04297), without batch shuffling."""
+
+    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import MoCoProjectionHead
+
+        super().__init__(recipe, device)
+        self.follow(MoCoProjectionHead(self.num_features, self.hidden, self.dim))
+        self.loss = NTXentLoss(MOCO_TEMPERATURE, memory_bank_size=(MOCO_QUEUE, self.dim)).to(device)
+        self.prepare(self.head)
+
+    def step(self, batch: Batch, now: Now) -> Tensor:
+        """One view is trained, against the other's momentum projection and a queue of them."""
+        first, second = batch.views(swap=self.num_steps % 2 == 1)
+        return self.update(self.loss(self.project(first), self.project_momentum(second)), now.lr)
+
+
+class LightlySmog(WithMomentumNet):
+    """lightly's SMoG: prototypes, heads, bank, and scikit-learn's k-means, as in its example."""
+
+    rate: float | None = None  # constant; None: the schedule's
+
+    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
+        from lightly.models.modules import SMoGPredictionHead, SMoGProjectionHead, SMoGPrototypes
+        from lightly.models.modules.memory_bank import MemoryBankModule
+
+        super().__init__(recipe, device)
+        grouping = recipe.grouping
+        self.follow(SMoGProjectionHead(self.num_features, self.hidden, self.dim))
+        self.predictor = SMoGPredictionHead(self.dim, self.hidden, self.dim)
+        groups = functional.normalize(torch.rand(grouping.num_groups, self.dim))
+        self.smog = SMoGPrototypes(group_features=groups, beta=0.99).to(device)
+        rows = recipe.bank_steps * recipe.data.global_batch
+        self.bank = MemoryBankModule(size=(rows, self.dim), feature_dim_first=False).to(device)
+        self.counts = torch.zeros(40, grouping.num_groups, device=device)
+        self.prepare(self.head, self.predictor)
+
+    def step(self, batch: Batch, now: Now) -> Tensor:
+        """One view is trained, towards the group of the other."""
+        if self.num_steps > 0 and self.num_steps % self.recipe.grouping.reset_every == 0:
+            self.reset()
+        first, second = batch.views(swap=self.num_steps % 2 == 1)
+        encoded = self.project(first)
+        with self.autocast:
+            predicted = self.predictor(encoded).float()
+        ids = self.smog.assign_groups(self.project_momentum(second))
+        groups = self.smog.get_updated_group_features(encoded)
+        logits = self.smog(predicted, groups, temperature=self.recipe.grouping.temperature)
+        self.smog.set_group_features(groups.detach())
+        self.bank(encoded.detach(), update=True)
+        own = self.smog.assign_groups(encoded)
+        self.counts[self.num_steps % 40] = own.bincount(minlength=len(groups)).float()
+        return self.update(functional.cross_entropy(logits, ids), self.rate or now.lr)
+
+    def reset(self) -> None:
+        """Groups by scikit-learn's k-means, momentum nets from the trained ones."""
+        from sklearn.cluster import KMeans
+
+        features = self.bank.bank.detach().cpu().numpy()
+        kmeans: Any = KMeans(len(self.smog.group_features), n_init="auto").fit(features)
+        centres = torch.from_numpy(kmeans.cluster_centers_).float()
+        self.smog.set_group_features(functional.normalize(centres, dim=1))
+        self.follow(self.head)
+
+    def figures(self) -> dict[str, float]:
+        """How many groups are in use, over the last steps."""
+        usage = self.counts.sum(0)
+        return {"perplexity": perplexity(usage), "in_use": int((usage > 0).sum())}
+
+
+class LightlySmogAsItIs(LightlySmog):
+    """With the example's settings: 300 groups, a reset every 300 steps, alpha 0.99, SGD at 0.01."""
+
+    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
+        changes = {
+            "model": {"ema": 0.99, "head_width": 2048},
+            "grouping": {"num_groups": 300, "reset_every": 300, "bank_steps": 300},
+            "optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-6},
+        }
+        parts = {name: getattr(recipe, name).model_copy(update=c) for name, c in changes.items()}
+        super().__init__(recipe.model_copy(update=parts), start, device)
+        self.rate = 0.01
+
+
+METHODS = {
+    "ours": Ours,
+    "lightly_smog": LightlySmog,
+    "lightly_smog_as_it_is": LightlySmogAsItIs,
+    "simclr": SimClr,
+    "moco": Moco,
+}

@@ -1,0 +1,66 @@
+"""What a recipe leaves open, from the number of images and steps: for small sets.
+
+The defaults in `config.py` are the paper's, made for 1.28 million images and 64 GPUs. With few
+images and steps they hardly learn; docs/learning.md has the measurements behind these.
+"""
+
+from typing import Any
+
+from scale_smog.config import Recipe
+
+IMAGES_A_GROUP, MOST_GROUPS = 25, 3000  # the paper's 3,000 from 75,000 images on
+FEATURES_A_GROUP = 2.5  # that k-means reads
+SOONEST_RESET, FEWEST_RESETS = 20, 15  # steps; of a run
+SHORT_RUN, SHORT_EMA, LONG_EMA = 1000, 0.9, 0.99  # steps; a momentum net that keeps up
+WARMUP_SHARE = 0.05  # of the run
+
+
+def fit_to_data(recipe: Recipe, num_images: int) -> tuple[Recipe, list[str]]:
+    """Fills in what the recipe does not give, where `run.small_data` asks for it.
+
+    Args:
+        recipe: as read; what it gives stays.
+        num_images: N, of the training split.
+
+    Returns:
+        The recipe that is trained, and a line on each value that was derived.
+    """
+    if not recipe.run.small_data:
+        return recipe, []
+    given = recipe.model_dump(exclude_unset=True)
+    tree = {section: dict(values) for section, values in given.items()}
+    lines = []
+    for key, value, reason in _derived(recipe, num_images):
+        section, name = key.split(".")
+        if name not in tree.setdefault(section, {}):
+            tree[section][name] = value
+            lines.append(f"small data: {key}={value} ({reason})")
+    return Recipe.model_validate(tree), lines
+
+
+def _derived(recipe: Recipe, num_images: int) -> list[tuple[str, Any, str]]:
+    """Key, value and reason of each."""
+    batch, grouping = recipe.data.global_batch, recipe.grouping
+    num_steps = recipe.run.steps or int((recipe.run.epochs or 0) * num_images / batch)
+    num_groups = max(2, min(MOST_GROUPS, num_images // IMAGES_A_GROUP))
+    if "num_groups" in grouping.model_fields_set:
+        num_groups = grouping.num_groups
+    bank_steps = -(-int(FEATURES_A_GROUP * num_groups) // batch)
+    reset_every = max(SOONEST_RESET, bank_steps)
+    reset_every = max(1, min(reset_every, num_steps // FEWEST_RESETS))
+    rows: list[tuple[str, Any, str]] = [
+        ("model.ema", SHORT_EMA if num_steps < SHORT_RUN else LONG_EMA, f"{num_steps} steps"),
+        ("model.identity_predictor", True, "p = z at the start"),
+        ("grouping.num_groups", num_groups, f"{num_images} images"),
+        ("grouping.bank_steps", bank_steps, f"{FEATURES_A_GROUP} features a group"),
+        ("grouping.reset_every", reset_every, f"at least {FEWEST_RESETS} resets"),
+    ]
+    if "name" not in recipe.optimizer.model_fields_set:
+        epochs = round(WARMUP_SHARE * num_steps * batch / num_images, 3)
+        rows += [
+            ("optimizer.name", "adamw", "few steps"),
+            ("optimizer.base_lr", 2e-3, "for 256 images"),
+            ("optimizer.weight_decay", 0.01, "adamw's"),
+            ("optimizer.warmup_epochs", epochs, f"{WARMUP_SHARE:.0%} of the run"),
+        ]
+    return rows

@@ -1,0 +1,56 @@
+"""What a recipe for a small set leaves open is derived from its size, and said."""
+
+import pytest
+from small_recipe import small_recipe
+
+from scale_smog import load_recipe
+from scale_smog.config import Recipe
+from scale_smog.pretrain import pretrain
+from scale_smog.small_data import fit_to_data
+
+
+def recipe_of(**sections):
+    base = {"run": {"steps": 600, "small_data": True}, "data": {"path": "", "global_batch": 256}}
+    return Recipe.model_validate(base | sections)
+
+
+def test_cifar10_in_600_steps_gets_the_measured_settings():
+    recipe, lines = fit_to_data(recipe_of(), 50_000)
+    grouping = recipe.grouping
+    assert (grouping.num_groups, grouping.bank_steps, grouping.reset_every) == (2000, 20, 20)
+    assert (recipe.model.ema, recipe.model.identity_predictor) == (0.9, True)
+    assert recipe.optimizer.name == "adamw"
+    assert recipe.optimizer.warmup_epochs * 50_000 / 256 == pytest.approx(30, abs=0.1)
+    assert "small data: grouping.num_groups=2000 (50000 images)" in lines
+
+
+def test_what_the_recipe_gives_stays_and_the_rest_follows_from_it():
+    recipe, lines = fit_to_data(recipe_of(grouping={"num_groups": 400}), 50_000)
+    assert recipe.grouping.num_groups == 400 and recipe.grouping.bank_steps == 4
+    assert not any("num_groups" in line for line in lines)
+
+
+def test_a_long_run_has_a_slow_momentum_net_and_the_papers_number_of_groups():
+    recipe, _ = fit_to_data(recipe_of(run={"epochs": 100.0, "small_data": True}), 200_000)
+    assert recipe.model.ema == 0.99 and recipe.grouping.num_groups == 3000
+
+
+@pytest.mark.parametrize("num_images", [60, 1000, 50_000, 1_281_167])
+@pytest.mark.parametrize("steps", [1, 40, 600, 20_000])
+def test_every_size_gives_settings_that_can_be_trained(num_images, steps):
+    recipe, _ = fit_to_data(recipe_of(run={"steps": steps, "small_data": True}), num_images)
+    assert recipe.bank_steps * 256 >= recipe.grouping.num_groups
+    assert recipe.grouping.reset_every <= max(1, steps // 15)
+
+
+def test_without_small_data_nothing_changes():
+    recipe = recipe_of(run={"steps": 600})
+    assert fit_to_data(recipe, 50_000) == (recipe, [])
+
+
+def test_a_run_says_what_it_derived_and_keeps_it(tmp_path, tars, capsys):
+    pretrain(small_recipe(tmp_path, tars, "run.small_data=true", "run.steps=2", "model.dim=8"))
+    assert "small data: grouping.bank_steps=3 (2.5 features a group)" in capsys.readouterr().out
+    kept = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert kept.grouping.bank_steps == 3 and kept.model.identity_predictor
+    assert kept.grouping.num_groups == 10  # the recipe's own
