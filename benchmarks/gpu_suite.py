@@ -184,7 +184,7 @@ class Suite:
             make_photos(Path(folder) / "photos", 64 if self.quick else NUM_PHOTOS, (32, 32))
             tars = Path(folder) / "tars"
             shard_folder(Path(folder) / "photos", tars)
-            ours = Framework(tars, batch, groups, workers, DEVICE)
+            ours = Framework(tars, batch, groups, workers, DEVICE, "memory")
             theirs = LightlyExample(Path(folder) / "photos", batch, groups, workers, DEVICE, True)
             streams = {"ours": lambda: ours.steps(7), "lightly's": lambda: theirs.steps(7)}
             seconds = interleaved_streams(streams, 2, 5, min(5, self.rounds))

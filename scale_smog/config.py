@@ -44,7 +44,7 @@ class DataConfig(Section):
 
     path: str
     global_batch: Positive = 4096  # images of one step over all ranks
-    loader: Literal["dali", "torch", "fast", "stream", "synthetic"] = "dali"
+    loader: Literal["dali", "torch", "memory", "fast", "stream", "synthetic"] = "dali"
     stream: str = ""  # loader=stream: tars to train on, https://host/train-{000000..000146}.tar
     allow_pipe: bool = False  # data.stream may name commands, as in pipe:cat train-000000.tar
     device: Literal["auto", "cpu", "gpu"] = "auto"  # where images are decoded and augmented

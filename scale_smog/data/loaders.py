@@ -60,7 +60,7 @@ def build_training_loader(
         return import_module("scale_smog.data.dali_fast").FastDaliLoader(
             dataset, views, batch, plan.seed, steps, data.workers, device, on_gpu, rank, world_size
         )
-    if data.loader == "torch" and data.device == "gpu":
+    if data.loader == "memory" or (data.loader == "torch" and data.device == "gpu"):
         require_loader(data, device)
         return MemoryLoader(source, steps, device)
     return _build(data, source, steps, device)

@@ -66,9 +66,9 @@ def _decode_all(source: BatchSource, device: torch.device) -> Tensor:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_BYTES
     if np.prod(shape, dtype=np.float64) > LARGEST_SHARE * free:
         raise UserError(
-            f"data.loader=torch with data.device=gpu keeps all images decoded: "
+            f"data.loader=memory keeps all images decoded: "
             f"{np.prod(shape, dtype=np.float64) / 2**30:.1f} GiB, the device has "
-            f"{free / 2**30:.1f} GiB free: take data.loader=dali, or data.device=cpu"
+            f"{free / 2**30:.1f} GiB free: take data.loader=dali"
         )
     images = torch.zeros(shape, dtype=torch.uint8)
 

@@ -16,7 +16,7 @@ from scale_smog.errors import UserError
 CPU = torch.device("cpu")
 has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 needs_dali = pytest.mark.skipif(not has_dali, reason="nvidia-dali is not installed")
-LOADERS = ["torch", pytest.param("dali", marks=needs_dali)]
+LOADERS = ["torch", pytest.param("dali", marks=needs_dali), "memory"]
 
 
 def load(tars, loader, steps, augment=None, **data_keys):
