@@ -1,9 +1,10 @@
 """The scaling model against steps that were measured, here and by others.
 
 Here: two gloo ranks on this machine. What the model is given: the parts of a step that each of two
-processes takes at the same time and by itself (so that they share the machine as two ranks do, and
-exchange nothing), and the time of collectives between two ranks. What it must give: the step of the
-two ranks together, for ddp, zero1 and fsdp.
+processes takes at the same time and by itself (so that they share the machine as two ranks do, run
+the same operations, those of synchronised batch norms among them, and exchange nothing), and the
+time of collectives and copies of two ranks. What it must give: the step of the two ranks together,
+for ddp, zero1 and fsdp.
 
 By others, on A100s in nodes of 8. Fitted: the slowest-of-many factor on torchtitan's 97.3 to 98.2 %
 from 8 to 128 GPUs, the loader's limit on Composer's 17,800 images/s of a node. Checked: NVIDIA's
@@ -14,11 +15,14 @@ images/s rest on an assumed 36 epochs, and its runs converge at batches that dif
 
 import json
 import os
+import statistics
 import tempfile
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,6 +36,7 @@ from scale_smog.profiling.scaling_model import Workload, exposed_s, predict_step
 
 KINDS = ("ddp", "zero1", "fsdp")
 RANKS = 2
+COPIED = 2**26  # bytes
 TOLERANCE, PUBLISHED_TOLERANCE = 0.15, 0.20
 MLPERF_MINUTES = {8: 13.466, 64: 2.664, 512: 0.509, 768: 0.369, 3584: 0.183}
 MLPERF_EPOCHS, IMAGENET = 36, 1_281_167
@@ -86,14 +91,18 @@ def recipe_of(kind: str, quick: bool) -> Recipe:
 
 def alone(rank: int, folder: str, recipe: Recipe, num_steps: int) -> None:
     """One of two processes that share the machine and nothing else: the parts of its step."""
-    parts = _steps(0, 1, f"{folder}/alone{rank}", recipe, num_steps)
+    synchronised = mock.patch(  # of a rank with itself
+        "scale_smog.pretrain.process_group_for", lambda *_: dist.group.WORLD
+    )
+    with synchronised:
+        parts = _steps(0, 1, f"{folder}/alone{rank}", recipe, num_steps)
     _finish(rank, f"{folder}/alone.json", parts)
 
 
 def together(rank: int, folder: str, recipe: Recipe, num_steps: int) -> None:
     """One of two ranks: the time of collectives, then the parts of its step."""
     parts = _steps(rank, RANKS, f"{folder}/together", recipe, num_steps)
-    machine = calibrated(this_machine(), torch.device("cpu"))
+    machine = calibrated(this_machine(copied_gb_per_s()), torch.device("cpu"))
     _finish(rank, f"{folder}/together.json", {"parts": parts, "machine": machine.model_dump()})
 
 
@@ -127,11 +136,23 @@ def _steps(
     return measure_steps(recipe, state, batches, options, cpu, Path(rendezvous).parent).parts
 
 
-def this_machine() -> Hardware:
+def copied_gb_per_s() -> float:
+    """What a rank reads and writes a second in a copy to new memory, while the others copy too."""
+    source, seconds = torch.zeros(COPIED // 4), []
+    for _ in range(7):
+        dist.barrier()
+        start = time.perf_counter()
+        source.clone()
+        seconds.append(time.perf_counter() - start)
+    return 2 * COPIED / statistics.median(seconds) / 1e9
+
+
+def this_machine(memory_gb_per_s: float) -> Hardware:
     """A CPU whose ranks have a core each: what sends cannot compute meanwhile."""
     return load_hardware("h200").model_copy(
         update={
             "name": "this machine",
+            "memory_gb_per_s": memory_gb_per_s,
             "overlap": (0.0, 0.0, 0.0),
             "straggler": (0.0, 0.01, 0.02),
             "loader_images_per_s": (1e9, 1e9, 1e9),

@@ -13,6 +13,7 @@ from scale_smog import distributed
 from scale_smog.profiling.hardware import MICRO, Hardware, Link, Range
 
 SIZES = tuple(4**i for i in range(5, 13))  # bytes of a whole tensor: 1 KiB to 16 MiB
+WORK_SIDE, WORKS = 768, 10  # of a matrix product: 10 ms of a CPU's core, 20 us of a GPU
 LATENCY_SPREAD, BANDWIDTH_SPREAD = (0.8, 1.0, 1.5), (1.15, 1.0, 0.8)
 Points = list[tuple[int, float]]  # bytes, seconds
 
@@ -47,7 +48,8 @@ def measure_link(
     The same on every rank: the slowest one's.
     """
     points = {kind: measure(kind, device, ranks, group) for kind in COLLECTIVES}
-    latency_s, seconds_per_byte = fit_line(points["all_reduce"])
+    at_a_barrier_s, seconds_per_byte = fit_line(points["all_reduce"])
+    latency_s = max(at_a_barrier_s, latency_between_work(device, ranks, group))
     largest = {kind: seconds[-1][1] for kind, seconds in points.items()}
     shares = {kind: seconds / largest["all_reduce"] for kind, seconds in largest.items()}
     return latency_s, 2 * (ranks - 1) / ranks / seconds_per_byte, shares
@@ -73,6 +75,36 @@ def measure(
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         points.append((whole.numel() * 4, slowest.item()))
     return points
+
+
+def latency_between_work(
+    device: torch.device, ranks: int, group: dist.ProcessGroup | None, rounds: int = 9
+) -> float:
+    """Median seconds that a small all-reduce adds to what ranks compute between two of them.
+
+    More than after a barrier: they do not arrive together, and find other things in the caches.
+    """
+    matrix = torch.randn(WORK_SIDE, WORK_SIDE, device=device)
+    product, small = torch.empty_like(matrix), torch.zeros(256, device=device)
+
+    def seconds_of(meet: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(WORKS):
+            torch.mm(matrix, matrix, out=product)
+            meet()
+        _wait(device)
+        return (time.perf_counter() - start) / WORKS
+
+    call = COLLECTIVES["all_reduce"](small, ranks, group)
+    added = []
+    for _ in range(rounds + 1):
+        dist.barrier(group)
+        alone = seconds_of(lambda: None)
+        dist.barrier(group)
+        added.append(seconds_of(call) - alone)
+    slowest = torch.tensor(statistics.median(added[1:]), device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return slowest.item()
 
 
 def fit_line(points: Points) -> tuple[float, float]:

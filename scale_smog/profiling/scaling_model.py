@@ -237,6 +237,8 @@ def _weights_s(work: Workload, parts: Parts, gpus: int, engine: str, net: Networ
     messages = len(work.cost.norm_channels) if engine == "zero3" else FSDP_UNITS
     sent_s = num_gathers * net.seconds("all_gather", weights, shards, messages)
     sent_s += net.seconds("reduce_scatter", gradients, shards, messages)
+    # A part is copied into the message and the whole out of it; gradients likewise.
+    sent_s += 2 * (1 + 1 / shards) * (num_gathers * weights + gradients) / net.machine.bytes_per_s
     if gpus > shards:  # hsdp: the nodes' copies add up their parts, one GPU of each node with one
         copies = Network(net.machine.model_copy(update={"gpus_per_node": 1}), net.outlook)
         sent_s += copies.seconds("all_reduce", gradients / shards, gpus // shards, messages)
