@@ -1,15 +1,16 @@
 """The demo's course on one rank and one thread: what it must be again on any day.
 
-    python benchmarks/demo_curve.py DEMO_DATA [--steps 700]
+    python benchmarks/demo_curve.py DEMO_DATA [--steps 700] [--breaks]
 
 Writes results/demo_curve.json and .png. `tests/test_demo_curve.py` trains the first 150 steps and
-compares them with it.
+compares them with it. With --breaks the method is broken in three ways, and each must be found.
 """
 
 import argparse
 import json
 from itertools import islice
 from pathlib import Path
+from statistics import mean
 
 import torch
 from step import one_rank
@@ -27,6 +28,13 @@ from scale_smog.pretrain import build_state, plan_steps, start_groups
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "benchmarks" / "results" / "demo_curve.json"
 CPU = torch.device("cpu")
+NUM_TESTED, WINDOW, FIRST_RESET, USAGE_STEPS = 150, 10, 60, 40  # steps
+LOSS_TOLERANCE, PERPLEXITY_TOLERANCE = 0.05, 0.10
+BREAKS = {
+    "k-means off": ("grouping.kmeans=false",),
+    "beta = 0": ("grouping.beta_start=0.0", "grouping.beta_end=0.0"),
+    "a frozen momentum net": ("model.ema=1.0", "grouping.reset_momentum=false"),
+}
 
 
 def demo_recipe(data: str | Path, *overrides: str) -> Recipe:
@@ -54,6 +62,24 @@ def curve(recipe: Recipe, num_steps: int) -> dict[str, list[float]]:
     return found
 
 
+def faults(found: dict[str, list[float]], recorded: dict[str, list[float]]) -> list[str]:
+    """Where a course leaves the recorded one; nothing if it is the same.
+
+    Losses are compared as means of ten steps: processors round differently. Usage counts cover
+    forty steps, so the first that holds features of new groups only is forty after a reset.
+    """
+    said = []
+    for start in range(0, len(found["loss"]) - WINDOW + 1, WINDOW):
+        ours, theirs = (mean(x["loss"][start : start + WINDOW]) for x in (found, recorded))
+        if abs(ours - theirs) > LOSS_TOLERANCE:
+            said.append(f"loss after step {start}: {ours:.3f}, recorded {theirs:.3f}")
+    for step in range(FIRST_RESET + USAGE_STEPS, len(found["perplexity"]), WINDOW):
+        ours, theirs = found["perplexity"][step], recorded["perplexity"][step]
+        if abs(ours / theirs - 1) > PERPLEXITY_TOLERANCE:
+            said.append(f"perplexity after step {step}: {ours:.1f}, recorded {theirs:.1f}")
+    return said
+
+
 def draw(found: dict[str, list[float]], recipe: Recipe, path: Path) -> None:
     """Both curves, with the resets."""
     from matplotlib.figure import Figure
@@ -79,7 +105,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--breaks", action="store_true")
     arguments = parser.parse_args()
+    if arguments.breaks:
+        num_found = 0
+        for name, overrides in BREAKS.items():
+            broken = curve(demo_recipe(arguments.data, *overrides), NUM_TESTED)
+            said = faults(broken, json.loads(FILE.read_text()))
+            num_found += bool(said)
+            print(f"{name}: {len(said)} faults; first: {(said or ['none'])[0]}", flush=True)
+        raise SystemExit(num_found < len(BREAKS))
     recipe = demo_recipe(arguments.data)
     found = curve(recipe, arguments.steps)
     rounded = {name: [round(x, 4) for x in values] for name, values in found.items()}

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-NUM_BANK, EMBEDDED_AT_ONCE, CURVE_POINTS = 10_000, 500, 6
+NUM_BANK, EMBEDDED_AT_ONCE, CURVE_POINTS = 10_000, 500, 4
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {
         "run": {"steps": 600, "small_data": True},
@@ -77,8 +77,8 @@ class Judge:
     temperature: float
 
     @torch.no_grad()
-    def accuracies(self, backbone: nn.Module) -> dict[str, float]:
-        """kNN top-1 of each set, 0 to 1."""
+    def accuracies(self, backbone: nn.Module, *names: str) -> dict[str, float]:
+        """kNN top-1 of each set, or of those named, 0 to 1."""
         from scale_smog.evaluation import knn_accuracy
 
         was_training = backbone.training
@@ -86,7 +86,8 @@ class Judge:
         device = next(backbone.parameters()).device
         z, y = self._embed(backbone, self.bank[0]), self.bank[1].to(device)
         found = {}
-        for name, (images, labels) in self.sets.items():
+        for name in names or self.sets:
+            images, labels = self.sets[name]
             test_z = self._embed(backbone, images)
             for suffix, k in (("", self.k), ("_k200", 200)):
                 found[name + suffix] = knn_accuracy(z, y, test_z, labels, k, self.temperature)
@@ -131,11 +132,12 @@ def train(run: Run) -> dict[str, Any]:
             losses.append(contestant.step(batch, schedules.at(step)))
             if (step + 1) % max(1, schedules.num_steps // CURVE_POINTS) == 0:
                 pause = time.perf_counter()
-                accuracy = judge.accuracies(contestant.backbone)
+                accuracy = judge.accuracies(contestant.backbone, "test")
                 loss = torch.stack(losses[-20:]).mean().item()
                 curve.append({"step": step + 1, "loss": loss, "test": accuracy["test"]})
                 judging += time.perf_counter() - pause
         seconds = time.perf_counter() - begin - judging
+        accuracy = judge.accuracies(contestant.backbone)
     return asdict(run) | accuracy | contestant.figures() | {"seconds": seconds, "curve": curve}
 
 
