@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from compare import claim
-from learning import Run, campaign, mean_of, table
+from learning import QUICK, Run, campaign, mean_of, table
 
 RESULTS = Path(__file__).parent / "results" / "cifar10.jsonl"
 OURS, LIGHTLY, SIMCLR = "SMoG, ours", "SMoG, lightly, tuned", "SimCLR"
@@ -50,8 +50,8 @@ def main() -> None:
     rows = ROWS
     if arguments.quick:
         arguments.seeds = [0]
-        arguments.overrides += ["run.steps=2", "data.global_batch=32", "model.head_width=256"]
-        rows = {name: f"{ROWS[name]} grouping.num_groups=20" for name in (OURS, LIGHTLY, SIMCLR)}
+        arguments.overrides += QUICK
+        rows = {name: ROWS[name] for name in (OURS, LIGHTLY, SIMCLR)}
     changes = " ".join(arguments.overrides)
     runs = [
         Run.parse(f"{label}: {settings} {changes}", seed, "cifar10", arguments.tars)

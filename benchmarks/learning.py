@@ -1,6 +1,7 @@
 """How well methods learn on a small set: equal nets, views, rates, steps and judge.
 
-    python benchmarks/learning.py {cifar10,shapes} TARS RESULTS.jsonl RUN [RUN …] [--seeds 0 1 2]
+    python benchmarks/learning.py {cifar10,shapes} TARS RESULTS.jsonl RUN [RUN …]
+        [--seeds 0 1 2] [--quick]
 
 TARS is a dataset of `data_tools/shard.py` with a training and a test split. A RUN is
 `label: method section.key=value …`, the method one of `methods.METHODS`. A line is added to RESULTS
@@ -24,8 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from compare import claim
 from torch import Tensor, nn
 
+QUICK = ("run.steps=2", "data.global_batch=32", "model.head_width=256", "grouping.num_groups=20")
 NUM_BANK, EMBEDDED_AT_ONCE, CURVE_POINTS = 10_000, 500, 4
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {
@@ -247,16 +250,22 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--quick", action="store_true", help="two steps of each")
     parser.add_argument(
         "--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count()
     )
     arguments = parser.parse_args()
+    where = (arguments.setting, arguments.tars)
     runs = [
-        Run.parse(text, seed, arguments.setting, arguments.tars)
+        Run.parse(f"{text} {' '.join(QUICK)}" if arguments.quick else text, seed, *where)
         for text in arguments.runs
         for seed in arguments.seeds
     ]
-    print(table(campaign(runs, arguments.results, arguments.jobs)))
+    lines = campaign(runs, arguments.results, arguments.jobs)
+    print(table(lines))
+    best, worst = (pick(lines, key=lambda line: line["test"]) for pick in (max, min))
+    text = f"kNN top-1 of {best['label']} against {worst['label']}"
+    claim(text, best["test"], worst["test"], higher_is_better=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ NEEDS: dict[str, str] = {
     "scaling": "",
     "profiling": "",
     "backbones": "",
+    "checkpoint": "",
 }
 LIMIT_S = 1800
 
