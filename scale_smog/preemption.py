@@ -1,6 +1,7 @@
-"""SIGTERM or SIGUSR1 on any rank: all ranks stop at the same pause point."""
+"""SIGTERM, SIGUSR1 or Ctrl-C on any rank: all ranks stop at the same pause point."""
 
 import signal
+import time
 from types import FrameType
 from typing import Self
 
@@ -9,7 +10,10 @@ import torch.distributed as dist
 
 from scale_smog import distributed, phases
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A terminal sends Ctrl-C to ranks and launcher, and the launcher sends it on: within this time it
+# is one; later, somebody who does not want to wait for the checkpoint.
+ONE_CTRL_C_S = 5.0
 
 
 class Preemption:
@@ -22,6 +26,7 @@ class Preemption:
     def __enter__(self) -> Self:
         self.is_agreed = False
         self._is_asked = False
+        self._interrupted_at: float | None = None
         self._sum = torch.zeros(1)
         self._work: dist.Work | None = None
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
@@ -37,6 +42,10 @@ class Preemption:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._is_asked = True
+        if number == signal.SIGINT:
+            first = self._interrupted_at = self._interrupted_at or time.monotonic()
+            if time.monotonic() - first > ONE_CTRL_C_S:
+                raise KeyboardInterrupt
 
     def _poll(self) -> None:
         if self.is_agreed:  # what is saved or said on the way out is not stopped again

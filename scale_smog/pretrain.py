@@ -41,7 +41,7 @@ NUM_PICTURED = 2048  # training images among which the picture finds each group'
 def pretrain(recipe: Recipe) -> None:
     """Trains a recipe to its end, or on from the newest checkpoint of its run folder.
 
-    SIGTERM or SIGUSR1 on any rank, at any time, ends the run with a checkpoint.
+    SIGTERM, SIGUSR1 or Ctrl-C on any rank, at any time, ends the run with a checkpoint.
 
     Raises:
         UserError: a setting, the dataset or the run folder does not fit; on every rank.

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from small_recipe import small_recipe
 
-from scale_smog import UserError, checkpoint, loop
+from scale_smog import UserError, checkpoint, loop, preemption
 from scale_smog.errors import RankError
 from scale_smog.pretrain import pretrain
 
@@ -47,8 +48,9 @@ def test_a_run_killed_after_any_step_ends_with_the_same_bits(tmp_path, tars, opt
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
 
 
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
 def test_a_signal_ends_the_run_after_a_step_and_the_same_command_goes_on(
-    tmp_path, tars, monkeypatch
+    tmp_path, tars, monkeypatch, signals
 ):
     pretrain(small_recipe(tmp_path / "whole", tars))
     real_log = loop._log
@@ -56,18 +58,35 @@ def test_a_signal_ends_the_run_after_a_step_and_the_same_command_goes_on(
     def log_then_signal(recipe, state, *rest):
         real_log(recipe, state, *rest)
         if state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in signals:  # a terminal's Ctrl-C comes again from the launcher
+                os.kill(os.getpid(), number)
 
     monkeypatch.setattr(loop, "_log", log_then_signal)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signals[0])
     recipe = small_recipe(tmp_path / "stopped", tars)
     pretrain(recipe)
     assert [f.name for f in checkpoint.generations(Path(recipe.run.dir))] == ["step-00000004"]
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signals[0]) == before
     monkeypatch.setattr(loop, "_log", real_log)
     pretrain(recipe)
     whole, resumed = (tmp_path / name / "run" for name in ("whole", "stopped"))
     assert_equal_bits(final_state(resumed), final_state(whole))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path, tars, monkeypatch):
+    monkeypatch.setattr(preemption, "ONE_CTRL_C_S", 0.0)
+    real_log = loop._log
+
+    def log_then_signal(*arguments):
+        real_log(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "_log", log_then_signal)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(small_recipe(tmp_path, tars))
+    assert not checkpoint.generations(tmp_path / "run")
 
 
 def test_a_finished_run_is_found_and_not_trained_again(tmp_path, tars, monkeypatch, capsys):
