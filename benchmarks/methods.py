@@ -145,7 +145,7 @@ class WithMomentumNet(Peer):
     def project_momentum(self, view: Tensor) -> Tensor:
         """The copies', after they have followed."""
         for net, its_copy in zip((self.backbone, self.head), self.copies, strict=True):
-            leaders, followers = list(net.parameters()), list(its_copy.parameters())
+            leaders, followers = ([p.detach() for p in x.parameters()] for x in (net, its_copy))
             torch._foreach_lerp_(followers, leaders, 1 - self.recipe.model.ema)
         with self.autocast:
             return self.copies[1](self.copies[0](view)).float()

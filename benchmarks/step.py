@@ -172,9 +172,8 @@ class Usual(Bare):
 
     def __init__(self, recipe: Recipe, device: torch.device):
         super().__init__(recipe, device, views_last=False, weights_last=False)
-        self.optimizer = TimmLars(
-            self.online.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-6
-        )
+        rates: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-6}
+        self.optimizer = TimmLars(self.online.parameters(), **rates)
 
     def follow(self) -> None:
         """One parameter after the other."""
