@@ -13,7 +13,7 @@ ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
 # g++ and Python.h: DeepSpeed and torch.compile build small ops on first use.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        ca-certificates g++ git make openssh-client pdsh python3 python3-dev python3-venv \
+        ca-certificates curl g++ git make openssh-client pdsh python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/scale_smog
