@@ -1,7 +1,8 @@
 """The ablations of Tables 7a-d at small scale: trains each recipe on a small labelled dataset.
 
 python benchmarks/ablations.py demo_data
-python benchmarks/ablations.py demo_data --only 7b --seeds 3 run.steps=700 grouping.reset_every=60
+python benchmarks/ablations.py demo_data --only baseline 7b --seeds 3 run.steps=700 \\
+    grouping.num_groups=200 grouping.reset_every=60
 """
 
 import argparse
@@ -50,19 +51,21 @@ def train(recipe: Path, folder: Path, overrides: list[str]) -> tuple[dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
-    parser.add_argument("--only", default="", help="recipes whose name begins so")
+    parser.add_argument("--only", nargs="+", default=[""], help="recipes whose names begin so")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a few steps of Table 7b")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     if arguments.quick:
-        arguments.only = arguments.only or "7b_k"
+        arguments.only = ["7b_k"]
         arguments.overrides = ["run.steps=4", *arguments.overrides]
     accuracy = {}
     print(
         f"{'recipe':<26}{'kNN top-1':>16}{'perplexity':>12}{'in use':>8}{'largest':>9}{'loss':>7}"
     )
-    for recipe in sorted((ROOT / "recipes" / "ablations").glob(f"{arguments.only}*.yaml")):
+    for recipe in sorted((ROOT / "recipes" / "ablations").glob("*.yaml")):
+        if not recipe.name.startswith(tuple(arguments.only)):
+            continue
         runs, warnings = [], []
         for seed in range(arguments.seeds):
             with TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ from compare import claim
 from torch import Tensor, nn
 
 QUICK = ("run.steps=2", "data.global_batch=32", "model.head_width=256", "grouping.num_groups=20")
-NUM_BANK, EMBEDDED_AT_ONCE, CURVE_POINTS = 10_000, 500, 4
+NUM_BANK, EMBEDDED_AT_ONCE, CURVE_POINTS = 10_000, 500, 3
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {
         "run": {"steps": 600, "small_data": True},
@@ -131,17 +131,23 @@ def train(run: Run) -> dict[str, Any]:
         start = islice(loader, -(-recipe.num_init_features // recipe.data.global_batch))
         contestant = METHODS[run.method](recipe, start, device)
         curve, losses, begin, judging = [], [], time.perf_counter(), 0.0
-        for step, batch in enumerate(loader):
-            losses.append(contestant.step(batch, schedules.at(step)))
-            if (step + 1) % max(1, schedules.num_steps // CURVE_POINTS) == 0:
+        points = schedules.num_steps // CURVE_POINTS
+        for step, batch in enumerate(loader, 1):
+            losses.append(contestant.step(batch, schedules.at(step - 1)))
+            if points and step % points == 0 and step + points <= schedules.num_steps:
                 pause = time.perf_counter()
-                accuracy = judge.accuracies(contestant.backbone, "test")
-                loss = torch.stack(losses[-20:]).mean().item()
-                curve.append({"step": step + 1, "loss": loss, "test": accuracy["test"]})
+                curve.append(point(step, losses, judge.accuracies(contestant.backbone, "test")))
                 judging += time.perf_counter() - pause
         seconds = time.perf_counter() - begin - judging
         accuracy = judge.accuracies(contestant.backbone)
+        curve.append(point(schedules.num_steps, losses, accuracy))
     return asdict(run) | accuracy | contestant.figures() | {"seconds": seconds, "curve": curve}
+
+
+def point(step: int, losses: Sequence[Tensor], accuracy: dict[str, float]) -> dict[str, float]:
+    """Of the curve: the mean loss of the last 20 steps and the accuracy on the test split."""
+    loss = torch.stack(list(losses[-20:])).mean().item()
+    return {"step": step, "loss": loss, "test": accuracy["test"]}
 
 
 def recipe_of(run: Run, device: torch.device) -> Any:
