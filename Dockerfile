@@ -3,7 +3,8 @@
 #
 #     docker build -t scale_smog .
 #     docker run --gpus all --ipc=host --network=host -v /data:/data scale_smog \
-#         torchrun --nproc_per_node=8 launcher/pretrain.py recipes/r50.yaml data.path=/data/imagenet
+#         torchrun --standalone --nproc_per_node=8 launcher/pretrain.py recipes/r50.yaml \
+#         data.path=/data/imagenet run.dir=/data/runs/r50
 #
 # apptainer.def builds the same for clusters without Docker; benchmarks need the devel image.
 ARG BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04

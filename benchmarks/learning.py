@@ -34,7 +34,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {
         "run": {"steps": 600, "small_data": True},
         "data": {"global_batch": 256, "large_px": 32},
-        "augment": {"brightness": 0.15, "blur": [0.0, 0.0], "solarize": [0.0, 0.0]},
+        "augment": {
+            "brightness": 0.15, "saturation": 0.4, "blur": [0.0, 0.0], "solarize": [0.0, 0.0],
+        },
         "model": {"backbone": "resnet_tiny"},
         "evaluation": {"k": 20, "temperature": 0.1, "image_px": 32, "crop_share": 1.0},
     },

@@ -6,6 +6,7 @@ this one gets a path of its own: a link beside the interpreter, which all hosts 
 file system), removed at the end.
 """
 
+import argparse
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ def main() -> int:
     if set(sys.argv[1:]) <= {"-h", "--help"}:
         print(__doc__)
         return 0
+    _refuse_missing_hostfile(sys.argv[1:])
     interpreter = Path(sys.executable)
     own = interpreter.with_name(f"python-{uuid.uuid4().hex[:8]}")
     try:
@@ -30,6 +32,15 @@ def main() -> int:
         return _run([str(own), "-m", "deepspeed.launcher.runner", *sys.argv[1:]])
     finally:
         own.unlink(missing_ok=True)
+
+
+def _refuse_missing_hostfile(arguments: list[str]) -> None:
+    """deepspeed only warns of it, and trains on this machine alone."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-H", "--hostfile")
+    hostfile = parser.parse_known_args(arguments)[0].hostfile
+    if hostfile and not Path(hostfile).is_file():
+        raise UserError(f"no hostfile {hostfile}: a line a host, such as 'node1 slots=8'")
 
 
 def _run(command: list[str]) -> int:

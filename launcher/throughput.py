@@ -31,6 +31,8 @@ def main() -> None:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed passes it; unused
     arguments = parser.parse_intermixed_args()
+    if arguments.steps < 1 or arguments.warm_up < 0:
+        parser.error("--steps is at least 1 and --warm-up at least 0")
     with exits_on_user_error():
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         options = Options(

@@ -255,7 +255,7 @@ class DeadlinesConfig(Section):
 
 
 class Recipe(Section):
-    """A whole run. It stops at pretrain.py, loop.py and checkpoint.py; parts get their section."""
+    """A whole run. It stops at pretrain.py, loop.py and checkpoint/; parts get their section."""
 
     run: RunConfig
     data: DataConfig

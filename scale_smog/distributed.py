@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scale_smog.errors import UserError
+from scale_smog.errors import RankError, UserError
 from scale_smog.meeting import meet
 
 T = TypeVar("T")
@@ -46,11 +46,14 @@ def start(timeout_s: float = 1800, meeting_s: float = 600) -> torch.device:
     travel through gloo, CUDA tensors through NCCL.
 
     Raises:
-        UserError: ranks have not come within `meeting_s`; names them.
+        UserError: ranks have not come within `meeting_s`, named; or more ranks than GPUs here.
     """
     env = _rank_environment()
     has_gpu = torch.cuda.is_available()
     if has_gpu:
+        num_gpus = torch.cuda.device_count()
+        if env["LOCAL_RANK"] >= num_gpus:
+            raise RankError(f"local rank {env['LOCAL_RANK']} has no GPU: start {num_gpus} here")
         device = torch.device("cuda", env["LOCAL_RANK"])
         torch.cuda.set_device(device)
     else:

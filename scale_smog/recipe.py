@@ -52,7 +52,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise UserError(f"cannot read recipe {path}: {error.strerror}") from None
+        raise UserError(
+            f"cannot read recipe {path}: {error.strerror}{_nearest_recipe(path)}"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read recipe {path}: it is not UTF-8 text") from None
     if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
         raise UserError(f"{path}: a recipe is a mapping of sections to their keys")
     for override in overrides:
@@ -61,6 +65,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if not run.get("dir"):
         run["dir"] = f"runs/{path.stem}"
     return validate(Recipe, tree)
+
+
+def _nearest_recipe(path: Path) -> str:
+    """Suggests the file in recipes/ of nearly that name."""
+    known = {recipe.stem: recipe for recipe in Path("recipes").glob("**/*.yaml")}
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    return f" (did you mean {known[near[0]]}?)" if near else ""
 
 
 def validate(model: type[M], tree: dict[str, Any]) -> M:

@@ -61,6 +61,12 @@ def test_a_real_process_exits_with_2_and_without_a_traceback(tmp_path):
     assert "Traceback" not in ended.stderr
 
 
+def test_a_hostfile_that_is_not_there_starts_nothing(monkeypatch, capsys):
+    arguments = ["--hostfile", "nowhere", "launcher/pretrain.py", "recipes/demo.yaml"]
+    assert run_program("on_hosts.py", *arguments, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err.startswith("error: no hostfile nowhere")
+
+
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, tars, monkeypatch, capsys):
     recipe = str(write_small_recipe(tmp_path, tars))
     arguments = ["--dry-run", "run.epochs=3", "--local_rank=0"]

@@ -88,6 +88,22 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nowhere.yaml")
 
 
+def test_a_recipe_of_nearly_that_name_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "r50x4.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"did you mean recipes/r50x4\.yaml\?"):
+        load_recipe("r50x4")
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_bytes(b"run: \xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(tmp_path / "wrong.yaml")
+
+
 def test_an_override_of_one_length_replaces_the_other(minimal: Path) -> None:
     recipe = load_recipe(minimal, ["run.epochs=2"])
     assert recipe.run.epochs == 2 and recipe.run.steps is None

@@ -12,6 +12,7 @@ from scale_smog.data.manifest import UNLABELLED
 from scale_smog.errors import UserError
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SPLIT_NAMES = frozenset({"train", "val", "test"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def folder_source(folder: str | Path) -> Source:
 
     Raises:
         UserError: the folder is missing, has no images, has images beside class folders, or a
-            class folder without images.
+            class folder without images, or folders of splits instead of classes.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -80,6 +81,11 @@ def folder_source(folder: str | Path) -> Source:
         raise UserError(f"no images in {folder} (looked for {kinds})")
 
     classes = _class_names(folder, names)
+    if classes and SPLIT_NAMES.issuperset(classes):
+        raise UserError(
+            f"{folder} holds the splits {', '.join(classes)}, which would be its classes: shard "
+            f"each alone, as {folder / classes[0]} --split {classes[0]}"
+        )
     label_of = {name: label for label, name in enumerate(classes)}
     images = tuple(
         SourceImage(name, label_of.get(name.split("/")[0], UNLABELLED), _size(f"{folder}/{name}"))

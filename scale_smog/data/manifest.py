@@ -206,7 +206,9 @@ def manifest_sha256(path: str | Path, split: str = "train") -> str:
 
 def _manifest_bytes(folder: Path) -> bytes:
     if not folder.is_dir():
-        raise UserError(f"no dataset folder {folder}")
+        raise UserError(
+            f"no dataset folder {folder}: data.path=FOLDER names one that data_tools/shard.py made"
+        )
     try:
         return (folder / MANIFEST_NAME).read_bytes()
     except FileNotFoundError:

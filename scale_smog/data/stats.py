@@ -12,6 +12,7 @@ from scale_smog.data.batch_source import BatchSource
 from scale_smog.data.manifest import TarDataset, load_manifest
 from scale_smog.data.plan import EpochPlan
 from scale_smog.data.torch_loader import TorchLoader
+from scale_smog.errors import UserError
 
 _BAR = 40  # characters of the longest bar
 _EDGES_PX = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
@@ -84,4 +85,7 @@ def draw_samples(out: str | Path, path: str | Path, num_images: int = 8, seed: i
             image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
             sheet.paste(image, (left, number * height))
             left += image.width + _GAP_PX
-    sheet.save(path)
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:  # a folder that is not there, or no image's name
+        raise UserError(f"cannot write {path}: {error}") from None

@@ -6,8 +6,10 @@ optimizer is a callback that runs the engine's own over the parts of the paramet
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -154,6 +156,8 @@ class _Callback(torch.optim.Optimizer):
 def _import_deepspeed(device: torch.device, kind: str) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # It compiles an op with ninja, which is beside the interpreter, activated or not.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
         import deepspeed
     except ImportError as error:

@@ -15,7 +15,7 @@ from scale_smog.errors import UserError
 from scale_smog.evaluation.job import Job
 from scale_smog.models.resnet import ResNet
 
-INSTALL = "pip install 'scale_smog[dense]'"
+INSTALL = "pip install -e '.[dense]'"
 
 
 def feature_net(job: Job) -> ResNet:

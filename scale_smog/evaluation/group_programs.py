@@ -103,7 +103,9 @@ def _file_groups(path: Path, num_groups: int) -> GroupQuality:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             features, labels = arrays["features"], arrays["labels"]
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} does not hold arrays 'features' and 'labels': {error}") from None
     groups = cluster_features(torch.from_numpy(features), num_groups)
     return group_quality(groups, torch.from_numpy(labels).long(), num_groups)

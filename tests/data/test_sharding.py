@@ -449,6 +449,13 @@ def test_a_class_folder_without_images_is_refused(source):
         folder_source(source)
 
 
+def test_splits_are_not_taken_for_classes(source, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(source, tmp_path / "both" / split)
+    with pytest.raises(UserError, match=r"holds the splits train, val.*both/train --split train"):
+        folder_source(tmp_path / "both")
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(UserError, match="no images in"):
         folder_source(tmp_path)
