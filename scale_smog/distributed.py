@@ -5,7 +5,8 @@ import re
 import resource
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, Self, TypeVar
 
@@ -98,6 +99,27 @@ def _rank_environment() -> dict[str, int]:
         )
     os.environ.update(facts)
     return {name: int(value) for name, value in facts.items()}
+
+
+@contextmanager
+def joined(meeting_s: float = 600) -> Iterator[torch.device]:
+    """The process group from `start` to `stop`; gives this rank's device.
+
+    A rank that fails alone does not wait for the others, who wait for it: NCCL leaves a group
+    together. Its process ends, and with it the group.
+
+    Raises:
+        UserError: as `start`.
+    """
+    device = start(meeting_s=meeting_s)
+    try:
+        yield device
+    except BaseException as error:
+        is_everyones = isinstance(error, UserError) and not isinstance(error, RankError)
+        if is_everyones or device.type == "cpu":
+            stop()
+        raise
+    stop()
 
 
 def stop() -> None:

@@ -3,8 +3,11 @@
 Long work does not know who listens: preemption stops it, deadlines watch it.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # end a run with a checkpoint
 
 START, DATA, STEP, KMEANS, EVALUATION, SAVING = (
     "start",

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from scale_smog import distributed, phases
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A terminal sends Ctrl-C to ranks and launcher, and the launcher sends it on: within this time it
 # is one; later, somebody who does not want to wait for the checkpoint.
 ONE_CTRL_C_S = 5.0
@@ -29,8 +28,9 @@ class Preemption:
         self._interrupted_at: float | None = None
         self._sum = torch.zeros(1)
         self._work: dist.Work | None = None
-        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launcher/pretrain.py has them wait
+        self._before = {number: signal.signal(number, self._ask) for number in phases.STOP_SIGNALS}
+        # launcher/pretrain.py has them wait
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, phases.STOP_SIGNALS)
         phases.on_pause.append(self._poll)
         return self
 

@@ -46,17 +46,17 @@ def pretrain(recipe: Recipe) -> None:
     Raises:
         UserError: a setting, the dataset or the run folder does not fit; on every rank.
     """
-    with Preemption():
-        device = distributed.start()
+    with (
+        Preemption(),
+        distributed.joined() as device,
+        Deadlines(recipe.deadlines) as deadlines,
+        RankLogs() as logs,
+    ):
         try:
-            with Deadlines(recipe.deadlines) as deadlines, RankLogs() as logs:
-                try:
-                    _pretrain(recipe, device, logs)
-                except RuntimeError:  # of a collective, if a rank is gone
-                    deadlines.name_the_lost()
-                    raise
-        finally:
-            distributed.stop()
+            _pretrain(recipe, device, logs)
+        except RuntimeError:  # of a collective, if a rank is gone
+            deadlines.name_the_lost()
+            raise
 
 
 def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:

@@ -59,11 +59,8 @@ def profile(recipe: Recipe, options: Options) -> dict[str, Any]:
     Raises:
         UserError: the dataset, the hardware file or the number of ranks does not fit.
     """
-    device = distributed.start()
-    try:
+    with distributed.joined() as device:
         return _profile(recipe, options, device)
-    finally:
-        distributed.stop()
 
 
 def _profile(recipe: Recipe, options: Options, device: torch.device) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 from typing import TypeVar
 
+from scale_smog import phases
 from scale_smog.errors import UserError
 
 _Job = TypeVar("_Job")
@@ -24,6 +27,22 @@ def prepare_processes(*modules: str) -> None:
     """Starts, in the background, the process that workers fork from, with `modules` imported."""
     multiprocessing.set_forkserver_preload([__name__, *modules])
     forkserver.ensure_running()
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes started within do not hear the signals that stop a run.
+
+    Launchers and terminals send those to a rank's children too, and the rank still needs them for
+    the step that it saves.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, phases.STOP_SIGNALS)  # is inherited
+    resource_tracker.ensure_running()  # it unblocks signals when it starts: hence once more
+    signal.pthread_sigmask(signal.SIG_BLOCK, phases.STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_in_processes(

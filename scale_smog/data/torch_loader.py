@@ -11,6 +11,7 @@ from torchvision.io import ImageReadMode, decode_image
 from scale_smog.data.batch import Batch
 from scale_smog.data.batch_source import BatchSource
 from scale_smog.data.pixels import empty_views, make_views, one_thread
+from scale_smog.data.processes import deaf_children
 
 
 class TorchLoader:
@@ -37,7 +38,9 @@ class TorchLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for views, label, sample_id, num_large in self._batches:
+        with deaf_children():
+            batches = iter(self._batches)
+        for views, label, sample_id, num_large in batches:
             views = [self._to_device(view) for view in views]
             label = label.to(self._device, non_blocking=True)
             yield Batch(views[:num_large], views[num_large:], label, sample_id)

@@ -33,8 +33,7 @@ def write_features(
     """
     if len(paths) != 1:
         raise UserError(f"features takes one checkpoint, not {len(paths)}")
-    device = distributed.start()
-    try:
+    with distributed.joined() as device:
         job = Job.open("features", paths[0], overrides, device)
         config = job.protocols.features
         if config.format == "parquet":
@@ -51,8 +50,6 @@ def write_features(
                 if config.projector:
                     shown = min(config.projector, len(z))
                     _show_in_projector(job.run_dir / "tensorboard", name, z[:shown], dataset)
-    finally:
-        distributed.stop()
 
 
 def _sets(config: FeaturesConfig, data_path: str) -> dict[str, Images]:

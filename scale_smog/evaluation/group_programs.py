@@ -38,8 +38,7 @@ def evaluate_groups(
     figures of a checkpoint, go into the run's folder; without a checkpoint, beside the first file.
     With `evaluation.baselines=true`, k-means of raw pixels and of the random net's features too.
     """
-    device = distributed.start()
-    try:
+    with distributed.joined() as device:
         qualities: dict[str, GroupQuality] = {}
         folders = []
         for path in (path for path in paths if not path.endswith(".npz")):
@@ -63,8 +62,6 @@ def evaluate_groups(
             print(f"pictures: {folders[0] / ENTROPY_PICTURE}, {GROUPS_PICTURE}")
             if with_paper:
                 print("the paper shows these groups' entropy as Figure 5, without figures")
-    finally:
-        distributed.stop()
 
 
 def _checkpoint_groups(job: Job) -> dict[str, GroupQuality]:

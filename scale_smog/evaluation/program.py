@@ -88,8 +88,7 @@ def evaluate(
     """
     if len(paths) != 1:
         raise UserError(f"{name} takes one checkpoint, not {len(paths)}")
-    device = distributed.start()
-    try:
+    with distributed.joined() as device:
         job = _prepared(Job.open(name, paths[0], overrides, device))
         figures = JUDGES[name](job)
         job.finish(figures)
@@ -97,8 +96,6 @@ def evaluate(
             print(_table(job, figures))
             if with_paper:
                 print(_comparison(job, figures))
-    finally:
-        distributed.stop()
 
 
 def _prepared(job: Job) -> Job:

@@ -37,16 +37,13 @@ def check(recipe: Recipe) -> int:
     Raises:
         UserError: the ranks do not find one another.
     """
-    device = distributed.start(meeting_s=MEETING_S)
-    try:
+    with distributed.joined(MEETING_S) as device:
         rows = examine(recipe, device)
         num_faults = sum(len(row.faults) for row in rows)
         if distributed.is_main():
             verdict = f"{num_faults} fault(s)" if num_faults else "ready to train"
             print(f"{table(rows)}\n{verdict}", flush=True)
         return 2 if num_faults else 0
-    finally:
-        distributed.stop()
 
 
 def examine(recipe: Recipe, device: torch.device) -> list[Row]:

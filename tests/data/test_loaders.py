@@ -1,7 +1,9 @@
 """The two loaders make the same batches from one plan."""
 
 import importlib.util
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,18 +16,23 @@ from scale_smog.data.loaders import build_evaluation_loader, build_training_load
 from scale_smog.errors import UserError
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent.parent
 has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 needs_dali = pytest.mark.skipif(not has_dali, reason="nvidia-dali is not installed")
 LOADERS = ["torch", pytest.param("dali", marks=needs_dali), "memory"]
 
 
 def load(tars, loader, steps, augment=None, **data_keys):
+    return list(load_one_by_one(tars, loader, steps, augment, **data_keys))
+
+
+def load_one_by_one(tars, loader, steps, augment=None, **data_keys):
     keys = {"global_batch": 8, "workers": 0, "num_small_crops": 2, "large_px": 48, "small_px": 24}
     data = DataConfig(path=str(tars), loader=loader, **(keys | data_keys))
     dataset = TarDataset(tars, "train")
     plan = EpochPlan(dataset.num_samples, data.global_batch, seed=3)
     views = training_views(data, augment or AugmentConfig())
-    return list(build_training_loader(data, views, dataset, plan, steps, CPU))
+    return iter(build_training_loader(data, views, dataset, plan, steps, CPU))
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -63,6 +70,30 @@ def test_a_restart_at_any_step_gives_the_same_pixels(tars, loader):
             assert torch.equal(a.sample_id, b.sample_id)
             assert all(torch.equal(x, y) for x, y in zip(a.large, b.large, strict=True))
             assert all(torch.equal(x, y) for x, y in zip(a.small, b.small, strict=True))
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, "tests/data")
+from test_loaders import load_one_by_one
+
+if __name__ == "__main__":
+    os.setsid()
+    signals = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+    for number in signals:
+        signal.signal(number, lambda *_: None)  # as a rank that will stop after its step
+    batches = load_one_by_one(sys.argv[1], "torch", range(40), workers=2)
+    next(batches)
+    for number in signals:
+        os.killpg(0, number)  # as torchrun and a terminal do
+    print(sum(1 for _ in batches))
+"""
+
+
+def test_signals_to_a_rank_leave_its_worker_processes_alive(tars):
+    program = [sys.executable, "-c", SIGNALLED, str(tars)]
+    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.stdout.split() == ["39"], ended.stderr
 
 
 @pytest.mark.parametrize("loader", LOADERS)
