@@ -98,6 +98,7 @@ def train(
     run = recipe.run
     clock, loader, saved_step = StepClock(), iter(batches), state.step
     skipped, stragglers = SkippedSteps(run), Stragglers(state.engine.device)
+    is_stopped = False
     try:
         while state.step < schedules.num_steps:
             phases.enter(phases.DATA)
@@ -122,13 +123,13 @@ def train(
                 clock.restart()
             phases.pause_point()
     except phases.Stopped:  # in k-means or an evaluation too: the last finished step stands
-        pass
+        is_stopped = True
     if saved_step != state.step:
         save(state, checkpoints, metrics)
     with phases.during(phases.SAVING):
         if problem := checkpoints.wait():
             raise UserError(problem)
-    return state.step == schedules.num_steps
+    return not is_stopped
 
 
 def train_step(recipe: Recipe, state: TrainState, batch: Batch, now: Now) -> StepReport:
@@ -224,16 +225,24 @@ def _log(
     if not report.is_applied:
         return
     mean_loss = distributed.all_reduce(report.loss.detach().clone()) / distributed.world_size()
+    is_warm_up = state.step <= recipe.grouping.instance_warmup_steps  # the groups rest
+    num_choices = 2 * recipe.data.global_batch - 1 if is_warm_up else recipe.grouping.num_groups
+    figures = {
+        "step": state.step,
+        "epoch": now.epoch,
+        "loss": mean_loss.item(),
+        "chance_loss": chance_loss(num_choices),
+        "lr": now.lr,
+        "beta": now.beta,
+        **speed,
+    }
+    if is_warm_up:
+        metrics.log(figures)
+        return
     usage = state.usage.counts()
     metrics.log(
         {
-            "step": state.step,
-            "epoch": now.epoch,
-            "loss": mean_loss.item(),
-            "chance_loss": chance_loss(recipe.grouping.num_groups),
-            "lr": now.lr,
-            "beta": now.beta,
-            **speed,
+            **figures,
             "groups_in_use": int((usage > 0).sum()),
             "group_perplexity": perplexity(usage),
             "largest_group_share": (usage.max() / usage.sum()).item(),

@@ -95,10 +95,13 @@ class Metrics:
         shown["data_wait"] = f"{line.get('data_wait', 0):.0%}"
         self._bar.set_postfix(shown, refresh=False)
         if not self._on_terminal:
+            groups = (
+                f"groups {line['group_perplexity']:.0f}  " if "group_perplexity" in line else ""
+            )
             images_left = (self._bar.total - line["step"]) * self._global_batch
             self.say(
                 f"step {line['step']}/{self._bar.total}  loss {line['loss']:.4f} "
-                f"(chance {line['chance_loss']:.2f})  groups {line['group_perplexity']:.0f}  "
+                f"(chance {line['chance_loss']:.2f})  {groups}"
                 f"{line['images_per_s']:.0f} img/s  data wait {line['data_wait']:.0%}  "
                 f"ETA {images_left / line['images_per_s']:.0f} s"
             )

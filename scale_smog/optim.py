@@ -40,6 +40,7 @@ class Lars(torch.optim.Optimizer):
         trust: trust coefficient.
         num_layers: layers over all ranks; needed with `numbers`.
         norm_group: ranks that hold the other parts of the layers; None: layers are whole.
+        device: of the norms where this rank holds no part; default: the CPU.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Lars(torch.optim.Optimizer):
         *,
         num_layers: int = 0,
         norm_group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
         super().__init__(params, {**defaults, "adapt": True, "numbers": None})
         # A rank that holds nothing of any layer still joins the reduction of the norms.
         held = [p for group in self.param_groups for p in group["params"]]
-        self._like = held[0].detach() if held else torch.zeros(())
+        self._like = held[0].detach() if held else torch.zeros((), device=device)
         self.num_layers = num_layers
         self.norm_group = norm_group
 
@@ -144,6 +146,7 @@ def build_optimizer(
     shards: list[Shard],
     num_parameters: int,
     norm_group: dist.ProcessGroup | None,
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer over the shards' values, excluded parameters undecayed.
 
@@ -154,6 +157,7 @@ def build_optimizer(
         shards: what this rank updates.
         num_parameters: of the whole net, the same on all ranks.
         norm_group: ranks that hold the other parts of the parameters; None: shards are whole.
+        device: of the values, also of a rank that holds none: its norms meet those of the others.
     """
     adapted = [s for s in shards if not s.excluded]
     excluded = [s for s in shards if s.excluded]
@@ -165,24 +169,27 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=0.0, foreach=True)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, foreach=True)
-    device = shards[0].value.device if shards else None
     groups[0]["numbers"] = torch.tensor(
         [s.number for s in adapted], dtype=torch.long, device=device
     )
     groups[1]["adapt"] = False
-    return Lars(groups, 0.0, config.momentum, num_layers=num_parameters, norm_group=norm_group)
+    options = {"num_layers": num_parameters, "norm_group": norm_group, "device": device}
+    return Lars(groups, 0.0, config.momentum, **options)
 
 
 @torch.no_grad()
 def clip_gradients(
-    shards: list[Shard], max_norm: float, norm_group: dist.ProcessGroup | None
+    shards: list[Shard],
+    max_norm: float,
+    norm_group: dist.ProcessGroup | None,
+    device: torch.device,
 ) -> None:
     """Scales all gradients alike so that the whole net's is at most `max_norm` long.
 
     With `norm_group` set, a collective: one number is summed over the ranks that hold other parts.
     """
     grads = [shard.value.grad for shard in shards if shard.value.grad is not None]
-    square = torch.zeros(())
+    square = torch.zeros((), device=device)
     if grads:
         square = torch.stack(torch._foreach_norm(grads)).square().sum()
     if norm_group is not None:

@@ -63,7 +63,8 @@ def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     data, run_dir = recipe.data, Path(recipe.run.dir)
     require_equal_hosts(recipe)
     dataset = TarDataset(data.path, "train")
-    recipe, derived = fit_to_data(recipe, dataset.num_samples)
+    begun = run_folder.kept_recipe(recipe.run.dir)
+    recipe, derived = fit_to_data(recipe, dataset.num_samples, begun)
     plan, schedules = plan_steps(recipe, dataset)
     views = training_views(data, recipe.augment)
     facts = {"manifest_sha256": manifest_sha256(data.path)}

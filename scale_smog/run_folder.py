@@ -29,6 +29,12 @@ FREE_KEYS = (
 LENGTHS = ("run.steps", "run.epochs")
 
 
+def kept_recipe(run_dir: str) -> Recipe | None:
+    """What the run of this folder is trained by; None if there is no run yet."""
+    path = Path(run_dir) / RECIPE_FILE
+    return load_recipe(path) if path.exists() else None
+
+
 def claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
     """Makes `run.dir`, or checks that it is this recipe's; rank 0 looks, all ranks answer alike.
 

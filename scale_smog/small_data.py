@@ -15,12 +15,15 @@ SHORT_RUN, SHORT_EMA, LONG_EMA = 1000, 0.9, 0.99  # steps; a momentum net that k
 WARMUP_SHARE = 0.05  # of the run
 
 
-def fit_to_data(recipe: Recipe, num_images: int) -> tuple[Recipe, list[str]]:
+def fit_to_data(
+    recipe: Recipe, num_images: int, begun: Recipe | None = None
+) -> tuple[Recipe, list[str]]:
     """Fills in what the recipe does not give, where `run.small_data` asks for it.
 
     Args:
         recipe: as read; what it gives stays.
         num_images: N, of the training split.
+        begun: what the run began with, if it has: it keeps its values when it is made longer.
 
     Returns:
         The recipe that is trained, and a line on each value that was derived.
@@ -33,6 +36,8 @@ def fit_to_data(recipe: Recipe, num_images: int) -> tuple[Recipe, list[str]]:
     for key, value, reason in _derived(recipe, num_images):
         section, name = key.split(".")
         if name not in tree.setdefault(section, {}):
+            if begun:
+                value, reason = getattr(getattr(begun, section), name), "as the run began"
             tree[section][name] = value
             lines.append(f"small data: {key}={value} ({reason})")
     return Recipe.model_validate(tree), lines

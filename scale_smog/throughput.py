@@ -224,14 +224,21 @@ def _loader_facts(recipe: Recipe, batches: Iterable[Batch], options: Options) ->
     iterator = iter(batches)
     for _ in islice(iterator, options.num_warm_up):
         pass
+    _wait_for_gpu()
     start = time.perf_counter()
     num = sum(1 for _ in islice(iterator, options.num_steps))
+    _wait_for_gpu()  # a loader on the GPU has only asked for its last batches
     seconds = (time.perf_counter() - start) / max(1, num)
     return {
         "loader": recipe.data.loader,
         "images_per_s": recipe.data.global_batch / seconds,
         "batch_s": seconds,
     }
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,5 +1,8 @@
 """The instance-contrastive loss of the warm-up: over all ranks, with the gradient of one batch."""
 
+import json
+import math
+
 import pytest
 import torch
 from ranks import run_on_ranks
@@ -67,6 +70,11 @@ def test_groups_rest_in_the_warm_up_and_are_made_anew_at_its_end(tmp_path, tars)
     moved = (groups[4] * groups[5]).sum(1)
     assert (moved < 0.9).any()  # not the first net's groups, a step on
     assert [pushed[step] for step in (4, 5, 6)] == [0, 1, 2]
+
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # no NaN
+    assert [math.exp(line["chance_loss"]) for line in logged] == pytest.approx([23] * 4 + [10] * 2)
+    assert ["group_perplexity" in line for line in logged] == [False] * 4 + [True] * 2
 
 
 def test_a_warm_up_too_short_to_make_groups_of_is_refused(tmp_path, tars):

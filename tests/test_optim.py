@@ -9,6 +9,7 @@ from torch import nn
 from scale_smog.config import OptimizerConfig
 from scale_smog.optim import Lars, Shard, build_optimizer, set_rates
 
+CPU = torch.device("cpu")
 SHAPES = {"conv": (6, 3, 3, 3), "conv.bias": (6,), "fc": (5, 7), "zero": (4, 4), "one": (1, 9)}
 LR, DECAY, MOMENTUM, TRUST = 0.4, 1e-2, 0.9, 1e-3
 
@@ -54,7 +55,7 @@ def run_lars(num_steps: int, cuts: list[int]) -> torch.Tensor:
         start += size
     config = OptimizerConfig(name="lars", momentum=MOMENTUM)
     optimizer = build_optimizer(
-        config, shards, len(SHAPES), dist.group.WORLD if world_size > 1 else None
+        config, shards, len(SHAPES), dist.group.WORLD if world_size > 1 else None, CPU
     )
     for step in range(num_steps):
         gradient = torch.cat([x.flatten() for x in tensors(step + 1).values()])
@@ -109,7 +110,7 @@ def test_excluded_parameters_do_not_decay(name):
         Shard(str(i), i, value, 0, excluded)
         for i, (value, excluded) in enumerate(zip(values, (False, True), strict=True))
     ]
-    optimizer = build_optimizer(OptimizerConfig(name=name), shards, 2, None)
+    optimizer = build_optimizer(OptimizerConfig(name=name), shards, 2, None, CPU)
     for value in values:
         value.grad = torch.zeros(3)
     set_rates(optimizer, 0.1, 0.5)

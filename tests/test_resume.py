@@ -73,6 +73,23 @@ def test_a_signal_ends_the_run_after_a_step_and_the_same_command_goes_on(
     assert_equal_bits(final_state(resumed), final_state(whole))
 
 
+def test_a_signal_in_the_last_step_leaves_the_end_to_the_next_start(tmp_path, tars, monkeypatch):
+    real_log = loop._log
+
+    def log_then_signal(recipe, state, *rest):
+        real_log(recipe, state, *rest)
+        if state.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "_log", log_then_signal)
+    recipe = small_recipe(tmp_path, tars)
+    pretrain(recipe)
+    assert checkpoint.generations(tmp_path / "run")[-1].name == "step-00000008"
+    assert not (tmp_path / "run" / "results.json").exists()
+    pretrain(recipe)
+    assert (tmp_path / "run" / "results.json").exists()
+
+
 def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path, tars, monkeypatch):
     monkeypatch.setattr(preemption, "ONE_CTRL_C_S", 0.0)
     real_log = loop._log

@@ -43,6 +43,16 @@ def test_every_size_gives_settings_that_can_be_trained(num_images, steps):
     assert recipe.grouping.reset_every <= max(1, steps // 15)
 
 
+def test_a_run_that_is_made_longer_keeps_what_it_derived(tmp_path, tars):
+    keys = ("run.small_data=true", "model.dim=8")
+    pretrain(small_recipe(tmp_path, tars, *keys, "run.steps=2"))
+    kept = load_recipe(tmp_path / "run" / "recipe.yaml")
+    pretrain(small_recipe(tmp_path, tars, *keys, "run.steps=4"))  # would derive another warm-up
+    longer = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert longer.run.steps == 4
+    assert longer.model_copy(update={"run": kept.run}) == kept
+
+
 def test_without_small_data_nothing_changes():
     recipe = recipe_of(run={"steps": 600})
     assert fit_to_data(recipe, 50_000) == (recipe, [])

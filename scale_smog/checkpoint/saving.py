@@ -73,6 +73,8 @@ class Checkpoints:
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
+        # A thread begins on GPU 0, whichever is its rank's.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def prepare(self, pieces: dict[str, Piece]) -> str | None:
         """Before the first step: can checkpoints be written here, and how many fit?
@@ -199,6 +201,8 @@ class Checkpoints:
         """Runs in the background; leaves what went wrong, the same on all ranks."""
         final = step_folder(self._folder, step)
         aside = aside_folder(final, "tmp")
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
         try:
             self._on_main(lambda: _make_empty(aside))
             dcp.save(

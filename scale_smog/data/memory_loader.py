@@ -63,7 +63,10 @@ def _decode_all(source: BatchSource, device: torch.device) -> Tensor:
     dataset = source.dataset
     ids = np.arange(dataset.num_samples)
     shape = (len(ids), 3, int(dataset.heights.max()), int(dataset.widths.max()))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _CPU_BYTES
+    free = _CPU_BYTES
+    if device.type == "cuda":  # what torch keeps of tensors that are gone is free too
+        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reserved - used
     if np.prod(shape, dtype=np.float64) > LARGEST_SHARE * free:
         raise UserError(
             f"data.loader=memory keeps all images decoded: "

@@ -119,7 +119,7 @@ class Engine(ABC):
         self._forward_online, self._forward_momentum = self._prepare(batch // config.accumulate)
         self._shards = self._build_shards()
         self._optimizer = build_optimizer(
-            optimizer, self._shards, len(self._wholes), self.norm_group
+            optimizer, self._shards, len(self._wholes), self.norm_group, self.device
         )
         self._optimizer_config = optimizer
         self._num_steps = 0
@@ -292,7 +292,8 @@ class Engine(ABC):
         self._is_applied = self._is_finite()
         if self._is_applied:
             if self._optimizer_config.clip_norm:
-                clip_gradients(self._shards, self._optimizer_config.clip_norm, self.norm_group)
+                longest = self._optimizer_config.clip_norm
+                clip_gradients(self._shards, longest, self.norm_group, self.device)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

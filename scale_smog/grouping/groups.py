@@ -171,6 +171,6 @@ class MomentumGroups(nn.Module):
         return distributed.differentiable_all_reduce(rows)
 
 
-def chance_loss(num_groups: int) -> float:
-    """The loss of a net that cannot tell groups apart: ln K."""
-    return math.log(num_groups)
+def chance_loss(num_choices: int) -> float:
+    """The loss of a net that cannot tell its choices, such as groups, apart: ln K."""
+    return math.log(num_choices)
