@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_smog.errors import UserError
 from scale_smog.models import process_group_for, synchronise_batch_norm
@@ -88,6 +89,93 @@ def test_synchronised_statistics_equal_the_concatenated_batch(
 
 def steps_in_pairs_of_this_rank(shape: tuple[int, ...]) -> list[dict[str, Tensor]]:
     return [train_step_of_this_rank(scope, shape, torch.float64, True) for scope in (2, "node")]
+
+
+def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    return mean, (var + eps).rsqrt()
+
+
+def gather_stats_with_counts(
+    x: Tensor,
+    means: Tensor,
+    inverse_stds: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    share, num = counts[:, None] / counts.sum(), counts.sum()
+    mean = (share * means).sum(0)
+    var = (share * (inverse_stds**-2 - eps + (means - mean).square())).sum(0)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * num / (num - 1), momentum)
+    return mean, (var + eps).rsqrt()
+
+
+def elemt(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, eps: float
+) -> Tensor:
+    scale, shift = weight * inverse_std, bias - weight * inverse_std * mean
+    return x * scale[:, None, None] + shift[:, None, None]
+
+
+def backward_reduce(
+    grad_y: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    sum_dy = grad_y.sum((0, 2, 3))
+    sum_dy_xmu = (grad_y * (x - mean[:, None, None])).sum((0, 2, 3))
+    return sum_dy, sum_dy_xmu, sum_dy_xmu * inverse_std, sum_dy
+
+
+def backward_elemt(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    counts: Tensor,
+) -> Tensor:
+    assert counts.dtype == torch.int32 and counts.is_contiguous()  # the kernel reads it raw
+    of_mean, of_std = sum_dy / counts.sum(), inverse_std**2 * sum_dy_xmu / counts.sum()
+    rest = (x - mean[:, None, None]) * of_std[:, None, None] + of_mean[:, None, None]
+    return (grad_y - rest) * (weight * inverse_std)[:, None, None]
+
+
+class Operations(TorchDispatchMode):
+    """Notes what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def gpu_step_of_this_rank() -> dict[str, Tensor]:
+    """The way of a GPU, on a CPU: torch's five kernels are replaced by what they compute."""
+    for function in (stats, gather_stats_with_counts, elemt, backward_reduce, backward_elemt):
+        setattr(torch, f"batch_norm_{function.__name__}", function)
+    x, grad_y = batch((8, 6, 5, 5), torch.float64)
+    norm = synchronise_batch_norm(batch_norm(x, affine=True), dist.group.WORLD)
+    norm.forward = norm._forward_on_gpu
+    shares, rank = SHARES[:2], dist.get_rank()
+    with Operations() as operations:
+        results = train_step(norm, x.split(shares)[rank], grad_y.split(shares)[rank])
+    assert "cat" in operations.names
+    assert not operations.names & {"nonzero", "index", "_local_scalar_dense"}  # they would wait
+    return results
+
+
+def test_on_a_gpu_the_statistics_are_the_batchs_too_and_nothing_waits_for_it() -> None:
+    whole = of_whole_batch(run_on_ranks(2, gpu_step_of_this_rank))
+    x, grad_y = batch((8, 6, 5, 5), torch.float64)
+    torch.testing.assert_close(whole, train_step(batch_norm(x, True), x, grad_y))
 
 
 def test_sub_groups_share_statistics_among_themselves_only() -> None:
