@@ -132,7 +132,7 @@ def _synchronised_copy(
 class SynchronisedBatchNorm(_BatchNorm):
     """`nn.SyncBatchNorm` that also takes CPU tensors, which the original refuses.
 
-    It borrows the original's code for GPUs and is no subclass of it: DistributedDataParallel
+    It borrows the original's kernels for GPUs and is no subclass of it: DistributedDataParallel
     refuses those on the CPU.
 
     Statistics are float32 (float64 for float64 inputs) and cover the group's whole batch, however
