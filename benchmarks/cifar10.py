@@ -5,9 +5,9 @@
 TARS is CIFAR-10 by `data_tools/shard.py`, its training and its test folder. 600 steps of 256
 images, a net of 0.31 M parameters; the last 5,000 training images are held out to choose settings
 on. Writes results/cifar10.jsonl, a line a run, and cifar10.png; the same command goes on after a
-stop. JPEG copies cost CIFAR-10 a little accuracy. On a GPU, `model.backbone=resnet18
-model.small_images=true run.epochs=200 data.global_batch=512` compares at the length of lightly's
-own table.
+stop, and other settings are other runs. JPEG copies cost CIFAR-10 a little accuracy. On a GPU,
+`model.backbone=resnet18 model.small_images=true run.epochs=200 data.global_batch=512` compares at
+the length of lightly's own table.
 """
 
 import argparse

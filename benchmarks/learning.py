@@ -3,11 +3,12 @@
     python benchmarks/learning.py {cifar10,shapes} TARS RESULTS.jsonl RUN [RUN …]
         [--seeds 0 1 2] [--quick]
 
-TARS is a dataset of `data_tools/shard.py` with a training and a test split. A RUN is
-`label: method section.key=value …`, the method one of `methods.METHODS`. A line is added to RESULTS
-for each run and seed; those that it has already are left out, so the same command goes on after a
-stop. The last tenth of the training images is held out to choose settings on (`selection`); what is
-reported is the test split. kNN of backbone features, centre crops.
+TARS is a dataset of `data_tools/shard.py` with a training and a test split. A RUN is `label: method
+section.key=value …`, the method one of `methods.METHODS`. A line is added to RESULTS for each run
+and seed, with its settings and the dataset's hash; those that it has already are left out, so the
+same command goes on after a stop. The last tenth of the training images is held out to choose
+settings on (`selection`); what is reported is the test split. kNN of backbone features, centre
+crops.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,9 +68,34 @@ class Run:
     @classmethod
     def parse(cls, text: str, seed: int, setting: str, tars: str) -> "Run":
         """`label: method section.key=value …`"""
+        from methods import METHODS
+
         label, _, rest = text.partition(":")
-        method, *overrides = rest.split()
+        method, *overrides = rest.split() or [""]
+        if method not in METHODS:
+            raise SystemExit(f"{text!r} is not 'label: method …', a method of {', '.join(METHODS)}")
         return cls(label.strip(), method, tuple(overrides), seed, setting, tars)
+
+    def identity(self) -> dict[str, Any]:
+        """All that its result depends on, but for the code."""
+        from scale_smog.data.manifest import manifest_sha256
+
+        return {
+            "label": self.label,
+            "method": self.method,
+            "seed": self.seed,
+            "dataset": manifest_sha256(self.tars)[:16],
+            "settings": self.tree(),
+        }
+
+    def tree(self) -> dict[str, dict[str, Any]]:
+        """Sections and keys: those of the dataset with the run's own changes."""
+        from scale_smog.recipe import apply_override
+
+        tree = json.loads(json.dumps(SETTINGS[self.setting]))
+        for override in self.overrides:
+            apply_override(tree, override)
+        return tree
 
 
 @dataclass(frozen=True)
@@ -143,7 +169,7 @@ def train(run: Run) -> dict[str, Any]:
         seconds = time.perf_counter() - begin - judging
         accuracy = judge.accuracies(contestant.backbone)
         curve.append(point(schedules.num_steps, losses, accuracy))
-    return asdict(run) | accuracy | contestant.figures() | {"seconds": seconds, "curve": curve}
+    return run.identity() | accuracy | contestant.figures() | {"seconds": seconds, "curve": curve}
 
 
 def point(step: int, losses: Sequence[Tensor], accuracy: dict[str, float]) -> dict[str, float]:
@@ -153,16 +179,14 @@ def point(step: int, losses: Sequence[Tensor], accuracy: dict[str, float]) -> di
 
 
 def recipe_of(run: Run, device: torch.device) -> Any:
-    """The setting of the dataset with the run's own changes."""
+    """Its settings, in the precision of the device."""
     from scale_smog.config import Recipe
-    from scale_smog.recipe import apply_override, validate
+    from scale_smog.recipe import validate
 
-    tree = json.loads(json.dumps(SETTINGS[run.setting]))
+    tree = run.tree()
     tree["run"]["seed"] = run.seed
     tree["data"]["path"] = run.tars
     tree["engine"] = {"precision": "bf16" if device.type == "cuda" else "fp32"}
-    for override in run.overrides:
-        apply_override(tree, override)
     return validate(Recipe, tree)
 
 
@@ -193,8 +217,16 @@ def campaign(runs: Sequence[Run], results: Path, jobs: int) -> list[dict[str, An
     done = (
         [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
-    names = {(line["label"], line["seed"]) for line in done}
-    missing = [run for run in runs if (run.label, run.seed) not in names]
+    identities = [run.identity() for run in runs]
+
+    def is_of(line: dict[str, Any], identity: dict[str, Any]) -> bool:
+        return all(line.get(key) == value for key, value in identity.items())
+
+    missing = [
+        run
+        for run, identity in zip(runs, identities, strict=True)
+        if not any(is_of(line, identity) for line in done)
+    ]
     os.environ["OMP_NUM_THREADS"] = "1"
     for line in _trained(missing, jobs):
         done.append(line)
@@ -206,8 +238,7 @@ def campaign(runs: Sequence[Run], results: Path, jobs: int) -> list[dict[str, An
             f"test {line['test']:.3f}{usage}  {line['seconds']:.0f} s",
             flush=True,
         )
-    wanted = {(run.label, run.seed) for run in runs}
-    return [line for line in done if (line["label"], line["seed"]) in wanted]
+    return [line for line in done if any(is_of(line, identity) for identity in identities)]
 
 
 def _trained(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
