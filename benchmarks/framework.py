@@ -187,7 +187,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", module="torch.utils.data")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    batch, num_groups, num_steps = (32, 20, 2) if arguments.quick else (256, 300, 4)
+    batch, num_groups, num_steps = (32, 20, 2) if arguments.quick else (256, 300, 12)
+    num_warm_up = 2 * arguments.threads  # what the peer's workers have ready may not count
     with tempfile.TemporaryDirectory() as folder, one_rank():
         images, tars, threads = Path(arguments.images), Path(folder), arguments.threads
         shard_folder(images, tars, workers=threads)
@@ -207,9 +208,10 @@ def main() -> None:
         }
         print(f"a step; {PX} px, batch {batch}, {num_groups} groups, {threads} threads")
         steps: dict[str, Callable[[], Iterator[None]]] = {
-            name: lambda side=side: side.steps(num_steps + 1) for name, side in sides.items()
+            name: lambda side=side: side.steps(num_warm_up + num_steps)
+            for name, side in sides.items()
         }
-        step_s = interleaved_streams(steps, 1, num_steps, arguments.repeats)
+        step_s = interleaved_streams(steps, num_warm_up, num_steps, arguments.repeats)
         print("a reset by k-means")
         resets = {"ours": ours.reset, "lightly's example": as_it_is.reset}
         reset_s = interleaved(resets, 1)

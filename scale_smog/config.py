@@ -237,7 +237,7 @@ class EvaluationConfig(Section):
     batch: Positive = 256  # images of one forward pass of a rank
     image_px: Positive = 224
     crop_share: Annotated[float, Field(gt=0, le=1)] = 0.875  # of the shorter side: 224 of 256
-    num_train_images: NonNegative = 0  # images the neighbours are taken from; 0: all
+    num_train_images: NonNegative = 0  # kNN: images the neighbours are taken from; 0: all
     num_test_images: NonNegative = 0
     online: bool = False  # kNN and a linear classifier on the views in training, every log_every
     baselines: bool = False  # at the end, also judge raw pixels and the random net

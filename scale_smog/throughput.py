@@ -173,7 +173,9 @@ def measure_steps(
         measured = StepProfile.of(timeline.durations())
         if not options.trace:
             return measured
-        with tracing(device) as profiler:
+        # On a GPU kernels belong to the part whose thread starts them: autograd's has none.
+        own_thread = torch.autograd.set_multithreading_enabled(device.type != "cuda")
+        with tracing(device) as profiler, own_thread:
             _run(recipe, state, batches, NUM_TRACED, timeline)
     write_trace(profiler, folder / "trace", distributed.rank())
     if distributed.world_size() == 1:

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from scale_smog.config import EngineConfig
 from scale_smog.models import MomentumNet, OnlineNet, stages, untracked
 
+MOST_COMPILATIONS = 64  # of a stage's code: stages of two nets, two sizes of views, two modes
+
 
 def prepare_stages(online: OnlineNet, momentum: MomentumNet, config: EngineConfig) -> None:
     """Compiles and checkpoints, in place, what the recipe says; before an engine wraps the nets.
@@ -18,6 +20,8 @@ def prepare_stages(online: OnlineNet, momentum: MomentumNet, config: EngineConfi
     by which engines gather weights run outside the compiled code and before a recomputation.
     """
     if config.compile:
+        # All stages are one piece of code to the compiler, which gives up on it after eight sizes.
+        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
         for stage in [*stages(online.backbone), *stages(momentum.backbone)]:
             stage.forward = torch.compile(stage.forward)
     if config.activation_checkpointing:

@@ -10,14 +10,16 @@ from torch.nn import functional
 
 from scale_smog.data.batch import Batch
 from scale_smog.data.folder_dataset import Images
+from scale_smog.errors import UserError
 from scale_smog.evaluation.classifiers import RATE_BATCH, accuracies, crops
 from scale_smog.evaluation.job import Job
 from scale_smog.evaluation.settings import FinetuneConfig
-from scale_smog.evaluation.splits import balanced_share, listed_samples
+from scale_smog.evaluation.splits import balanced_share, listed_samples, some_of
 from scale_smog.evaluation.training import Training, cosine, train
 from scale_smog.models import process_group_for, synchronise_batch_norm
 
 STEP_FACTOR = 0.2
+LARGEST_MISMATCH = 0.2  # of a list's share of the labels and the setting's
 
 
 class Classifier(nn.Module):
@@ -65,7 +67,7 @@ def judge_finetuned(
     )
     train(job, name, training, batches)
     net.eval()
-    test_ids = np.arange(test_set.num_samples)[: job.recipe.evaluation.num_test_images or None]
+    test_ids = some_of(test_set.num_samples, job.recipe.evaluation.num_test_images)
     ((top1, top5),) = accuracies(job, scores, test_set, test_ids)
     return {"top1": top1, "top5": top5, "num_labels": len(ids)}
 
@@ -77,7 +79,14 @@ def chosen_samples(config: FinetuneConfig, dataset: Images) -> np.ndarray:
         UserError: the list does not fit the dataset.
     """
     if config.list:
-        return listed_samples(dataset, config.list)
+        ids = listed_samples(dataset, config.list)
+        share = len(ids) / dataset.num_samples
+        if abs(share / config.share - 1) > LARGEST_MISMATCH:
+            raise UserError(
+                f"{config.list} names {share:.2g} of the images, and the setting is that of "
+                f"finetune.share={config.share:g}: give finetune.share={share:.2g}"
+            )
+        return ids
     return balanced_share(dataset.labels, config.share, config.seed)
 
 

@@ -69,7 +69,7 @@ def _checkpoint_groups(job: Job) -> dict[str, GroupQuality]:
     recipe, device = job.recipe, job.device
     dataset = open_split(recipe.data.path, "train")
     require_labels(dataset, recipe.data.path, "the purity of groups")
-    ids = np.arange(dataset.num_samples)[: recipe.evaluation.num_train_images or None]
+    ids = np.arange(dataset.num_samples)
     labels = torch.from_numpy(dataset.labels[ids])
 
     def features(embed: Embed) -> Tensor:

@@ -13,7 +13,12 @@ from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.data.folder_dataset import Images, open_split
 from scale_smog.evaluation.features import embed_images
-from scale_smog.evaluation.splits import require_labels, require_same_classes, test_split
+from scale_smog.evaluation.splits import (
+    require_labels,
+    require_same_classes,
+    some_of,
+    test_split,
+)
 
 CHUNK_ROWS = 512
 
@@ -87,8 +92,8 @@ class KnnProbe:
         for dataset in (train, test):
             require_labels(dataset, data.path, "kNN")
         require_same_classes(train, test, data.path)
-        self._train = train, np.arange(train.num_samples)[: config.num_train_images or None]
-        self._test = test, np.arange(test.num_samples)[: config.num_test_images or None]
+        self._train = train, some_of(train.num_samples, config.num_train_images)
+        self._test = test, some_of(test.num_samples, config.num_test_images)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from scale_smog.evaluation.classifiers import RATE_BATCH, accuracies, crops
 from scale_smog.evaluation.features import embed_images
 from scale_smog.evaluation.job import Job
 from scale_smog.evaluation.settings import LinearConfig
-from scale_smog.evaluation.splits import held_out_share
+from scale_smog.evaluation.splits import held_out_share, some_of
 from scale_smog.evaluation.training import Training, cosine, train
 
 MAX_LBFGS_STEPS = 2000
@@ -55,8 +55,8 @@ def judge_linear(
         test_set: labelled images to judge on.
     """
     config = job.protocols.linear
-    test_ids = np.arange(test_set.num_samples)[: job.recipe.evaluation.num_test_images or None]
-    train_ids = np.arange(train_set.num_samples)[: job.recipe.evaluation.num_train_images or None]
+    test_ids = some_of(test_set.num_samples, job.recipe.evaluation.num_test_images)
+    train_ids = np.arange(train_set.num_samples)
     if config.setting == "logistic":
         head = _fit_logistic(job, embed, train_set, train_ids)
         ((top1, top5),) = accuracies(job, _scores(embed, head), test_set, test_ids)

@@ -77,6 +77,8 @@ class OnlineProbe:
 
     def _learn(self, step: int, features: Tensor, labels: Tensor) -> None:
         labels = labels[: len(features)].to(self._device)
+        # Features of one size: the rate then fits any net, at any time of its training.
+        features = functional.layer_norm(features, features.shape[1:])
         if step % KNN_EVERY == 0 and len(self._queue):
             found = knn_predict(
                 self._queue,
@@ -86,8 +88,6 @@ class OnlineProbe:
                 temperature=TEMPERATURE,
             )
             self._count(0, found, labels)
-        # Features of one size: the rate then fits any net, at any time of its training.
-        features = functional.layer_norm(features, features.shape[1:])
         scores = self._head(features)
         self._count(1, scores.argmax(dim=1), labels)
         self._optimizer.zero_grad(set_to_none=True)

@@ -39,7 +39,7 @@ class FinetuneConfig(Section):
     share: Share = 0.01  # of the labels
     list: str = ""  # file names, one a line: SimCLR's published subsets; else a balanced draw
     epochs: Rate = 60.0
-    batch: Positive = 1024
+    batch: Positive = 4096
     trunk_rate: Rate = 0.05
     head_rate: Rate = 0.05
     schedule: Literal["cosine", "steps"] = "cosine"

@@ -77,6 +77,12 @@ def balanced_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(own))
 
 
+def some_of(num_samples: int, num_wanted: int) -> np.ndarray:
+    """A draw of so many sample ids, ascending, the same each time; 0 or too many wanted: all."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(num_samples)
+    return np.sort(order[: num_wanted or None])  # no prefix: a folder's images come by class
+
+
 def held_out_share(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample ids to train on and those kept back, a balanced share of all."""
     kept = balanced_share(labels, share, seed)
