@@ -12,7 +12,12 @@ from scale_smog.recipe import dump_recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
-PROFILE_FILES = ("profile.json", "scaling.png", "trace")  # of a look before the run
+DATASET_FILE = "dataset.json"
+# Of a look before the run, and of a start that was killed or found the disk full.
+KNOWN_FILES = (
+    *("profile.json", "scaling.png", "trace"),
+    *(DATASET_FILE, f".{DATASET_FILE}.tmp", f".{RECIPE_FILE}.tmp"),
+)
 FREE_SECTIONS = ("engine", "deadlines")
 FREE_KEYS = (
     "run.dir",
@@ -62,7 +67,7 @@ def claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
 
 def _claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
     folder = Path(recipe.run.dir)
-    dataset_file = folder / "dataset.json"
+    dataset_file = folder / DATASET_FILE
     changes: list[str] = []
     if (folder / RECIPE_FILE).exists():
         if json.loads(dataset_file.read_text())["manifest_sha256"] != dataset_sha256:
@@ -71,7 +76,7 @@ def _claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
                 "give another run.dir"
             )
         changes = _allowed_changes(load_recipe(folder / RECIPE_FILE), recipe)
-    elif folder.exists() and any(path.name not in PROFILE_FILES for path in folder.iterdir()):
+    elif folder.exists() and any(path.name not in KNOWN_FILES for path in folder.iterdir()):
         raise UserError(f"{folder} exists and is not a run's folder: give another run.dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)

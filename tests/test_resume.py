@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_recipe import small_recipe
 
-from scale_smog import UserError, checkpoint, loop, preemption
+from scale_smog import UserError, checkpoint, loop, preemption, run_folder
 from scale_smog.errors import RankError
 from scale_smog.pretrain import pretrain
 
@@ -137,6 +137,18 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, tars, 
     said = capsys.readouterr().out
     assert "passed over" in said and "after step 7" in said
     assert_equal_bits(final_state(run_dir), whole)
+
+
+@pytest.mark.parametrize("left", [".dataset.json.tmp", "dataset.json", ".recipe.yaml.tmp"])
+def test_a_start_that_was_killed_does_not_lock_the_folder(tmp_path, left):
+    recipe = small_recipe(tmp_path, tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).write_text("{")
+    assert run_folder.claim(recipe, "0" * 64) == []
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    (tmp_path / "run" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="is not a run's folder"):
+        run_folder.claim(recipe, "0" * 64)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, tars):

@@ -1,13 +1,22 @@
 """One rank's part of a plan: which samples, and what to do to them, step by step."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
 
 from scale_smog.data.augment import View, ViewNumbers
 from scale_smog.data.folder_dataset import Images
+
+NUM_READERS = 16  # threads: a shared file system answers many requests as soon as one
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(NUM_READERS, "reader")
 
 
 class Plan(Protocol):
@@ -35,6 +44,12 @@ class BatchSource:
 
     def encoded(self, ids: np.ndarray) -> list[np.ndarray]:
         """The stored image files, each [bytes] uint8."""
+        if len(ids) < NUM_READERS:
+            return self._read(ids)
+        parts = _readers().map(self._read, np.array_split(ids, NUM_READERS))
+        return [content for part in parts for content in part]
+
+    def _read(self, ids: np.ndarray) -> list[np.ndarray]:
         return [np.frombuffer(self.dataset.read(int(i)), dtype=np.uint8) for i in ids]
 
     def numbers(self, step: int) -> list[ViewNumbers]:

@@ -28,6 +28,7 @@ from scale_smog.data.background import in_background
 from scale_smog.data.batch import Batch
 from scale_smog.data.batch_source import BatchSource
 from scale_smog.data.pixels import empty_views, make_views
+from scale_smog.errors import UserError
 
 PREFETCH_BATCHES = 2
 CUBIC = {"interp_type": types.INTERP_CUBIC, "antialias": True}
@@ -67,7 +68,8 @@ class DaliLoader:
         num_large = sum(not view.small for view in self._source.views)
         labels = self._source.dataset.labels
         # The thread reads the files and draws the numbers, which DALI asks for in `run`.
-        batches = in_background(lambda _: self._pipeline.run(), self._steps, PREFETCH_BATCHES)
+        run = partial(run_pipeline, self._pipeline)
+        batches = in_background(run, self._steps, PREFETCH_BATCHES)
         for step, outputs in zip(self._steps, batches, strict=True):
             views = [to_torch(output, self._device) for output in outputs]
             ids = self._source.ids(step)
@@ -86,6 +88,19 @@ def pipeline_settings(
         "prefetch_queue_depth": PREFETCH_BATCHES,
         "exec_dynamic": True,
     }
+
+
+def run_pipeline(pipeline: Any, step: int) -> Any:
+    """The outputs of a pipeline's next run.
+
+    Raises:
+        UserError: DALI fails, as on an image that it cannot decode.
+    """
+    try:
+        return pipeline.run()
+    except RuntimeError as error:
+        last = step + PREFETCH_BATCHES
+        raise UserError(f"DALI fails on an image of the steps {step} to {last}: {error}") from None
 
 
 def to_torch(output: Any, device: torch.device) -> Tensor:
@@ -124,8 +139,8 @@ class DaliCpuLoader:
     def _make(self, step: int, threads: ThreadPoolExecutor) -> Batch:
         source = self._source
         ids, numbers = source.ids(step), source.numbers(step)
-        outputs = empty_views(source.views, len(ids))
-        (images,) = self._pipeline.run()
+        outputs = empty_views(source.views, len(ids), pinned=self._device.type == "cuda")
+        (images,) = run_pipeline(self._pipeline, step)
 
         def make_views_of(row: int) -> None:
             image = torch.from_dlpack(images[row]).permute(2, 0, 1)  # [3, H, W]
@@ -141,7 +156,17 @@ class DaliCpuLoader:
 @pipeline_def
 def _decoding_pipeline(feed: Callable[[int], list[np.ndarray]]) -> Any:
     files = fn.external_source(source=feed, batch=True)
-    return fn.decoders.image(files, device="cpu", output_type=types.RGB)
+    return decode(files, on_gpu=False)
+
+
+def decode(files: Any, on_gpu: bool) -> Any:
+    """Images as they lie in their files, as sizes in the dataset are: EXIF turns none of them."""
+    return fn.decoders.image(
+        files,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+    )
 
 
 class _Feed:
@@ -172,7 +197,7 @@ def needed_numbers(view: View) -> list[str]:
 def _view_pipeline(views: Sequence[View], feed: _Feed, on_gpu: bool) -> tuple[Any, ...]:
     names = [(i, name) for i, view in enumerate(views) for name in ["box", *needed_numbers(view)]]
     files, *nodes = fn.external_source(source=feed, num_outputs=1 + len(names), batch=True)
-    image = fn.decoders.image(files, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+    image = decode(files, on_gpu)
     outputs = []
     for i in range(len(views)):
         own = {names[k][1]: nodes[k] for k in range(len(names)) if names[k][0] == i}

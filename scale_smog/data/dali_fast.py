@@ -13,6 +13,7 @@ All other numbers are drawn as for the other loaders, with a sample's place in t
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 # DALI's type stubs know neither its constants nor chains of operators.
@@ -20,7 +21,7 @@ from typing import Any
 # pyright: reportGeneralTypeIssues=false
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 from torch import Tensor
 
 from scale_smog.data.augment import ASPECT, NUM_CROP_TRIES, RandomView
@@ -28,9 +29,11 @@ from scale_smog.data.background import in_background
 from scale_smog.data.batch import Batch
 from scale_smog.data.dali import (
     PREFETCH_BATCHES,
+    decode,
     make_view,
     needed_numbers,
     pipeline_settings,
+    run_pipeline,
     to_torch,
 )
 from scale_smog.data.manifest import TarDataset
@@ -82,7 +85,8 @@ class FastDaliLoader:
         self._pipeline.build()
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = in_background(lambda _: self._pipeline.run(), self._steps, PREFETCH_BATCHES)
+        run = partial(run_pipeline, self._pipeline)
+        batches = in_background(run, self._steps, PREFETCH_BATCHES)
         for labels, *outputs in batches:
             views = [to_torch(output, self._device) for output in outputs]
             label = _to_numbers(labels).to(self._device, non_blocking=True)
@@ -144,8 +148,8 @@ def _reader_pipeline(
         initial_fill=SHUFFLE_BUFFER,
         seed=order_seed,
     )
-    image = fn.decoders.image(files, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-    size = fn.peek_image_shape(files)
+    image = decode(files, on_gpu)
+    size = fn.peek_image_shape(files, adjust_orientation=False)
     names = [(i, name) for i, view in enumerate(views) for name in needed_numbers(view)]
     nodes = fn.external_source(source=draws, num_outputs=len(names), batch=True)
     outputs = []

@@ -1,5 +1,6 @@
 """A dataset in its own layout, a folder of images a split, read like one of tars."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,15 @@ class FolderDataset:
 
     def image(self, sample_id: int) -> EncodedImage:
         """The encoded image with its size."""
-        name = self.names[sample_id]
-        try:
-            return normalise(self._read(name), _AS_STORED)
-        except BadImageError as error:
-            raise UserError(f"{self._read.folder / name} is not an image: {error}") from None
+        return _image(self._read, self.names[sample_id])
+
+
+@lru_cache(maxsize=1024)  # of a batch both sizes are asked for, and then the images
+def _image(read: FolderReader, name: str) -> EncodedImage:
+    try:
+        return normalise(read(name), _AS_STORED)
+    except BadImageError as error:
+        raise UserError(f"{read.folder / name} is not an image: {error}") from None
 
 
 class _Sizes:

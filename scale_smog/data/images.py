@@ -93,10 +93,14 @@ def _reads_alike_everywhere(image: Image.Image, content: bytes) -> bool:
         return False
     if getattr(image, "is_animated", False):
         return False
-    # Pillow shows a 16-bit RGB PNG as 8 bit; the depth is byte 24, in the header chunk.
-    if image.format == "PNG" and content[24] > 8:
+    if image.format == "PNG" and has_deep_pixels(content):
         return False
     return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def has_deep_pixels(png: bytes) -> bool:
+    """Whether a PNG has more than 8 bits a channel, which Pillow does not tell of RGB."""
+    return png[24] > 8  # the depth, in the header chunk
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scale_smog.data.images import BadImageError, decode
+from scale_smog.data.images import BadImageError, decode, has_deep_pixels
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -65,6 +65,8 @@ def _row(key: int, sample: TarSample, content: bytes) -> tuple[int, ...]:
     image = decode(content)
     if image.format not in _READ_BY_ALL:
         raise BadImageError(f"a {image.format}; write the tars anew with data_tools/shard.py")
+    if image.format == "PNG" and has_deep_pixels(content):
+        raise BadImageError("16 bits a channel; write the tars anew with data_tools/shard.py")
     place = (sample.image.offset, sample.image.size)
     return (key, *place, *image.size, sample.label, zlib.crc32(content))
 

@@ -5,9 +5,12 @@ sidecar (`.npy`) beside each, and `{split}-quarantine.jsonl`. One `manifest.json
 splits. It is written last, so a folder that has one is complete.
 """
 
+import errno
 import hashlib
 import json
 import os
+import sys
+import time
 import weakref
 import zlib
 from bisect import bisect_right
@@ -40,7 +43,9 @@ SIDECAR_DTYPE = np.dtype(
     ]
 )
 
-_MAX_OPEN_FILES = 64
+PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+RETRY_S = (1, 5, 20)
+MAX_OPEN_FILES = 256  # of a rank: a quarter of what a process may usually open
 
 
 class _Model(BaseModel):
@@ -272,7 +277,7 @@ class TarDataset:
         self.labels = np.ascontiguousarray(self._rows["label"])
         self.widths = np.ascontiguousarray(self._rows["width"])
         self.heights = np.ascontiguousarray(self._rows["height"])
-        self._open = lru_cache(maxsize=_MAX_OPEN_FILES)(_OpenFile)
+        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(_OpenFile)
 
     @property
     def tar_paths(self) -> list[str]:
@@ -291,7 +296,7 @@ class TarDataset:
         shard = self._names[bisect_right(self._first_ids, sample_id) - 1]
         row = self._rows[sample_id]
         try:
-            content = self._open(self._folder / shard).read(int(row["size"]), int(row["offset"]))
+            content = self._content(self._folder / shard, int(row["size"]), int(row["offset"]))
         except OSError as error:
             raise UserError(f"cannot read {self._folder / shard}: {error.strerror}") from error
         if len(content) != row["size"] or zlib.crc32(content) != row["crc32"]:
@@ -301,12 +306,25 @@ class TarDataset:
             )
         return content
 
+    def _content(self, path: Path, size: int, offset: int) -> bytes:
+        """Bytes of a shard; what a shared file system takes back while it fails over is no end."""
+        for pause_s in RETRY_S:
+            try:
+                return self._open(path).read(size, offset)
+            except OSError as error:
+                if error.errno not in PASSING_ERRORS:
+                    raise
+                print(f"cannot read {path}: {error.strerror}; once more", file=sys.stderr)
+                self._open.cache_clear()  # its descriptor may be of no use any more
+                time.sleep(pause_s)
+        return self._open(path).read(size, offset)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_open"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open = lru_cache(maxsize=_MAX_OPEN_FILES)(_OpenFile)
+        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(_OpenFile)
 
 
 class _OpenFile:

@@ -45,10 +45,14 @@ def make_views(
         output[row] = finish(x, view, one)[0]
 
 
-def empty_views(views: Sequence[View], num_images: int) -> list[Tensor]:
-    """Room for the views of B images: each [B, 3, px, px] float32, channels_last."""
+def empty_views(views: Sequence[View], num_images: int, pinned: bool = False) -> list[Tensor]:
+    """Room for the views of B images: each [B, 3, px, px] float32, channels_last.
+
+    Pinned, copies of them to a GPU do not wait for it.
+    """
     shapes = [(num_images, 3, view.px, view.px) for view in views]
-    return [torch.empty(shape, memory_format=torch.channels_last) for shape in shapes]
+    keys = {"memory_format": torch.channels_last, "pin_memory": pinned}
+    return [torch.empty(shape, **keys) for shape in shapes]
 
 
 @contextmanager

@@ -6,12 +6,13 @@ same bytes, and an interrupted run continues with the shards that are not finish
 """
 
 import fcntl
+import os
 import re
 import shutil
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,18 @@ def _locked(work: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time, of those that finish a split of this folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network filesystems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _start_or_continue(work: Path, split: str, plan: _Plan) -> None:
     plan_path = work / "plan.json"
     if not plan_path.exists():
@@ -311,11 +324,12 @@ def _publish(
         num_samples=sum(entry.num_samples for entry in shards),
         shards=shards,
     )
-    # Read again: another split may have been finished meanwhile.
-    others = load_manifest(out).splits if (out / MANIFEST_NAME).exists() else {}
-    splits = dict(sorted({**others, split: written}.items()))
-    manifest = Manifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
-    write_manifest(out, manifest)
+    with _alone_in(out):
+        # Read again: another split may have been finished meanwhile.
+        others = load_manifest(out).splits if (out / MANIFEST_NAME).exists() else {}
+        splits = dict(sorted({**others, split: written}.items()))
+        manifest = Manifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
+        write_manifest(out, manifest)
     print(f"{out}: wrote the split {split!r}: {_summary(written)}", file=sys.stderr)
     return written
 

@@ -188,17 +188,18 @@ def tar_source(paths: Sequence[Path]) -> Source:
         UserError: a file is no uncompressed tar, or none has an image.
     """
     images, refused = [], []
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
     for path in paths:
-        listing = list_tar(path)
-        refused += [(f"{path.name}#{name}", reason) for name, reason in listing.refused]
+        listing, tar = list_tar(path), path.relative_to(folder).as_posix()
+        refused += [(f"{tar}#{name}", reason) for name, reason in listing.refused]
         for sample in listing.samples:
-            name = f"{path.name}#{sample.image.offset}.{sample.image.size}.{sample.image.name}"
+            name = f"{tar}#{sample.image.offset}.{sample.image.size}.{sample.image.name}"
             images.append(SourceImage(name, sample.label, sample.image.size))
     if not images:
         raise UserError(f"no images in {paths[0]}" + (f": {refused[0]}" if refused else ""))
     num_classes = max(image.label for image in images) + 1
     classes = tuple(str(label) for label in range(num_classes))
-    return Source(classes, tuple(images), _TarReader(paths[0].parent), tuple(refused))
+    return Source(classes, tuple(images), _TarReader(folder), tuple(refused))
 
 
 @dataclass(frozen=True)

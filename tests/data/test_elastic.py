@@ -17,6 +17,7 @@ from scale_smog.data.augment import training_views
 from scale_smog.data.batch_source import BatchSource
 from scale_smog.data.image_sources import Source, SourceImage
 from scale_smog.data.loaders import build_plan
+from scale_smog.data.manifest import MAX_OPEN_FILES
 from scale_smog.data.sharding import shard_source
 from scale_smog.data.torch_loader import TorchLoader
 
@@ -92,7 +93,9 @@ def test_memory_is_flat_and_files_are_few_over_2000_batches_of_500_shards(many_s
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident_mib.append(pages * resource.getpagesize() / 2**20)
-    assert most_files - files_before < 64 + 40  # the reader's cache, and what DALI opens
+    assert (
+        most_files - files_before < MAX_OPEN_FILES + 40
+    )  # the reader's cache, and what DALI opens
     assert resident_mib[-1] - resident_mib[4] < 20, resident_mib
 
 

@@ -1,5 +1,6 @@
 """Promises of the dataset contract, seen from the reader."""
 
+import errno
 import json
 import os
 import pickle
@@ -137,6 +138,26 @@ def test_a_shard_that_disappears_while_in_use_is_a_user_error(folder):
         dataset.read(6)
 
 
+@pytest.mark.parametrize("num_failures", [2, 4])
+def test_a_file_system_that_fails_over_is_asked_again(folder, monkeypatch, capsys, num_failures):
+    monkeypatch.setattr(manifest_module, "RETRY_S", (0, 0, 0))
+    dataset = TarDataset(folder, "train")
+    expected, real_pread, failures = dataset.read(6), os.pread, iter([1] * num_failures)
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        if next(failures, 0):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real_pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    if num_failures == 2:
+        assert dataset.read(6) == expected
+        assert capsys.readouterr().err.count("Stale file handle; once more") == 2
+    else:
+        with pytest.raises(UserError, match=r"cannot read .*Stale file handle"):
+            dataset.read(6)
+
+
 def test_a_pickled_dataset_reads_the_same(folder):
     dataset = TarDataset(folder, "train")
     first = dataset.read(0)  # opens a file, which must not travel
@@ -144,7 +165,7 @@ def test_a_pickled_dataset_reads_the_same(folder):
 
 
 def test_many_threads_share_few_open_files(folder, monkeypatch):
-    monkeypatch.setattr(manifest_module, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(manifest_module, "MAX_OPEN_FILES", 2)
     dataset = TarDataset(folder, "train")
     expected = [dataset.read(i) for i in range(NUM_SAMPLES)]
     num_open = len(os.listdir("/proc/self/fd"))

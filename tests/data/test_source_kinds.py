@@ -4,14 +4,21 @@ import csv
 import json
 import runpy
 import sys
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from images import jpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
+from scale_smog.config import AugmentConfig, DataConfig
+from scale_smog.data import EpochPlan
+from scale_smog.data.augment import training_views
 from scale_smog.data.indexing import index_folder
+from scale_smog.data.loaders import build_training_loader
 from scale_smog.data.manifest import TarDataset, load_manifest, manifest_sha256
 from scale_smog.data.sharding import shard_folder
 from scale_smog.data.source_kinds import open_source
@@ -78,6 +85,55 @@ def test_every_kind_of_source_gives_the_folders_images_and_labels(folder, tmp_pa
     shard_folder(source, tmp_path / "two", workers=2, shard_samples=3)
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_tars_of_one_name_in_several_folders_keep_their_images_apart(folder, tmp_path):
+    for name in CLASSES:
+        shard_folder(folder / name, tmp_path / name, workers=1)
+    source = open_source(str(tmp_path / "*" / "train-000000.tar"))
+    contents = {source.read(image.name) for image in source.images}
+    assert contents == {path.read_bytes() for path in folder.rglob("*.jpg")}
+
+
+def test_images_lie_as_their_sizes_say_and_no_loader_turns_them(tmp_path):
+    """Tars that others made hold images that EXIF wants turned."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(4):
+            encoded = BytesIO()
+            Image.open(BytesIO(jpeg(80, 40, i))).save(encoded, "JPEG", exif=exif)
+            for name, content in ((f"{i}.jpg", encoded.getvalue()), (f"{i}.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, BytesIO(content))
+    index_folder(tmp_path)
+    dataset = TarDataset(tmp_path, "train")
+    assert set(zip(dataset.widths, dataset.heights, strict=True)) == {(80, 40)}
+    views = {}
+    for loader, px in (("torch", 32), ("dali", 32), ("torch", 96), ("dali", 96)):
+        keys = {"global_batch": 4, "workers": 0, "large_px": px, "loader": loader}
+        data = DataConfig.model_validate({"path": str(tmp_path), **keys})
+        random = training_views(data, AugmentConfig(solarize=(0, 0)))
+        source = build_training_loader(
+            data, random, dataset, EpochPlan(4, 4, seed=0), range(1), torch.device("cpu")
+        )
+        views[loader, px] = next(iter(source)).large[0]
+    for px in (32, 96):
+        assert (views["torch", px] - views["dali", px]).abs().mean() < 0.02
+
+
+def test_pixels_of_16_bits_are_put_aside_by_the_index(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        deep = BytesIO()
+        Image.fromarray(np.zeros((8, 8), np.uint16)).save(deep, "PNG")
+        for name, content in (("0.jpg", jpeg(20, 20, 0)), ("1.png", deep.getvalue())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, BytesIO(content))
+    index_folder(tmp_path, max_bad=0.5)
+    assert TarDataset(tmp_path, "train").num_samples == 1
+    assert "16 bits a channel" in (tmp_path / "train-quarantine.jsonl").read_text()
 
 
 def test_a_list_names_its_missing_column_or_file(tmp_path):

@@ -13,6 +13,7 @@ from scale_smog.evaluation.splits import (
     balanced_share,
     held_out_share,
     listed_samples,
+    some_of,
 )
 
 
@@ -39,6 +40,14 @@ def test_held_out_images_are_not_trained_on():
     assert not np.intersect1d(own, kept).size
 
 
+def test_some_of_a_folder_are_of_all_its_classes():
+    labels = np.repeat(np.arange(10), 100)
+    ids = some_of(len(labels), 200)
+    assert len(ids) == 200 and (np.diff(ids) > 0).all() and len(set(labels[ids])) == 10
+    assert np.array_equal(some_of(5, 0), np.arange(5))
+    assert np.array_equal(some_of(5, 9), np.arange(5))
+
+
 def test_a_plan_of_a_subset_visits_it_and_nothing_else():
     ids = np.array([3, 5, 8, 13, 21, 34])
     plan = SubsetPlan(ids, batch=2, seed=0)
@@ -61,7 +70,9 @@ def imagenet_like(tmp_path):
 def test_the_published_lists_of_simclr_are_read(tmp_path, imagenet_like):
     listing = tmp_path / "1percent.txt"
     listing.write_text("n01443537_7.JPEG\nn01440764_10043.JPEG\n")
-    config = FinetuneConfig(list=str(listing))
+    config = FinetuneConfig(list=str(listing), share=1 / 3)
+    with pytest.raises(UserError, match=r"names 0\.33 of the images.* give finetune\.share=0\.33"):
+        chosen_samples(FinetuneConfig(list=str(listing)), imagenet_like)
     ids = chosen_samples(config, imagenet_like)
     names = sorted(imagenet_like.names[i].rpartition("/")[2] for i in ids)
     assert names == ["n01440764_10043.JPEG", "n01443537_7.JPEG"]
