@@ -89,7 +89,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         xlabel="step, of 256 images", ylabel="kNN top-1, test", title="CIFAR-10, 0.31 M weights"
     )
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
