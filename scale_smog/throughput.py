@@ -23,7 +23,7 @@ from scale_smog.grouping import spherical_kmeans
 from scale_smog.loop import TrainState, train_step
 from scale_smog.pretrain import build_state
 from scale_smog.profiling import report
-from scale_smog.profiling.collectives import calibrated
+from scale_smog.profiling.collectives import calibrated, wait_for
 from scale_smog.profiling.flops import VALUE_BYTES
 from scale_smog.profiling.hardware import Hardware, hardware_name, load_hardware
 from scale_smog.profiling.peaks import measure_peaks
@@ -72,7 +72,7 @@ def _profile(recipe: Recipe, options: Options, device: torch.device) -> dict[str
     batches = build_batches(recipe, batch, num_batches, options.synthetic, device)
     folder = Path(recipe.run.dir)
     if options.loader_only:
-        facts = _loader_facts(recipe, batches, options)
+        facts = _loader_facts(recipe, batches, options, device)
         return _finish(facts, report.loader_text(facts), folder)
     state = build_state(recipe, batch, device)
     measured = measure_steps(recipe, state, iter(batches), options, device, folder)
@@ -222,25 +222,22 @@ def kmeans_s(recipe: Recipe, batch: int, device: torch.device) -> float:
     return seconds[-1] * bank_rows / rows / grouping.reset_every
 
 
-def _loader_facts(recipe: Recipe, batches: Iterable[Batch], options: Options) -> dict[str, Any]:
+def _loader_facts(
+    recipe: Recipe, batches: Iterable[Batch], options: Options, device: torch.device
+) -> dict[str, Any]:
     iterator = iter(batches)
     for _ in islice(iterator, options.num_warm_up):
         pass
-    _wait_for_gpu()
+    wait_for(device)
     start = time.perf_counter()
     num = sum(1 for _ in islice(iterator, options.num_steps))
-    _wait_for_gpu()  # a loader on the GPU has only asked for its last batches
+    wait_for(device)  # a loader on the GPU has only asked for its last batches
     seconds = (time.perf_counter() - start) / max(1, num)
     return {
         "loader": recipe.data.loader,
         "images_per_s": recipe.data.global_batch / seconds,
         "batch_s": seconds,
     }
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _device_name(device: torch.device) -> str:

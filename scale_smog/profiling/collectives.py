@@ -66,10 +66,10 @@ def measure(
         seconds = []
         for _ in range(repeats + 1):  # the first sets up connections
             dist.barrier(group)
-            _wait(device)
+            wait_for(device)
             start = time.perf_counter()
             call()
-            _wait(device)
+            wait_for(device)
             seconds.append(time.perf_counter() - start)
         slowest = torch.tensor(statistics.median(seconds[1:]), device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -92,7 +92,7 @@ def latency_between_work(
         for _ in range(WORKS):
             torch.mm(matrix, matrix, out=product)
             meet()
-        _wait(device)
+        wait_for(device)
         return (time.perf_counter() - start) / WORKS
 
     call = COLLECTIVES["all_reduce"](small, ranks, group)
@@ -141,7 +141,8 @@ def _across_nodes(per_node: int) -> dist.ProcessGroup | None:
     return own
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was asked to; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
