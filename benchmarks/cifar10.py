@@ -30,6 +30,9 @@ ROWS = {
     "SMoG, ours, after 200 instance-contrastive steps (not in the paper)": (
         "ours grouping.instance_warmup_steps=200"
     ),
+    "SMoG, ours, a third view trained too (multi-crop)": (
+        "ours data.num_small_crops=1 data.small_px=32 augment.small_scale=[0.2,1.0]"
+    ),
     "MoCo": "moco model.ema=0.99",
     "SMoG, lightly, its example's settings": "lightly_smog_as_it_is",
     "those 200 steps alone, then stop": "simclr run.steps=200",

@@ -17,7 +17,8 @@ from torch.nn import functional
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.grouping import perplexity
-from scale_smog.loop import train_step
+from scale_smog.loop import reset_if_due, train_step
+from scale_smog.loss import group_contrastive_loss
 from scale_smog.models import build_backbone
 from scale_smog.pretrain import build_state, start_groups
 from scale_smog.schedules import Now
@@ -63,6 +64,33 @@ class Ours(Contestant):
         """How many groups are in use, over the last steps."""
         usage = self._state.usage.counts()
         return {"perplexity": perplexity(usage), "in_use": int((usage > 0).sum())}
+
+
+class OursBothWays(Ours):
+    """Both views are trained, each towards the group of the other; not in the paper."""
+
+    def step(self, batch: Batch, now: Now) -> Tensor:
+        """The first view's projections update the groups, as in the framework's step."""
+        state, grouping = self._state, self._recipe.grouping
+        engine, groups = state.engine, state.groups
+        first, second = batch.views(swap=state.step % 2 == 1)
+        reset_if_due(grouping, state)
+        z, p = engine.forward_online(first, [second])  # [B, D], [2, B, D]
+        ids = [groups.assign(engine.forward_momentum(view)) for view in (second, first)]
+        new_groups = groups.updated_by(z, now.beta)  # [K, D]
+        losses = [
+            group_contrastive_loss(each, new_groups, its_ids, grouping.temperature)
+            for each, its_ids in zip(p, ids, strict=True)
+        ]
+        loss = torch.stack(losses).mean()
+        engine.backward(loss)
+        engine.step(now.lr, now.weight_decay)
+        groups.commit(new_groups)
+        state.bank.push(z)
+        state.usage.push(groups.counts)
+        engine.ema(self._recipe.model.ema)
+        state.step += 1
+        return loss.detach()
 
 
 class Peer(Contestant):
@@ -238,6 +266,7 @@ class LightlySmogAsItIs(LightlySmog):
 
 METHODS = {
     "ours": Ours,
+    "ours_both_ways": OursBothWays,
     "lightly_smog": LightlySmog,
     "lightly_smog_as_it_is": LightlySmogAsItIs,
     "simclr": SimClr,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scale_smog import checkpoint, distributed, phases, run_folder
 from scale_smog.checkpoint import Checkpoints
-from scale_smog.config import Recipe
+from scale_smog.config import ModelConfig, Recipe
 from scale_smog.data import EpochPlan, TarDataset, manifest_sha256
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
@@ -24,7 +24,14 @@ from scale_smog.evaluation.splits import require_labels
 from scale_smog.grouping import FeatureBank, GroupUsage, MomentumGroups, perplexity
 from scale_smog.loop import TrainState, train
 from scale_smog.metrics import Metrics
-from scale_smog.models import build_nets, process_group_for, synchronise_batch_norm, untracked
+from scale_smog.models import (
+    MomentumNet,
+    OnlineNet,
+    build_nets,
+    process_group_for,
+    synchronise_batch_norm,
+    untracked,
+)
 from scale_smog.models.weights import load_weights
 from scale_smog.preemption import Preemption
 from scale_smog.preflight import require_equal_hosts
@@ -164,10 +171,7 @@ def build_state(recipe: Recipe, batch: int, device: torch.device) -> TrainState:
     """Nets, engine, groups and bank of a run that has not begun; the same on all ranks."""
     model, grouping = recipe.model, recipe.grouping
     torch.manual_seed(recipe.run.seed)
-    online, momentum = build_nets(model)
-    if model.weights:
-        for net in (online, momentum):
-            load_weights(net.backbone, model.weights)
+    online, momentum = first_nets(model)
     scope = process_group_for(model.batch_norm, distributed.ranks_per_node())
     for net in (online, momentum):
         synchronise_batch_norm(net.to(device), scope)
@@ -179,6 +183,15 @@ def build_state(recipe: Recipe, batch: int, device: torch.device) -> TrainState:
         bank=FeatureBank(recipe.bank_steps, batch, model.dim, device),
         usage=GroupUsage(grouping.num_groups, device),
     )
+
+
+def first_nets(model: ModelConfig) -> tuple[OnlineNet, MomentumNet]:
+    """The nets as training begins: with random weights, or a file's in their backbones."""
+    nets = build_nets(model)
+    if model.weights:
+        for net in nets:
+            load_weights(net.backbone, model.weights)
+    return nets
 
 
 @torch.no_grad()
@@ -309,8 +322,10 @@ def dry_run(recipe: Recipe) -> str:
     """The resolved recipe, parameter counts, memory plan, steps and epochs, as text.
 
     Raises:
-        UserError: the dataset or the number of ranks does not fit.
+        UserError: the dataset, the number of ranks or the file of first weights does not fit.
     """
+    if recipe.model.weights:
+        first_nets(recipe.model)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = TarDataset(recipe.data.path, "train")
     recipe, _ = fit_to_data(recipe, dataset.num_samples)

@@ -11,6 +11,7 @@ from scale_smog.config import Recipe
 IMAGES_A_GROUP, MOST_GROUPS = 25, 3000  # the paper's 3,000 from 75,000 images on
 FEATURES_A_GROUP = 2.5  # that k-means reads
 SOONEST_RESET, FEWEST_RESETS = 20, 15  # steps; of a run
+HEAD_WIDTH = 2048  # the paper's: heads of 512 learnt less
 SHORT_RUN, SHORT_EMA, LONG_EMA = 1000, 0.9, 0.99  # steps; a momentum net that keeps up
 WARMUP_SHARE = 0.05  # of the run
 
@@ -55,6 +56,7 @@ def _derived(recipe: Recipe, num_images: int) -> list[tuple[str, Any, str]]:
     reset_every = max(1, min(reset_every, num_steps // FEWEST_RESETS))
     rows: list[tuple[str, Any, str]] = [
         ("model.ema", SHORT_EMA if num_steps < SHORT_RUN else LONG_EMA, f"{num_steps} steps"),
+        ("model.head_width", HEAD_WIDTH, "the paper's, for small sets too"),
         ("model.identity_predictor", True, "p = z at the start"),
         ("grouping.num_groups", num_groups, f"{num_images} images"),
         ("grouping.bank_steps", bank_steps, f"{FEATURES_A_GROUP} features a group"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_recipe import write_small_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +76,14 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, tars, monkeypatch, 
     for words in ("num_groups: 10", "10 (3.00 epochs)", "memory of a rank", "backbone parameters"):
         assert words in out
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_first_weights_that_do_not_fit(tmp_path, tars, monkeypatch, capsys):
+    recipe = str(write_small_recipe(tmp_path, tars))
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    arguments = ["--dry-run", f"model.weights={tmp_path / 'weights.pth'}"]
+    assert run_program("pretrain.py", recipe, *arguments, monkeypatch=monkeypatch) == 2
+    assert "weights.pth is another net than model.backbone" in capsys.readouterr().err
 
 
 def test_a_run_leaves_everything_a_user_looks_for(tmp_path, tars, monkeypatch, capsys):

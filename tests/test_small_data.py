@@ -18,10 +18,12 @@ def test_cifar10_in_600_steps_gets_the_measured_settings():
     recipe, lines = fit_to_data(recipe_of(), 50_000)
     grouping = recipe.grouping
     assert (grouping.num_groups, grouping.bank_steps, grouping.reset_every) == (2000, 20, 20)
-    assert (recipe.model.ema, recipe.model.identity_predictor) == (0.9, True)
+    model = recipe.model
+    assert (model.ema, model.head_width, model.identity_predictor) == (0.9, 2048, True)
     assert recipe.optimizer.name == "adamw"
     assert recipe.optimizer.warmup_epochs * 50_000 / 256 == pytest.approx(30, abs=0.1)
     assert "small data: grouping.num_groups=2000 (50000 images)" in lines
+    assert any(line.startswith("small data: model.head_width=2048 ") for line in lines)
 
 
 def test_what_the_recipe_gives_stays_and_the_rest_follows_from_it():

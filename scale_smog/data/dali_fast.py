@@ -36,9 +36,12 @@ from scale_smog.data.dali import (
     run_pipeline,
     to_torch,
 )
-from scale_smog.data.manifest import TarDataset
+from scale_smog.data.manifest import UNLABELLED, TarDataset
+from scale_smog.data.tar_members import IMAGE_EXTENSIONS, LABEL_EXTENSION
 
 SHUFFLE_BUFFER = 1000  # encoded samples a rank keeps
+# As files are named, in either case; the index refuses what DALI would not decode.
+IMAGE_NAMES = ";".join(f"{name};{name.upper()}" for name in sorted(IMAGE_EXTENSIONS))
 
 
 class FastDaliLoader:
@@ -122,8 +125,8 @@ class _Draws:
 
 
 def _to_numbers(labels: Any) -> Tensor:
-    """[B] int64 of B labels in ASCII."""
-    return torch.tensor([int(bytes(np.array(labels[i]))) for i in range(len(labels))])
+    """[B] int64 of B labels in ASCII; without one, `UNLABELLED`."""
+    return torch.tensor([int(bytes(np.array(y)) or UNLABELLED) for y in labels])
 
 
 @pipeline_def(enable_conditionals=True)
@@ -138,8 +141,8 @@ def _reader_pipeline(
     files, labels = fn.readers.webdataset(
         paths=list(tars),
         index_paths=[tar.removesuffix(".tar") + ".idx" for tar in tars],
-        ext=["jpg;png;webp", "cls"],
-        missing_component_behavior="error",
+        ext=[IMAGE_NAMES, LABEL_EXTENSION],
+        missing_component_behavior="empty",  # a label; the index has no sample without an image
         shard_id=shard[0],
         num_shards=shard[1],
         stick_to_shard=True,

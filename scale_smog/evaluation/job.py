@@ -46,7 +46,7 @@ class Job:
         protocols: of the evaluations, with the command's overrides.
         device: to compute on.
         settings: what the result depends on besides weights and images.
-        data_sha256: of each split in use.
+        data_sha256: of each split in use, and of the ids of a finetuning's labels.
     """
 
     name: str

@@ -1,5 +1,6 @@
 """The evaluations as programs: a checkpoint in, a table and results.json out."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 from scale_smog import distributed, run_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
-from scale_smog.evaluation.finetune import judge_finetuned
+from scale_smog.evaluation.finetune import chosen_samples, judge_finetuned
 from scale_smog.evaluation.group_programs import evaluate_groups
 from scale_smog.evaluation.job import Job
 from scale_smog.evaluation.knn import KnnProbe
@@ -112,6 +113,12 @@ def _labelled_hashes(job: Job) -> dict[str, str]:
     return job.labelled_hashes()
 
 
+def _finetune_hashes(job: Job) -> dict[str, str]:
+    train_set, _ = job.labelled_splits()
+    ids = chosen_samples(job.protocols.finetune, train_set)
+    return job.labelled_hashes() | {"labelled_ids": hashlib.sha256(ids.tobytes()).hexdigest()}
+
+
 def _segmentation_hashes(job: Job) -> dict[str, str]:
     from scale_smog.evaluation.segmentation import segmentation_hashes
 
@@ -124,7 +131,11 @@ def _detection_hashes(job: Job) -> dict[str, str]:
     return detection_hashes(job)
 
 
-_HASHES = {"segmentation": _segmentation_hashes, "detection": _detection_hashes}
+_HASHES = {
+    "finetune": _finetune_hashes,
+    "segmentation": _segmentation_hashes,
+    "detection": _detection_hashes,
+}
 
 
 def _table(job: Job, figures: Figures) -> str:

@@ -1,6 +1,8 @@
 """DALI's own reader: every sample once a pass, the same views as the other loaders' kind."""
 
+import tarfile
 from collections import Counter
+from io import BytesIO
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from images import jpeg
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import TarDataset
 from scale_smog.data.augment import training_views
+from scale_smog.data.indexing import index_folder
 from scale_smog.data.sharding import shard_folder
 
 CPU = torch.device("cpu")
@@ -55,3 +58,16 @@ def test_batches_have_the_form_of_the_other_loaders(many):
     assert batch.large[0].is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(batch.large[0], batch.large[1])
     assert batch.label.dtype == torch.int64
+
+
+def test_tars_of_others_with_other_names_and_no_labels_are_read(tmp_path):
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for i, name in enumerate(("a.JPEG", "b.jpeg", "c.JPG", "d.jpg")):
+            member = tarfile.TarInfo(name)
+            content = jpeg(40, 30, seed=i)
+            member.size = len(content)
+            tar.addfile(member, BytesIO(content))
+    index_folder(tmp_path)
+    (batch,) = load(TarDataset(tmp_path, "train"), range(1), 4)
+    assert batch.label.tolist() == [-1] * 4
+    assert len({view.sum().item() for view in batch.large[0]}) == 4

@@ -51,6 +51,22 @@ def test_a_folder_gives_what_its_tars_give(run_dir, image_folder):
     assert of_folder["figures"]["pixel_mean"] == pytest.approx([123.675, 116.28, 103.53])
 
 
+def test_a_list_of_other_images_is_another_result(run_dir, image_folder, tmp_path):
+    listing, folders = tmp_path / "list.txt", []
+    names = sorted(path.name for path in (image_folder / "train").rglob("*.jpg"))
+    short = ["finetune.epochs=1", "finetune.batch=4", f"finetune.share={4 / len(names)}"]
+    for own in (names[::10], names[1::10]):
+        listing.write_text("\n".join(own))
+        evaluate(
+            "finetune",
+            [str(run_dir)],
+            [*short, f"finetune.list={listing}", f"data.path={image_folder}"],
+        )
+        folders.append(results(run_dir, "finetune")["data_sha256"]["labelled_ids"])
+    assert folders[0] != folders[1]
+    assert len(list((run_dir / "evaluations").glob("finetune-*"))) >= 2
+
+
 def test_features_are_written_in_the_order_of_their_labels(run_dir, image_folder, tmp_path):
     both = [f"features.path={image_folder}", f"features.out={tmp_path / 'out'}"]
     write_features([str(run_dir)], both)
