@@ -189,6 +189,11 @@ class EngineConfig(Section):
         """Whether DeepSpeed runs this engine."""
         return self.kind.startswith("zero")
 
+    @property
+    def num_online_forwards(self) -> int:
+        """Passes of an image through the online net: micro-batches are projected beforehand."""
+        return 1 if self.accumulate == 1 else 2
+
 
 # Settings of DeepSpeed that change how it works and reports, never what is trained.
 DEEPSPEED_KEYS = {

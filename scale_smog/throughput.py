@@ -24,7 +24,6 @@ from scale_smog.loop import TrainState, train_step
 from scale_smog.pretrain import build_state
 from scale_smog.profiling import report
 from scale_smog.profiling.collectives import calibrated, wait_for
-from scale_smog.profiling.flops import VALUE_BYTES
 from scale_smog.profiling.hardware import Hardware, hardware_name, load_hardware
 from scale_smog.profiling.peaks import measure_peaks
 from scale_smog.profiling.scaling_model import Measured, Workload, whole_parts
@@ -80,7 +79,7 @@ def _profile(recipe: Recipe, options: Options, device: torch.device) -> dict[str
     work = Workload.of(recipe, batch)
     if options.calibrate:
         target = calibrated(target, device)
-    flops_per_s, bytes_per_s = _peaks(recipe, options, device)
+    flops_per_s, bytes_per_s = _peaks(recipe, device)
     facts = report.facts(
         recipe,
         measured,
@@ -92,11 +91,13 @@ def _profile(recipe: Recipe, options: Options, device: torch.device) -> dict[str
         memory_mib=distributed.peak_memory_mib(),
         memory_share=_memory_share(device),
     )
-    # Parts measured on a CPU say nothing of a GPU: its own are estimated from the roof.
+    # Parts measured on a CPU, or on a GPU that no file describes, say nothing of another machine:
+    # its own are estimated from the roof.
     basis = None
-    if device.type == "cuda":
+    if name := hardware_name(device):
         ranks, per_node = distributed.world_size(), distributed.ranks_per_node()
-        basis = Measured(work, whole_parts(measured.parts, recipe.engine.kind, ranks, per_node))
+        parts = whole_parts(measured.parts, recipe.engine.kind, ranks, per_node)
+        basis = Measured(work, parts, load_hardware(name))
     if distributed.is_main():
         facts |= report.predictions(recipe, target, batch, basis, folder)
         if options.calibrate:
@@ -244,13 +245,12 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _peaks(recipe: Recipe, options: Options, device: torch.device) -> tuple[float, float]:
+def _peaks(recipe: Recipe, device: torch.device) -> tuple[float, float]:
     """Peak arithmetic and bandwidth of the device at hand: its data sheet's, else measured."""
     name, precision = hardware_name(device), recipe.engine.precision
     if name:
         machine: Hardware = load_hardware(name)
         return machine.flops_per_s(precision), machine.bytes_per_s
-    assert precision in VALUE_BYTES
     return measure_peaks(device, precision)
 
 

@@ -1,5 +1,6 @@
 """What one rank will hold and send at a recipe's step, counted without allocating it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scale_smog.config import Recipe
-from scale_smog.models import build_nets, stages
+from scale_smog.models import OnlineNet, build_nets, stages
 
 MIB = 2**20
 ZERO3_LIVE = 1e9  # weights that DeepSpeed keeps gathered by default
@@ -39,10 +40,7 @@ class MemoryPlan:
 
 
 def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> MemoryPlan:
-    """Counts what a rank of `world_size` holds; hsdp splits over `ranks_per_node`.
-
-    Without checkpointing of activations, which this does not count.
-    """
+    """Counts what a rank of `world_size` holds; hsdp splits over `ranks_per_node`."""
     model, data, engine = recipe.model, recipe.data, recipe.engine
     with torch.device("meta"):
         online, momentum = build_nets(recipe.model)
@@ -92,8 +90,9 @@ def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
         gradients = num_online * grad_bytes * (1 if kind == "zero2" else 2)
         return (gathered + gradients) * once / MIB
     # Weights are gathered for every forward pass, and once more for the backward pass.
-    num_passes = 2 if recipe.data.num_small_crops else 1
-    gathered = (2 * num_passes * num_online + num_momentum) * weight_bytes
+    engine, num_sizes = recipe.engine, 2 if recipe.data.num_small_crops else 1
+    num_passes = (engine.num_online_forwards + 1) * num_sizes
+    gathered = engine.accumulate * (num_passes * num_online + num_momentum) * weight_bytes
     sent = (gathered + num_online * grad_bytes) * (parts - 1) / parts
     copies = world_size / parts  # hsdp: the nodes' copies add up their parts of the gradients
     sent += 2 * num_online / parts * grad_bytes * (copies - 1) / copies
@@ -124,21 +123,55 @@ def _numel(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _activation_bytes(online: torch.nn.Module, recipe: Recipe, batch: int) -> float:
+def _activation_bytes(online: OnlineNet, recipe: Recipe, batch: int) -> float:
     """Bytes that the online net's forward pass keeps for backward: counted for 2 images, scaled."""
-    data = recipe.data
-    saved: dict[int, Tensor] = {}  # a tensor saved by two operations is held once
-
-    def note(x: Tensor) -> Tensor:
-        if not isinstance(x, torch.nn.Parameter):
-            saved[id(x)] = x
-        return x
-
-    num_images = 2
+    data, num_images = recipe.data, 2
+    saved = _SavedTensors(online)
     large = torch.empty(num_images, 3, data.large_px, data.large_px, device="meta")
     small = torch.empty(num_images, 3, data.small_px, data.small_px, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda x: x):
         online(large, [small] * data.num_small_crops)
     value_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.engine.precision]
-    numel = sum(x.numel() for x in saved.values())
+    numel = saved.numel(recipe.engine.activation_checkpointing)
     return numel * value_bytes * batch / num_images
+
+
+class _SavedTensors:
+    """What a forward pass saves, outside the stages of the backbone and in each pass through one.
+
+    Args:
+        online: whose passes to note.
+    """
+
+    def __init__(self, online: OnlineNet):
+        self._outside: dict[int, Tensor] = {}  # a tensor saved by two operations is held once
+        self._passes: list[dict[int, Tensor]] = []
+        self._inputs: dict[int, Tensor] = {}
+        self._current = self._outside
+        for stage in stages(online.backbone):
+            stage.register_forward_pre_hook(self._enter)
+            stage.register_forward_hook(self._leave)
+
+    def note(self, x: Tensor) -> Tensor:
+        """Of `saved_tensors_hooks`."""
+        if not isinstance(x, torch.nn.Parameter):
+            self._current[id(x)] = x
+        return x
+
+    def numel(self, is_checkpointed: bool) -> int:
+        """Values held at the peak; checkpointed stages keep their inputs, one of them all else."""
+        if not is_checkpointed:
+            return _count([self._outside, *self._passes])
+        return _count([self._outside, self._inputs]) + max(_count([x]) for x in self._passes)
+
+    def _enter(self, _stage: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs[id(inputs[0])] = inputs[0]
+        self._current = {}
+        self._passes.append(self._current)
+
+    def _leave(self, *_: object) -> None:
+        self._current = self._outside
+
+
+def _count(saved: Sequence[dict[int, Tensor]]) -> int:
+    return sum(x.numel() for x in {k: v for each in saved for k, v in each.items()}.values())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scale_smog.config import Recipe
-from scale_smog.profiling.flops import StepCost, count_step, roof_s
+from scale_smog.profiling.flops import Op, StepCost, count_step, roof_s
 from scale_smog.profiling.hardware import MICRO, Hardware, Link
 
 OUTLOOKS = (2, 1, 0)  # pessimistic, nominal, optimistic: ascending images/s
@@ -70,6 +70,20 @@ class Workload:
         """Of the online net."""
         return sum(ready.numel for ready in self.cost.ready)
 
+    @property
+    def num_repeats(self) -> int:
+        """Forward passes of the online net during the backward pass.
+
+        With checkpointing the whole net counts as repeated, which the stages are nearly.
+        """
+        engine = self.recipe.engine
+        return engine.num_online_forwards - 1 + engine.activation_checkpointing
+
+    @property
+    def repeated_forward(self) -> list[Op]:
+        """Their operations."""
+        return self.num_repeats * self.cost.online_forward
+
 
 def _counted(recipe: Recipe, batch: int) -> StepCost:
     """Counted once for each net and kinds of views: it takes a second."""
@@ -92,12 +106,13 @@ def estimate_parts(work: Workload, machine: Hardware, outlook: int) -> dict[str,
     at, recipe = machine.at(outlook), work.recipe
     peak, bandwidth = machine.flops_per_s(recipe.engine.precision), machine.bytes_per_s
     launch, fraction = at(machine.op_us) * MICRO, at(machine.roofline_fraction)
+    launches = recipe.engine.accumulate * launch
     parts = {
-        name: max(roof_s(ops, peak, bandwidth) / fraction, len(ops) * launch)
+        name: max(roof_s(ops, peak, bandwidth) / fraction, len(ops) * launches)
         for name, ops in (
             ("online_forward", work.cost.online_forward),
             ("momentum_forward", work.cost.momentum_forward),
-            ("backward", work.cost.backward),
+            ("backward", [*work.repeated_forward, *work.cost.backward]),
         )
     }
     grouping = recipe.grouping
@@ -171,7 +186,7 @@ def exposed_s(
         groups += rounds * net.seconds("all_reduce", 2 * group_bytes, gpus)
     return {
         "weights": _weights_s(work, parts, gpus, engine, net),
-        "batch_norm": _batch_norm_s(work.cost, gpus, scope, net),
+        "batch_norm": _batch_norm_s(work, gpus, scope, net),
         "groups": groups,
     }
 
@@ -231,8 +246,9 @@ def _weights_s(work: Workload, parts: Parts, gpus: int, engine: str, net: Networ
             return net.hide(total, finish_s(sent) - parts["backward"])
         # DeepSpeed waits for its buckets, and for the new weights after the optimizer.
         return total + net.seconds("all_gather", weights, gpus) + _norms_s(work, gpus, net)
-    num_forwards = 2 if work.recipe.data.num_small_crops else 1
-    num_gathers = 2 * num_forwards + 1  # for each pass forward and backward, and the momentum net
+    config, num_sizes = work.recipe.engine, 2 if work.recipe.data.num_small_crops else 1
+    # For each pass forward and backward, and the momentum net, of each micro-batch.
+    num_gathers = config.accumulate * ((config.num_online_forwards + 1) * num_sizes + 1)
     shards = _weight_parts(engine, gpus, per_node)
     messages = len(work.cost.norm_channels) if engine == "zero3" else FSDP_UNITS
     sent_s = num_gathers * net.seconds("all_gather", weights, shards, messages)
@@ -250,13 +266,16 @@ def _norms_s(work: Workload, ranks: int, net: Network) -> float:
     return net.seconds("all_reduce", 8.0 * len(work.cost.ready), ranks)
 
 
-def _batch_norm_s(cost: StepCost, gpus: int, scope: str | int, net: Network) -> float:
+def _batch_norm_s(work: Workload, gpus: int, scope: str | int, net: Network) -> float:
     """One all-gather a batch norm and pass, one all-reduce in the backward pass; none hidden."""
+    cost = work.cost
     sizes = {"global": gpus, "node": min(gpus, net.machine.gpus_per_node), "local": 1}
     ranks = min(gpus, sizes.get(str(scope), int(scope) if str(scope).isdigit() else 1))
     both = [*cost.norm_channels, *cost.momentum_norm_channels]
-    seconds = sum(net.seconds("all_gather", 4.0 * (2 * c + 1) * ranks, ranks) for c in both)
+    passed = both + work.num_repeats * cost.norm_channels
+    seconds = sum(net.seconds("all_gather", 4.0 * (2 * c + 1) * ranks, ranks) for c in passed)
     seconds += sum(net.seconds("all_reduce", 8.0 * c, ranks) for c in cost.norm_channels)
+    seconds *= work.recipe.engine.accumulate
     if ranks < gpus:  # running statistics are averaged at the end of the step
         seconds += net.seconds("all_reduce", 8.0 * sum(both), gpus)
     return seconds
@@ -299,8 +318,7 @@ def predict(
     rates, alone = [], []
     for outlook in OUTLOOKS:
         if measured:
-            nominal = estimate_parts(work, machine, 1)
-            parts = {k: v * measured.correction(k, machine) for k, v in nominal.items()}
+            parts = measured.corrected(estimate_parts(work, machine, 1))
         else:
             parts = estimate_parts(work, machine, outlook)
         step = predict_step(work, parts, gpus, engine, scope, machine, outlook)
@@ -312,15 +330,23 @@ def predict(
 
 @dataclass(frozen=True)
 class Measured:
-    """A step that was measured on one GPU; it corrects the estimates for other batch sizes."""
+    """A step that was measured on one GPU; it corrects estimates for other batches and GPUs."""
 
     work: Workload
     parts: Parts
+    machine: Hardware  # that it was measured on
 
-    def correction(self, part: str, machine: Hardware) -> float:
-        """Measured over estimated."""
-        estimated = estimate_parts(self.work, machine, 1)[part]
-        return self.parts.get(part, 0.0) / estimated if estimated else 1.0
+    def corrected(self, estimate: Parts) -> dict[str, float]:
+        """Another step's estimated parts, each times this step's measured over estimated.
+
+        The host's idle time between the parts, `other`, is no estimate's and is added as measured.
+        """
+        own = estimate_parts(self.work, self.machine, 1)
+        parts = {
+            name: seconds * (self.parts.get(name, 0.0) / own[name] if own[name] else 1.0)
+            for name, seconds in estimate.items()
+        }
+        return parts | {"other": self.parts.get("other", 0.0)}
 
 
 def weak_scaling(

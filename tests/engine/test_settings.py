@@ -9,7 +9,7 @@ from ranks import run_on_ranks
 from small_recipe import small_recipe
 
 from scale_smog import UserError
-from scale_smog.config import DataConfig, ModelConfig
+from scale_smog.config import DataConfig, EngineConfig, ModelConfig
 from scale_smog.models import average_statistics, stages, unshared_statistics
 from scale_smog.models.backbones import build_backbone
 from scale_smog.profiling.memory import plan_memory, sent_mib
@@ -131,3 +131,16 @@ def test_the_plan_knows_what_each_engine_splits():
     assert sent["ddp"] == pytest.approx(2 * weights * 63 / 64)
     assert sent["zero2"] == pytest.approx(sent["ddp"])
     assert sent["fsdp"] > 1.5 * sent["ddp"]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "swin_tiny"])
+def test_the_plan_of_a_checkpointed_net_holds_a_stage_and_the_others_inputs(name):
+    recipe = runs.recipe_of("x").model_copy(
+        update={
+            "model": ModelConfig(backbone=name),
+            "data": DataConfig(path="", global_batch=4096, num_small_crops=4),
+        }
+    )
+    checkpointed = recipe.model_copy(update={"engine": EngineConfig(activation_checkpointing=True)})
+    all_held, held = (plan_memory(x, 64).activations_mib for x in (recipe, checkpointed))
+    assert 0.1 * all_held < held < 0.7 * all_held

@@ -62,10 +62,44 @@ def test_measured_parts_of_a_share_are_scaled_back_to_the_whole(work):
 
 def test_a_measured_step_corrects_the_prediction(work):
     estimated = estimate_parts(work, H200, 1)
-    slower = Measured(work, {name: 2 * seconds for name, seconds in estimated.items()})
+    slower = Measured(work, {name: 2 * seconds for name, seconds in estimated.items()}, H200)
     plain = predict(recipe_of(), H200, 64, "ddp", "local", 32)
     corrected = predict(recipe_of(), H200, 64, "ddp", "local", 32, slower)
     assert 0.45 < corrected.images_per_s[1] / plain.images_per_s[1] < 0.6
+
+
+def test_a_step_measured_on_one_gpu_predicts_another_gpus_own_speed(work):
+    a100 = load_hardware("a100")
+    as_estimated = Measured(work, estimate_parts(work, a100, 1), a100)
+    plain = predict(recipe_of(), H200, 64, "ddp", "local", 64)
+    moved = predict(recipe_of(), H200, 64, "ddp", "local", 64, as_estimated)
+    assert moved.images_per_s[1] == pytest.approx(plain.images_per_s[1])
+
+
+def test_the_hosts_idle_time_is_part_of_a_prediction(work):
+    parts = estimate_parts(work, H200, 1)
+    idle = {"other": sum(parts.values())}  # half of the step
+    busy, waiting = (Measured(work, parts | other, H200) for other in ({}, idle))
+    rates = [predict(recipe_of(), H200, 1, "ddp", "local", 64, x) for x in (busy, waiting)]
+    assert rates[1].images_per_s[1] == pytest.approx(rates[0].images_per_s[1] / 2)
+
+
+def test_passes_that_save_memory_cost_time(work):
+    def online_s(**engine) -> float:
+        parts = estimate_parts(Workload.of(recipe_of(engine=engine), 64), H200, 1)
+        return parts["online_forward"] + parts["backward"]
+
+    forward = estimate_parts(work, H200, 1)["online_forward"]
+    for engine in ({"accumulate": 2}, {"activation_checkpointing": True}):
+        assert online_s(**engine) == pytest.approx(online_s() + forward, rel=0.01), engine
+    waits = [
+        exposed_s(
+            Workload(recipe_of(engine={"accumulate": n}), 64, work.cost),
+            estimate_parts(work, H200, 1), 64, "ddp", "global", H200, 1,
+        )["batch_norm"]
+        for n in (1, 2)
+    ]  # fmt: skip
+    assert waits[1] > 2 * waits[0]
 
 
 def test_batch_norm_over_all_ranks_is_what_limits_x1_on_many_gpus():
