@@ -259,6 +259,9 @@ class DeadlinesConfig(Section):
     saving_s: Seconds = 1800  # waiting for a checkpoint that is written in the background
 
 
+DERIVED = {"num_groups", "bank_steps", "reset_every"}  # of the groups of small sets
+
+
 class Recipe(Section):
     """A whole run. It stops at pretrain.py, loop.py and checkpoint/; parts get their section."""
 
@@ -285,6 +288,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _enough_features_to_cluster(self) -> Self:
+        if self.run.small_data and not DERIVED <= self.grouping.model_fields_set:
+            return self  # checked when small_data.py has filled them in
         bank = self.bank_steps * self.data.global_batch
         clusters = self.grouping.init == "kmeans" or self.grouping.kmeans
         if clusters and self.grouping.num_groups > bank:

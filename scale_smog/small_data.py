@@ -7,6 +7,7 @@ images and steps they hardly learn; docs/learning.md has the measurements behind
 from typing import Any
 
 from scale_smog.config import Recipe
+from scale_smog.recipe import validate
 
 IMAGES_A_GROUP, MOST_GROUPS = 25, 3000  # the paper's 3,000 from 75,000 images on
 FEATURES_A_GROUP = 2.5  # that k-means reads
@@ -28,6 +29,9 @@ def fit_to_data(
 
     Returns:
         The recipe that is trained, and a line on each value that was derived.
+
+    Raises:
+        UserError: what the recipe gives does not fit what is derived.
     """
     if not recipe.run.small_data:
         return recipe, []
@@ -41,7 +45,7 @@ def fit_to_data(
                 value, reason = getattr(getattr(begun, section), name), "as the run began"
             tree[section][name] = value
             lines.append(f"small data: {key}={value} ({reason})")
-    return Recipe.model_validate(tree), lines
+    return validate(Recipe, tree), lines
 
 
 def _derived(recipe: Recipe, num_images: int) -> list[tuple[str, Any, str]]:

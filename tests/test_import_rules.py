@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "recipe": {"config", "errors"},
     "schedules": {"config"},
     "loss": {"distributed"},
-    "small_data": {"config"},
+    "small_data": {"config", "recipe"},
     "optim": {"config", "distributed"},
     "metrics": {"distributed"},
     "phases": set(),

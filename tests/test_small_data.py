@@ -3,7 +3,7 @@
 import pytest
 from small_recipe import small_recipe
 
-from scale_smog import load_recipe
+from scale_smog import UserError, load_recipe
 from scale_smog.config import Recipe
 from scale_smog.pretrain import pretrain
 from scale_smog.small_data import fit_to_data
@@ -43,6 +43,16 @@ def test_every_size_gives_settings_that_can_be_trained(num_images, steps):
     recipe, _ = fit_to_data(recipe_of(run={"steps": steps, "small_data": True}), num_images)
     assert recipe.bank_steps * 256 >= recipe.grouping.num_groups
     assert recipe.grouping.reset_every <= max(1, steps // 15)
+
+
+def test_settings_are_judged_with_what_is_derived_not_with_the_defaults():
+    few = {"path": "", "global_batch": 8}  # a bank of 300 steps has no 3,000 features
+    assert fit_to_data(recipe_of(data=few), 1000)[0].grouping.num_groups == 40
+    with pytest.raises(UserError, match=r"model\.head_width of at least 256"):
+        fit_to_data(recipe_of(model={"head_width": 200}), 50_000)
+    short = recipe_of(grouping={"instance_warmup_steps": 2})
+    with pytest.raises(UserError, match=r"2000 groups that are made of them: take at least 8"):
+        fit_to_data(short, 50_000)
 
 
 def test_a_run_that_is_made_longer_keeps_what_it_derived(tmp_path, tars):

@@ -66,6 +66,26 @@ def build_training_loader(
     return _build(data, source, steps, device)
 
 
+def build_finetuning_loader(
+    data: DataConfig,
+    views: Sequence[View],
+    dataset: Images,
+    plan: EpochPlan,
+    steps: range,
+    device: torch.device,
+) -> Iterable[Batch]:
+    """This rank's batches of labelled images, whatever loader the run was trained with.
+
+    By DALI if that was one of DALI's, else by torch: not every loader shows the images of a plan.
+
+    Raises:
+        UserError: the ranks do not divide the batch; DALI or a GPU is asked for and missing.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    source = BatchSource(dataset, plan, views, plan.seed, rank, world_size)
+    return _build(data, source, steps, device)
+
+
 def build_evaluation_loader(
     data: DataConfig,
     evaluation: EvaluationConfig,

@@ -13,7 +13,7 @@ from scale_smog.config import AugmentConfig
 from scale_smog.data.augment import RandomView
 from scale_smog.data.batch import Batch
 from scale_smog.data.folder_dataset import Images
-from scale_smog.data.loaders import build_training_loader
+from scale_smog.data.loaders import build_finetuning_loader
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import each_once
 from scale_smog.evaluation.job import Job
@@ -38,10 +38,6 @@ def crops(
     """
     if config.batch % distributed.world_size():
         raise UserError(f"{job.name}.batch={config.batch} does not split over the ranks")
-    if job.recipe.data.loader not in ("dali", "torch"):
-        raise UserError(
-            f"data.loader={job.recipe.data.loader} does not evaluate: dali and torch do"
-        )
     plan = SubsetPlan(ids, config.batch, config.seed)
     # The recipe's colours and blur are for pre-training; here crops and mirrors are all.
     plain = AugmentConfig(jitter=0.0, grey=0.0)
@@ -49,7 +45,7 @@ def crops(
 
     def batches(steps: range) -> Iterable[Batch]:
         data = job.recipe.data
-        return build_training_loader(data, [view], dataset, plan, steps, job.device)
+        return build_finetuning_loader(data, [view], dataset, plan, steps, job.device)
 
     return batches, max(1, math.ceil(config.epochs * len(ids) / config.batch))
 

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,14 @@ import torch
 from scale_smog import distributed
 from scale_smog.checkpoint.space import probe_space
 from scale_smog.config import Recipe
+from scale_smog.data import TarDataset
 from scale_smog.errors import UserError
 from scale_smog.preflight import dataset, software
 from scale_smog.preflight.links import check_collectives, check_links
 from scale_smog.preflight.rows import Row, by_host, table, usual
 from scale_smog.profiling.hardware import hardware_name, load_hardware
 from scale_smog.profiling.memory import MIB, plan_memory
+from scale_smog.small_data import fit_to_data
 
 MEETING_S = 60.0
 MOST_APART_S = 2.0  # clocks
@@ -35,15 +38,25 @@ def check(recipe: Recipe) -> int:
     """Checks a recipe on all ranks and prints a table; returns the exit status, 0 or 2.
 
     Raises:
-        UserError: the ranks do not find one another.
+        UserError: the ranks do not find one another; settings of a small set do not fit it.
     """
     with distributed.joined(MEETING_S) as device:
-        rows = examine(recipe, device)
+        rows = examine(_as_trained(recipe), device)
         num_faults = sum(len(row.faults) for row in rows)
         if distributed.is_main():
             verdict = f"{num_faults} fault(s)" if num_faults else "ready to train"
             print(f"{table(rows)}\n{verdict}", flush=True)
         return 2 if num_faults else 0
+
+
+def _as_trained(recipe: Recipe) -> Recipe:
+    """With what follows from the number of images of a small set, if the first rank finds it."""
+    num_images = 0
+    if recipe.run.small_data and distributed.is_main():
+        with suppress(UserError):  # the dataset's own row will say it
+            num_images = TarDataset(recipe.data.path, "train").num_samples
+    num_images = distributed.broadcast_object(num_images)
+    return fit_to_data(recipe, num_images)[0] if num_images else recipe
 
 
 def examine(recipe: Recipe, device: torch.device) -> list[Row]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from hosts import Cluster, console, finish
 from plant import FAKETIME, FAULTS, planted
 from programs import CHECK, OVERRIDES, RECIPE
+from small_recipe import small_recipe
 
-from scale_smog.preflight import dataset, software
+from scale_smog.preflight import dataset, program, software
 from scale_smog.preflight.dataset import Seen
 from scale_smog.preflight.links import Link, _rounds, judge
 from scale_smog.preflight.rows import Row, table, usual
@@ -49,6 +50,14 @@ def test_a_dataset_is_read_to_the_last_byte_only_where_that_is_asked_for(tmp_pat
     assert dataset.look(str(tmp_path), thorough=True).problems == ("train-000001.tar is changed",)
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "bytes" in dataset.look(str(tmp_path), thorough=False).problems[0]
+
+
+def test_a_small_sets_own_groups_are_what_is_checked(tmp_path, tars):
+    given = ("run.small_data=true", "grouping.num_groups=2", "data.global_batch=8")
+    recipe = program._as_trained(small_recipe(tmp_path, tars, *given))
+    assert recipe.grouping.bank_steps == 1  # 2.5 features a group
+    nowhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "nowhere"})})
+    assert program._as_trained(nowhere) == nowhere
 
 
 def test_a_slow_link_is_one_the_network_or_most_links_beat():

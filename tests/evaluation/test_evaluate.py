@@ -51,6 +51,14 @@ def test_a_folder_gives_what_its_tars_give(run_dir, image_folder):
     assert of_folder["figures"]["pixel_mean"] == pytest.approx([123.675, 116.28, 103.53])
 
 
+def test_a_run_trained_by_any_loader_can_be_evaluated(run_dir):
+    figures = []
+    for loader in ("torch", "memory"):
+        evaluate("linear", [str(run_dir)], [*SHORT, "data.workers=0", f"data.loader={loader}"])
+        figures.append(results(run_dir, "linear")["figures"])
+    assert figures[0] == figures[1]
+
+
 def test_a_list_of_other_images_is_another_result(run_dir, image_folder, tmp_path):
     listing, folders = tmp_path / "list.txt", []
     names = sorted(path.name for path in (image_folder / "train").rglob("*.jpg"))
