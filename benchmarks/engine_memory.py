@@ -116,13 +116,13 @@ def build(config: Recipe) -> Engine:
 def step(engine: Engine, groups: MomentumGroups) -> None:
     """What the loop does in a step."""
     views = torch.randn(2, BATCH, 3, IMAGE_PX, IMAGE_PX)
-    engine.ema(0.999)
     z, p = engine.forward_online(views[0], [])
     target = groups.assign(engine.forward_momentum(views[1]))
     new_groups = groups.updated_by(z, 0.99)
     engine.backward(group_contrastive_loss(p, new_groups, target, 0.1))
     engine.step(0.1, 1e-6)
     groups.commit(new_groups)
+    engine.ema(0.999)
 
 
 def status_mib(name: str) -> float:

@@ -93,13 +93,13 @@ class Engined:
 
     def step(self, view: Tensor, other: Tensor) -> None:
         """One training step, in the loop's order."""
-        self.engine.ema(ALPHA)
         z, p = self.engine.forward_online(view, [])
         target = self.groups.assign(self.engine.forward_momentum(other))
         new_groups = self.groups.updated_by(z, BETA)
         self.engine.backward(group_contrastive_loss(p, new_groups, target, 0.1))
         self.engine.step(LR, DECAY)
         self.groups.commit(new_groups)
+        self.engine.ema(ALPHA)
 
 
 if __name__ == "__main__":

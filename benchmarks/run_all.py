@@ -1,4 +1,4 @@
-"""Runs every benchmark and writes what they claim to results/all_<machine>_<date>.md.
+"""Runs the benchmarks that need no tars, and writes results/all_<machine>_<date>.md.
 
     python benchmarks/run_all.py [--quick] [--images FOLDER] [--small-images FOLDER] [--only NAME …]
 

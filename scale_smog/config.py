@@ -47,7 +47,7 @@ class DataConfig(Section):
     loader: Literal["dali", "torch", "memory", "fast", "stream", "synthetic"] = "dali"
     stream: str = ""  # loader=stream: tars to train on, https://host/train-{000000..000146}.tar
     allow_pipe: bool = False  # data.stream may name commands, as in pipe:cat train-000000.tar
-    device: Literal["auto", "cpu", "gpu"] = "auto"  # where images are decoded and augmented
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # makes the views; torch on gpu: memory
     workers: NonNegative = 8  # decoding threads (dali) or processes (torch) of a rank
     order: Literal["global", "block"] = "global"  # block: mixed within block_shards shards
     block_shards: Positive = 16
@@ -263,7 +263,7 @@ DERIVED = {"num_groups", "bank_steps", "reset_every"}  # of the groups of small 
 
 
 class Recipe(Section):
-    """A whole run. It stops at pretrain.py, loop.py and checkpoint/; parts get their section."""
+    """A whole run; parts get their section (ARCHITECTURE.md names who sees all of it)."""
 
     run: RunConfig
     data: DataConfig

@@ -22,7 +22,7 @@ from scale_smog.data.torch_loader import TorchLoader
 from scale_smog.errors import UserError
 
 # On a CPU, views up to this size are DALI's own: of 32 px a view costs less than torch's calls that
-# make it (the demo trains at 410 images/s against 210); of 224 px DALI's take four times as long.
+# make it (the demo trains at 410 images/s against 210); larger ones torch makes sooner.
 SMALL_VIEW_PX = 64
 
 

@@ -56,11 +56,6 @@ def load_online_net(folder: Path, recipe: Recipe) -> OnlineNet:
     return online
 
 
-def load_backbone(folder: Path, recipe: Recipe, device: torch.device) -> Embed:
-    """The frozen online backbone of a checkpoint: images [B, 3, H, W] -> features [B, F]."""
-    return frozen(load_online_net(folder, recipe).backbone, recipe, device)
-
-
 def load_projection(folder: Path, recipe: Recipe, device: torch.device) -> Embed:
     """The frozen backbone and projector: images [B, 3, H, W] -> unit z [B, D]."""
     net = load_online_net(folder, recipe)
@@ -78,7 +73,7 @@ def load_groups(folder: Path, device: torch.device) -> MomentumGroups:
 
 
 def random_backbone(recipe: Recipe) -> nn.Module:
-    """The backbone as the run began with it, for comparison."""
+    """A backbone with random weights, of the run's seed, for comparison."""
     torch.manual_seed(recipe.run.seed)
     return build_nets(recipe.model)[0].backbone
 

@@ -54,7 +54,11 @@ class DetectionImages:
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     def with_objects(self) -> "DetectionImages":
-        """Only the images that have something to learn from."""
+        """Only the images that have something to learn from.
+
+        Raises:
+            UserError: there are none.
+        """
         kept = tuple(i for i in self.ids if self.objects(i))
         if not kept:
             raise UserError(f"{self.folder}: no image has an annotated object")

@@ -40,7 +40,18 @@ class Classifier(nn.Module):
 def judge_finetuned(
     job: Job, name: str, backbone: nn.Module, train_set: Images, test_set: Images
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy after fine-tuning on the labelled share; a collective."""
+    """Top-1 and top-5 accuracy after fine-tuning on the labelled share; a collective.
+
+    Args:
+        job: settings and folder.
+        name: of the net within the job.
+        backbone: images [B, 3, H, W] -> features [B, F]; it is trained in place.
+        train_set: labelled images, of which the share is taken.
+        test_set: labelled images to judge on.
+
+    Raises:
+        UserError: the ranks do not divide the batch, or the list does not fit the images.
+    """
     config = job.protocols.finetune
     ids = chosen_samples(config, train_set)
     batches, num_steps = crops(job, train_set, ids, config)

@@ -37,6 +37,9 @@ def evaluate_groups(
     [N], which k-means puts into as many groups as the first checkpoint has. The pictures, and the
     figures of a checkpoint, go into the run's folder; without a checkpoint, beside the first file.
     With `evaluation.baselines=true`, k-means of raw pixels and of the random net's features too.
+
+    Raises:
+        UserError: a path, the dataset or a setting does not fit; on every rank.
     """
     with distributed.joined() as device:
         qualities: dict[str, GroupQuality] = {}

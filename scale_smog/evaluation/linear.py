@@ -53,20 +53,21 @@ def judge_linear(
         embed: images [B, 3, H, W] -> features [B, F].
         train_set: labelled images to train on.
         test_set: labelled images to judge on.
+
+    Raises:
+        UserError: the ranks do not divide the batch.
     """
     config = job.protocols.linear
     test_ids = some_of(test_set.num_samples, job.recipe.evaluation.num_test_images)
-    train_ids = np.arange(train_set.num_samples)
     if config.setting == "logistic":
-        head = _fit_logistic(job, embed, train_set, train_ids)
+        head = _fit_logistic(job, embed, train_set, np.arange(train_set.num_samples))
         ((top1, top5),) = accuracies(job, _scores(embed, head), test_set, test_ids)
         return {"top1": top1, "top5": top5, "inverse_penalty": config.inverse_penalty}
 
-    rates, held_out = config.learning_rates, np.zeros(0, dtype=np.int64)
+    rates = config.learning_rates
+    train_ids, held_out = np.arange(train_set.num_samples), np.zeros(0, dtype=np.int64)
     if len(rates) > 1:
-        labels = train_set.labels[train_ids]
-        own, kept = held_out_share(labels, config.held_out, config.seed)
-        train_ids, held_out = train_ids[own], train_ids[kept]
+        train_ids, held_out = held_out_share(train_set.labels, config.held_out, config.seed)
     heads = _train_heads(job, name, embed, train_set, train_ids)
     by_rate = accuracies(job, _scores(embed, heads), test_set, test_ids)
     chosen, figures = 0, {}

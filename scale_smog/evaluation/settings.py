@@ -63,7 +63,12 @@ class FeaturesConfig(Section):
 
 
 class SegmentationConfig(Section):
-    """FCN on a dilated ResNet (Long et al. 2015, as in MoCo's section 4.2.3)."""
+    """FCN on a dilated ResNet (Long et al. 2015, as in MoCo's section 4.2.3).
+
+    Steps, batch, rate and decay are mmsegmentation's of both sets. Here images keep their size
+    before the random factor and are judged whole, and there is no auxiliary head and no change of
+    colour; there VOC is first enlarged to 512 px and Cityscapes is judged in windows.
+    """
 
     setting: Literal["voc", "cityscapes"] = "voc"  # the dataset, in its own layout
     path: str = ""
@@ -130,7 +135,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
         },
         "swav": {"learning_rates": [0.3], "batch": 256, "epochs": 100, "weight_decay": 1e-6},
         "swin": {"learning_rates": [0.001], "batch": 1024, "epochs": 100},
-        "logistic": {"learning_rates": [1.0]},
+        "logistic": {},
     },
     "finetune": {
         "swav": {
@@ -142,7 +147,7 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "segmentation": {
-        "cityscapes": {"train_split": "train", "crop_px": 769, "steps": 40_000},
+        "cityscapes": {"train_split": "train", "crop_px": 769, "steps": 40_000, "batch": 8},
     },
     "detection": {"coco_2x": {"steps": 180_000, "milestones": [120_000, 160_000]}},
 }
