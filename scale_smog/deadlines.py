@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NoAnswer
+from contextlib import suppress
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from typing import NamedTuple, Self
 
 import torch.distributed as dist
@@ -145,20 +145,28 @@ class Deadlines:
         store = self._store
         assert store is not None
         keys = [_key(r) for r in range(distributed.world_size())]
-        pool = ThreadPoolExecutor(1)
+        answers: SimpleQueue[list[bytes] | None] = SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put(store.multi_get(keys))
+            except RuntimeError:
+                answers.put(None)
+
+        # A daemon: the process must be able to end while a host that is gone does not answer.
+        threading.Thread(target=ask, daemon=True).start()
         try:
-            answers = pool.submit(store.multi_get, keys).result(timeout=ANSWER_S)
-            return [Sign(*json.loads(answer)) for answer in answers]
-        except (NoAnswer, RuntimeError):
+            signs = answers.get(timeout=ANSWER_S)
+        except Empty:
             return None
-        finally:
-            pool.shutdown(wait=False)
+        return None if signs is None else [Sign(*json.loads(sign)) for sign in signs]
 
     def _end(self, text: str, speaks: bool) -> None:
         if speaks:
-            print(f"error: {text}; {ADVICE}", file=rank_logs.console(), flush=True)
             main = sys._current_frames()[threading.main_thread().ident or 0]
-            print("".join(traceback.format_stack(main)), file=rank_logs.console(), flush=True)
+            stack = "".join(traceback.format_stack(main))
+            with suppress(Exception):  # with the launcher the console may be gone
+                print(f"error: {text}; {ADVICE}\n{stack}", file=rank_logs.console(), flush=True)
         time.sleep(2 * BEAT_S)  # on rank 0 the others may still be looking into the store
         os._exit(EXIT_CODE)
 

@@ -5,8 +5,9 @@ import re
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple, Self, TypeVar
 
@@ -18,6 +19,9 @@ from scale_smog.errors import RankError, UserError
 from scale_smog.meeting import meet
 
 T = TypeVar("T")
+
+FAILING_TOGETHER_S, POLL_S = 10.0, 0.1
+_store: dist.Store | None = None  # in which the ranks have met
 
 
 class Piece(NamedTuple):
@@ -62,11 +66,13 @@ def start(timeout_s: float = 1800, meeting_s: float = 600) -> torch.device:
         # Ranks of one machine share its cores; more threads than cores slow all of them down.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, (cores or 1) // env["LOCAL_WORLD_SIZE"]))
+    global _store
+    _store = meet(env["RANK"], env["WORLD_SIZE"], meeting_s)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
         rank=env["RANK"],
         world_size=env["WORLD_SIZE"],
-        store=meet(env["RANK"], env["WORLD_SIZE"], meeting_s),
+        store=_store,
         timeout=timedelta(seconds=timeout_s),
         device_id=device if has_gpu else None,
     )
@@ -110,16 +116,39 @@ def joined(meeting_s: float = 600) -> Iterator[torch.device]:
 
     Raises:
         UserError: as `start`.
+        RankError: in place of a UserError that only this rank has met.
     """
     device = start(meeting_s=meeting_s)
     try:
         yield device
     except BaseException as error:
         is_everyones = isinstance(error, UserError) and not isinstance(error, RankError)
+        is_everyones = is_everyones and _all_fail()
+        where = f"rank {rank()} on {socket.gethostname()}"
         if is_everyones or device.type == "cpu":
             stop()
+        if isinstance(error, UserError) and not isinstance(error, RankError) and not is_everyones:
+            raise RankError(f"{where}: {error}") from error
         raise
     stop()
+
+
+def _all_fail() -> bool:
+    """Whether all ranks come here, soon after one another."""
+    assert _store is not None
+    end = time.monotonic() + FAILING_TOGETHER_S
+    try:
+        num_failed = _store.add("failed", 1)
+        while num_failed < world_size():
+            if time.monotonic() > end:
+                return False
+            time.sleep(POLL_S)
+            num_failed = _store.add("failed", 0)
+    except RuntimeError:  # rank 0 is gone, and the store with it
+        return False
+    if world_size() > 1 and is_main():
+        time.sleep(10 * POLL_S)  # until the others have seen it
+    return True
 
 
 def stop() -> None:
@@ -135,8 +164,9 @@ def end_process(status: int = 0) -> None:
     shuts down, and now and then abort it: a finished run would report a failure.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(status)
 
 

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -124,6 +125,10 @@ def train(
             phases.pause_point()
     except phases.Stopped:  # in k-means or an evaluation too: the last finished step stands
         is_stopped = True
+    except UserError:
+        with phases.during(phases.SAVING), suppress(Exception):
+            checkpoints.wait()  # one may be on its way to the disk
+        raise
     if saved_step != state.step:
         save(state, checkpoints, metrics)
     with phases.during(phases.SAVING):

@@ -44,16 +44,17 @@ class RankLogs:
         global _console
         if distributed.world_size() == 1:
             return
-        self._folder = run_dir / FOLDER
+        folder = run_dir / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)  # NFS may still believe that there is none
         if distributed.is_main():
-            self._folder.mkdir(exist_ok=True)
-            (self._folder / FAILURE_FILE).unlink(missing_ok=True)
+            (folder / FAILURE_FILE).unlink(missing_ok=True)
         distributed.barrier()
         name = f"rank-{distributed.rank():05d}.log"
-        self._file = open(self._folder / name, "a", buffering=1, encoding="utf-8")
+        self._file = open(folder / name, "a", buffering=1, encoding="utf-8")
         self._say(f"rank {distributed.rank()} on {socket.gethostname()}, process {os.getpid()}")
         self._streams = sys.stdout, sys.stderr
         self._descriptors: list[int] = []
+        self._folder = folder
         if distributed.is_main():
             sys.stdout, sys.stderr = Both(sys.stdout, self._file), Both(sys.stderr, self._file)
             return
@@ -74,6 +75,8 @@ class RankLogs:
         if isinstance(error, Exception) and not isinstance(error, UserError):
             self._report("".join(traceback.format_exception(kind, error, trace)))
             raise SystemExit(1) from None  # nothing is to come on the console after the cause
+        if error is not None:
+            self._say(f"error: {error}")
         self._close()
 
     def _close(self) -> None:
@@ -85,10 +88,12 @@ class RankLogs:
         if _console is not None:
             _console.close()
             _console = None
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
     def _say(self, text: str) -> None:
-        self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        with suppress(OSError):  # a full disk ends no run
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def _report(self, trace: str) -> None:
         assert self._folder is not None
@@ -111,7 +116,8 @@ class Both:
     """A stream whose text goes into a file as well, but for what a progress bar overwrites.
 
     The console may go away first, with the ssh of a launcher that is stopped: then there is the
-    file, and the rank has still its checkpoint to write.
+    file, and the rank has still its checkpoint to write. Or the disk is full: then there is the
+    console.
     """
 
     def __init__(self, stream: TextIO, file: TextIO):
@@ -120,7 +126,8 @@ class Both:
     def write(self, text: str) -> int:
         """Writes to both; returns the number of characters."""
         if "\r" not in text:
-            self._file.write(text)
+            with suppress(OSError):
+                self._file.write(text)
         with suppress(OSError):
             self._stream.write(text)
         return len(text)

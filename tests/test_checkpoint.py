@@ -1,5 +1,7 @@
 """A checkpoint is loaded whole or not at all, by any number of ranks."""
 
+import errno
+import hashlib
 import multiprocessing
 import os
 import random
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +20,7 @@ from ranks import PRELOADED, run_on_ranks
 from safetensors.torch import load_file
 from small_recipe import small_recipe
 
-from scale_smog import UserError, checkpoint, distributed
+from scale_smog import UserError, checkpoint, distributed, retries
 from scale_smog.checkpoint import Checkpoints, saving, space
 from scale_smog.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from scale_smog.config import RunConfig
@@ -108,6 +111,42 @@ def test_every_damage_to_every_file_is_found_and_the_older_checkpoint_taken(
                 assert newest(run) == 1
             path.write_bytes(content)
     assert newest(run) == 2 and num_damages == 195
+
+
+def test_a_file_system_that_fails_over_does_not_make_a_checkpoint_damaged(run, monkeypatch):
+    save_steps(run, 1, 2)
+    monkeypatch.setattr(retries, "RETRY_S", (0, 0))
+    real_digest, failures = hashlib.file_digest, iter([1, 1])
+
+    def file_digest(file, name):
+        if next(failures, 0):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real_digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    assert newest(run) == 2
+
+
+def test_an_old_checkpoint_that_cannot_go_is_no_failed_save(run, monkeypatch):
+    def remove(*_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(saving, "remove_superseded", remove)
+    save_steps(run, 1, 2)
+    assert newest(run) == 2
+
+
+def prepare_alike(run: RunConfig) -> str | None:
+    """Every rank holds the same range of a tensor, as hsdp's nodes do."""
+    piece = Piece(torch.zeros(1000), 0, torch.Size([1000]), is_shared=False)
+    usage = namedtuple("usage", "free")(6000 * distributed.world_size())
+    with mock.patch.object(space.shutil, "disk_usage", lambda _: usage):
+        return Checkpoints(run, {}).prepare({"online.w": piece})
+
+
+def test_what_several_nodes_hold_needs_room_once(run):
+    one = run.model_copy(update={"keep_checkpoints": 1})
+    assert run_on_ranks(2, prepare_alike, one) == [None, None]
 
 
 def test_a_file_that_does_not_belong_is_found(run):

@@ -1,4 +1,9 @@
-"""Who a rank is, by the names of each launcher."""
+"""Who a rank is, by the names of each launcher, and what becomes of one that fails."""
+
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +41,42 @@ def test_srun_s_names_are_understood(monkeypatch):
     assert distributed._rank_environment() == {
         "RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 8,
     }  # fmt: skip
+
+
+FAILING = """
+import sys
+from scale_smog import distributed
+from scale_smog.errors import UserError, exits_on_user_error
+distributed.FAILING_TOGETHER_S = 2.0
+with exits_on_user_error(), distributed.joined():
+    if str(distributed.rank()) in sys.argv[1]:
+        raise UserError("a file is missing")
+    distributed.barrier()
+"""
+
+
+@pytest.mark.parametrize("who", ["01", "1"])
+def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(who):
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, who],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
+    assert ranks[1].returncode == 2 and ranks[0].returncode != 0
+    if who == "01":
+        assert said == [["error: a file is missing"], []]
+    else:
+        assert len(said[1]) == 1 and said[1][0].startswith("error: rank 1 on ")
+        assert said[1][0].endswith(": a file is missing")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

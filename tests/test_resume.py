@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from small_recipe import small_recipe
+from small_recipe import small_recipe, write_small_recipe
 
 from scale_smog import UserError, checkpoint, loop, preemption, run_folder
 from scale_smog.errors import RankError
@@ -221,6 +222,36 @@ def test_a_run_outlives_a_disk_that_fills_and_goes_on_when_there_is_room(small_d
     whole = small_recipe(small_disk / "whole", tars, *EVERY_STEP)
     pretrain(whole)
     assert_equal_bits(final_state(small_disk / "run"), final_state(Path(whole.run.dir)))
+
+
+SLOW_TO_SAVE = """
+import sys, time
+from scale_smog import UserError, load_recipe, loop
+from scale_smog.checkpoint import Checkpoints
+from scale_smog.pretrain import pretrain
+write, step = Checkpoints._write, loop.train_step
+
+def write_slowly(self, number, pieces):
+    time.sleep(2)
+    write(self, number, pieces)
+
+def step_or_fail(recipe, state, batch, now):
+    if state.step == 3:
+        raise UserError("no step is finite")
+    return step(recipe, state, batch, now)
+
+Checkpoints._write, loop.train_step = write_slowly, step_or_fail
+pretrain(load_recipe(sys.argv[1]))
+"""
+
+
+def test_a_checkpoint_on_its_way_arrives_though_the_run_ends_by_an_error(tmp_path, tars):
+    recipe = write_small_recipe(tmp_path, tars)
+    recipe.write_text(recipe.read_text().replace("checkpoint_every: 0", "checkpoint_every: 2"))
+    command = [sys.executable, "-c", SLOW_TO_SAVE, str(recipe)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert "no step is finite" in ended.stderr
+    assert [folder.name[-1] for folder in checkpoint.generations(tmp_path / "run")] == ["2"]
 
 
 def test_data_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(tmp_path, tars):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from scale_smog.errors import UserError
+from scale_smog.retries import patiently
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -29,6 +30,10 @@ class FileFacts(NamedTuple):
     @classmethod
     def of(cls, path: Path) -> Self:
         """Reads all of a file."""
+        return patiently(lambda: cls._of(path), path)
+
+    @classmethod
+    def _of(cls, path: Path) -> Self:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(path.stat().st_size, digest)
@@ -94,7 +99,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if not (folder / MANIFEST_FILE).exists() and (folder / "seal.json").exists():
             return _manifest_of_format_1(folder)
-        sealed = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        path = folder / MANIFEST_FILE
+        sealed = json.loads(patiently(lambda: path.read_text(encoding="utf-8"), path))
         body = sealed["manifest"]
         if sealed["sha256"] != _digest(body):
             raise Damaged(f"{folder / MANIFEST_FILE} has changed since it was written")
@@ -140,7 +146,7 @@ def _check_size(folder: Path, name: str, facts: FileFacts) -> None:
     if name != Path(name).name:
         raise Damaged(f"{folder / MANIFEST_FILE} names a file elsewhere: {name}")
     try:
-        size = (folder / name).stat().st_size
+        size = patiently(lambda: (folder / name).stat().st_size, folder / name)
     except OSError as error:
         raise Damaged(f"{folder / name}: {_words(error)}") from None
     if size != facts.size:

@@ -88,7 +88,10 @@ class Checkpoints:
         if distributed.is_main():
             with suppress(OSError):  # a folder that cannot be written is told below
                 remove_leftovers(self._folder)
-        num_bytes = sum(_num_bytes(piece) for piece in self._own(pieces).values())
+        own = {(name, x.start): _num_bytes(x) for name, x in self._own(pieces).items()}
+        parts = self._on_all(lambda: own)
+        # hsdp's nodes hold the same ranges, of which one is written.
+        num_bytes = sum({key: size for part in parts for key, size in part.items()}.values())
         num_more = self._run.keep_checkpoints + 1 - len(generations(self._run_dir))
         return probe_space(self._folder, num_bytes, num_more, self._group)
 
@@ -217,12 +220,16 @@ class Checkpoints:
             tensors = {name: facts for _, part in parts for name, facts in part.items()}
             manifest = Manifest(FORMAT_VERSION, step, self._facts, tensors, files)
             self._on_main(lambda: commit(aside, final, manifest))
-            keep = self._run.keep_checkpoints, self._run.keep_checkpoint_every
-            self._on_main(lambda: remove_superseded(self._run_dir, step, *keep))
+            self._on_main(lambda: self._tidy(step))
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             self._problem = _as_os_error(error)
             if distributed.is_main():
                 shutil.rmtree(aside, ignore_errors=True)
+
+    def _tidy(self, step: int) -> None:
+        keep = self._run.keep_checkpoints, self._run.keep_checkpoint_every
+        with suppress(OSError):  # of one that is being read, on NFS; the next save tries again
+            remove_superseded(self._run_dir, step, *keep)
 
     def _on_all(self, function: Callable[[], T]) -> list[T]:
         return on_all_ranks(function, self._group)

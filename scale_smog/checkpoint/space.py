@@ -23,7 +23,7 @@ def probe_space(
 
     Args:
         folder: of the checkpoints.
-        num_bytes: this rank's part of one.
+        num_bytes: of one, all ranks' parts together.
         num_more: checkpoints that there will be beside those of now.
         group: all ranks.
 
@@ -44,17 +44,16 @@ def probe_space(
     finally:
         with suppress(OSError):
             mine.unlink()
-    needed = sum(on_all_ranks(lambda: num_bytes, group))
     free = distributed.broadcast_object(shutil.disk_usage(folder).free)
-    if free < needed:
+    if free < num_bytes:
         raise UserError(
             f"{folder} has {free / MIB:.0f} MiB free and one checkpoint needs "
-            f"{needed / MIB:.0f}: free some, or give another run.dir"
+            f"{num_bytes / MIB:.0f}: free some, or give another run.dir"
         )
-    if free < num_more * needed:
+    if free < num_more * num_bytes:
         return (
-            f"{folder} has room for {free // needed} checkpoints of {needed / MIB:.0f} MiB, and "
-            f"{num_more} are to come: free some, or lower run.keep_checkpoints"
+            f"{folder} has room for {free // num_bytes} checkpoints of {num_bytes / MIB:.0f} MiB, "
+            f"and {num_more} are to come: free some, or lower run.keep_checkpoints"
         )
     return None
 

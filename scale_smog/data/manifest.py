@@ -5,12 +5,9 @@ sidecar (`.npy`) beside each, and `{split}-quarantine.jsonl`. One `manifest.json
 splits. It is written last, so a folder that has one is complete.
 """
 
-import errno
 import hashlib
 import json
 import os
-import sys
-import time
 import weakref
 import zlib
 from bisect import bisect_right
@@ -25,6 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scale_smog.errors import UserError
+from scale_smog.retries import patiently
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -43,8 +41,6 @@ SIDECAR_DTYPE = np.dtype(
     ]
 )
 
-PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-RETRY_S = (1, 5, 20)
 MAX_OPEN_FILES = 256  # of a rank: a quarter of what a process may usually open
 
 
@@ -307,17 +303,16 @@ class TarDataset:
         return content
 
     def _content(self, path: Path, size: int, offset: int) -> bytes:
-        """Bytes of a shard; what a shared file system takes back while it fails over is no end."""
-        for pause_s in RETRY_S:
+        """Bytes of a shard."""
+
+        def read() -> bytes:
             try:
                 return self._open(path).read(size, offset)
-            except OSError as error:
-                if error.errno not in PASSING_ERRORS:
-                    raise
-                print(f"cannot read {path}: {error.strerror}; once more", file=sys.stderr)
+            except OSError:
                 self._open.cache_clear()  # its descriptor may be of no use any more
-                time.sleep(pause_s)
-        return self._open(path).read(size, offset)
+                raise
+
+        return patiently(read, path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_open"}

@@ -21,8 +21,9 @@ from scale_smog.profiling.hardware import hardware_name, load_hardware
 from scale_smog.profiling.memory import MIB, plan_memory
 from scale_smog.small_data import fit_to_data
 
-MEETING_S = 60.0
+MEETING_S = 300.0  # a cold shared file system takes minutes to give 64 ranks their libraries
 MOST_APART_S = 2.0  # clocks
+PLACES = {("data", "path"), ("run", "dir")}  # a host may have its own; contents are compared
 FULL = 0.9  # of a device's memory
 
 
@@ -66,6 +67,7 @@ def examine(recipe: Recipe, device: torch.device) -> list[Row]:
     machine = load_hardware(name) if name else None
     return [
         _hosts_row(hosts),
+        check_recipes(recipe),
         *check_hosts(recipe, hosts, thorough=True),
         check_clocks(hosts),
         check_run_folder(recipe),
@@ -76,14 +78,15 @@ def examine(recipe: Recipe, device: torch.device) -> list[Row]:
 
 
 def require_equal_hosts(recipe: Recipe) -> None:
-    """The quick part: the same software and the same dataset on every host.
+    """The quick part: the same settings, software and dataset on every host.
 
     Raises:
         UserError: on every rank; names the hosts.
     """
     if distributed.world_size() == 1:
         return
-    faults = [f for row in check_hosts(recipe, find_hosts(), thorough=False) for f in row.faults]
+    rows = [check_recipes(recipe), *check_hosts(recipe, find_hosts(), thorough=False)]
+    faults = [fault for row in rows for fault in row.faults]
     if faults:
         raise UserError(f"{'; '.join(faults)} (launcher/check.py looks at everything)")
 
@@ -107,6 +110,21 @@ def _hosts_row(hosts: Hosts) -> Row:
     ]
     more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
     return Row("hosts", summary + ", ".join(counts[:8]) + more, faults)
+
+
+def check_recipes(recipe: Recipe) -> Row:
+    """Every rank's settings: torchrun is typed on each host by itself. A collective."""
+    sections = recipe.model_dump(mode="json")
+    own = {
+        f"{section}.{key}": str(value)
+        for section, values in sections.items()
+        for key, value in values.items()
+        if (section, key) not in PLACES
+    }
+    name = f"rank {distributed.rank()} on {socket.gethostname()}"
+    found = distributed.gather_objects((name, own))
+    faults = software.differences([name for name, _ in found], [each for _, each in found])
+    return Row("settings", "the same on all ranks", faults)
 
 
 def check_hosts(recipe: Recipe, hosts: Hosts, thorough: bool) -> list[Row]:
@@ -138,7 +156,7 @@ def check_clocks(hosts: Hosts) -> Row:
 def check_run_folder(recipe: Recipe) -> Row:
     """Every rank writes in the run's folder and sees the others' files; a collective."""
     folder = Path(recipe.run.dir)
-    num_bytes = checkpoint_bytes(recipe) // distributed.world_size()
+    num_bytes = checkpoint_bytes(recipe)
     was_there = distributed.broadcast_object(folder.exists())
     summary, faults = f"{folder}: every rank writes and sees the others", []
     try:

@@ -60,6 +60,13 @@ def compare(hosts: Sequence[str], found: Sequence[dict[str, str]]) -> Row:
         hosts: names.
         found: `versions` of each.
     """
+    faults = differences(hosts, found)
+    summary = ", ".join(f"{name} {value}" for name, value in found[0].items() if value != "none")
+    return Row("versions", summary, faults)
+
+
+def differences(hosts: Sequence[str], found: Sequence[dict[str, str]]) -> list[str]:
+    """A line on each that has another value than most; arguments as above."""
     faults = []
     names = dict.fromkeys(name for each in found for name in each)
     for name in names:
@@ -71,5 +78,4 @@ def compare(hosts: Sequence[str], found: Sequence[dict[str, str]]) -> Row:
             for host, value in zip(hosts, values, strict=True)
             if value != most
         ]
-    summary = ", ".join(f"{name} {value}" for name, value in found[0].items() if value != "none")
-    return Row("versions", summary, faults)
+    return faults

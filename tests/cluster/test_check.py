@@ -6,8 +6,10 @@ from pathlib import Path
 from hosts import Cluster, console, finish
 from plant import FAKETIME, FAULTS, planted
 from programs import CHECK, OVERRIDES, RECIPE
+from ranks import run_on_ranks
 from small_recipe import small_recipe
 
+from scale_smog import distributed
 from scale_smog.preflight import dataset, program, software
 from scale_smog.preflight.dataset import Seen
 from scale_smog.preflight.links import Link, _rounds, judge
@@ -58,6 +60,18 @@ def test_a_small_sets_own_groups_are_what_is_checked(tmp_path, tars):
     assert recipe.grouping.bank_steps == 1  # 2.5 features a group
     nowhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "nowhere"})})
     assert program._as_trained(nowhere) == nowhere
+
+
+def settings_of(folder: Path, data: Path) -> list[str]:
+    rate = 0.1 * (1 + distributed.rank() // 2)
+    own = (f"optimizer.base_lr={rate}", f"run.dir={folder / str(distributed.rank())}")
+    return program.check_recipes(small_recipe(folder / str(rate), data, *own)).faults
+
+
+def test_a_rank_with_other_settings_is_named(tmp_path, tars):
+    for faults in run_on_ranks(3, settings_of, tmp_path, tars):
+        (fault,) = faults
+        assert re.search(r"^rank 2 on .* has optimizer.base_lr 0.2, rank 0 on .* has 0.1$", fault)
 
 
 def test_a_slow_link_is_one_the_network_or_most_links_beat():

@@ -33,6 +33,24 @@ def fail_one_after_the_other(folder: Path) -> int:
     return -1
 
 
+def log_on_a_full_disk(folder: Path) -> bool:
+    """What rank 0 says, and what comes after it, though its file takes nothing."""
+    with open(folder / f"full-{distributed.rank()}", "w") as file:
+        os.dup2(file.fileno(), 1)
+    with RankLogs() as logs:
+        logs.open(folder)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), logs._file.fileno())
+        print("step 1")
+        print("step 2", flush=distributed.is_main())
+        logs._say("an error")
+    return True
+
+
+def test_a_full_disk_costs_the_log_and_nothing_else(tmp_path):
+    assert run_on_ranks(2, log_on_a_full_disk, tmp_path) == [True, True]
+    assert (tmp_path / "full-0").read_text() == "step 1\nstep 2\n"
+
+
 def test_the_first_error_is_shown_in_full_and_the_ones_that_follow_from_it_are_not(tmp_path):
     assert run_on_ranks(2, fail_one_after_the_other, tmp_path) == [1, 1]
     consoles = [(tmp_path / f"console-{rank}").read_text() for rank in (0, 1)]

@@ -34,6 +34,7 @@ echo "scontrol $*" >> "$LOG"
 PYTHON = """#!/bin/bash
 echo "$SLURM_PROCID $*" >> "$LOG"
 [[ $1 == *check.py ]] && exit "${CHECK_STATUS:-0}"
+[[ -z ${TRAIN_STATUS:-} ]] || exit "$TRAIN_STATUS"
 trap 'echo "$SLURM_PROCID saved" >> "$LOG"; exit 0' USR1 TERM
 for _ in $(seq 200); do sleep 0.05; done
 """
@@ -69,6 +70,19 @@ def test_a_job_that_runs_out_of_time_saves_and_goes_back_into_the_queue(tmp_path
     assert lines.index("0 launcher/check.py r.yaml run.seed=1") < lines.index("1 saved")
     assert {"0 saved", "1 saved"} <= set(lines) and lines[-1] == "scontrol requeue 17"
     assert any(line.startswith("srun localhost 20017 ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "comes_back"),
+    [(3, 0, True), (134, 9, True), (134, 10, False), (1, 0, False), (2, 0, False)],
+)
+def test_a_job_that_lost_a_node_comes_back_and_one_that_is_wrong_does_not(
+    tmp_path, status, restarts, comes_back
+):
+    facts = {"TRAIN_STATUS": str(status), "SLURM_RESTART_COUNT": str(restarts)}
+    assert start(tmp_path, "r.yaml", **facts).wait(20) == status
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert (last == "scontrol requeue 17") == comes_back
 
 
 def test_a_job_that_is_cancelled_saves_and_does_not_come_back(tmp_path):

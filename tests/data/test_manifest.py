@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scale_smog import retries
 from scale_smog.data import manifest as manifest_module
 from scale_smog.data.image_sources import Source, SourceImage
 from scale_smog.data.manifest import (
@@ -140,7 +141,7 @@ def test_a_shard_that_disappears_while_in_use_is_a_user_error(folder):
 
 @pytest.mark.parametrize("num_failures", [2, 4])
 def test_a_file_system_that_fails_over_is_asked_again(folder, monkeypatch, capsys, num_failures):
-    monkeypatch.setattr(manifest_module, "RETRY_S", (0, 0, 0))
+    monkeypatch.setattr(retries, "RETRY_S", (0, 0, 0))
     dataset = TarDataset(folder, "train")
     expected, real_pread, failures = dataset.read(6), os.pread, iter([1] * num_failures)
 
