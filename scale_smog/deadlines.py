@@ -26,9 +26,12 @@ BEAT_S = 0.5  # between two signs of life
 LEAST_S = 0.1  # rank 0's host has many ranks to listen to
 LOOK_S = 4 * BEAT_S  # between two looks at the others: who shows no sign of life in it has none
 ANSWER_S = 3.0  # of rank 0's host
+ALARM_S = 15.0  # who shows no sign of life for so long is named long before the deadline
+NUM_WITNESSES = 2  # ranks that watch all others: should the first be lost, there is the second
 LEAD_S = 12.0  # looking, ending and a launcher's share in it, so that a job ends in time
 LOST = "no more sign of life from"
 ADVICE = "the same command goes on from the newest checkpoint, also with fewer hosts"
+ENDED = "ended"  # in place of a phase, when there is nothing to watch any more
 LIMITS = {
     phases.START: "start_s",
     phases.DATA: "data_s",
@@ -62,6 +65,9 @@ class Deadlines:
         self._since = time.monotonic()
         self._host = socket.gethostname()
         self._is_over, self._is_news = threading.Event(), threading.Event()
+        self._known: list[Sign] = []  # of all ranks, as a witness saw them last
+        self._alarm_at = self._since + ALARM_S
+        self._named: set[int] = set()
 
     def __enter__(self) -> Self:
         self._store = _common_store()
@@ -76,6 +82,10 @@ class Deadlines:
     def __exit__(self, *exception: object) -> None:
         self._is_over.set()
         phases.on_enter.remove(self._enter)
+        self._phase = ENDED
+        if self._store is not None:
+            with suppress(RuntimeError):  # rank 0 has ended before
+                self._show()
 
     def name_the_lost(self) -> None:
         """Says which ranks are gone, where a collective has failed; takes a moment."""
@@ -114,6 +124,7 @@ class Deadlines:
 
     def _watch(self) -> None:
         while not self._is_over.wait(BEAT_S):
+            self._warn_of_lifeless()
             key, limit_s = self._limit()
             if time.monotonic() - self._since < limit_s - min(LEAD_S, limit_s / 2):
                 continue
@@ -122,6 +133,22 @@ class Deadlines:
             if self._num_phases != watched or self._is_over.is_set():
                 continue  # it went on in time after all
             self._end(f"deadlines.{key}={limit_s} has passed: {verdict}", speaks)
+
+    def _warn_of_lifeless(self) -> None:
+        """A witness says it when a rank stops showing signs of life; that may end by itself."""
+        is_witness = self._store is not None and distributed.rank() < NUM_WITNESSES
+        if not is_witness or time.monotonic() < self._alarm_at:
+            return
+        self._alarm_at = time.monotonic() + ALARM_S
+        before, now = self._known, self._signs() or []
+        self._known = now
+        lifeless = [r for r in _lifeless(before, now) if now[r].phase != ENDED]
+        news, self._named = set(lifeless) - self._named, set(lifeless)
+        alive = [r for r in range(len(now)) if r not in lifeless]
+        if news and distributed.rank() in alive[:1]:
+            with suppress(OSError):
+                said = verdict(now, sorted(news))
+                print(f"warning: {said}", file=rank_logs.console(), flush=True)
 
     def _look(self) -> tuple[str, bool]:
         """Who is behind, and whether this rank is the one to say it."""
@@ -135,7 +162,7 @@ class Deadlines:
             master = os.environ.get("MASTER_ADDR", "its host")
             is_first = os.environ.get("LOCAL_RANK", "0") == "0"
             return f"{LOST} rank 0 on {master}, asked from {self._host}", is_first
-        lifeless = [r for r in range(len(now)) if now[r].num_beats == before[r].num_beats]
+        lifeless = _lifeless(before, now)
         alive = [r for r in range(len(now)) if r not in lifeless]
         speaks = bool(alive) and distributed.rank() == alive[0]
         return verdict(now, lifeless), speaks
@@ -188,6 +215,12 @@ def verdict(signs: list[Sign], lifeless: list[int]) -> str:
         return f"all ranks are alive in phase '{signs[0].phase}' and wait for one another"
     names = [_name(r, signs[r]) for r in behind[:8]]
     return f"the others wait for {', '.join(names)}"
+
+
+def _lifeless(before: list[Sign], now: list[Sign]) -> list[int]:
+    """Ranks that showed no new sign; none if there is nothing to compare with."""
+    both = zip(before, now, strict=False)
+    return [r for r, (a, b) in enumerate(both) if a.num_beats == b.num_beats]
 
 
 def _name(rank: int, sign: Sign) -> str:

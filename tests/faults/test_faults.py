@@ -9,7 +9,7 @@ import preempt
 import pytest
 from jobs import OVERRIDES, Job, Strike
 
-from scale_smog import phases
+from scale_smog import deadlines, phases
 from scale_smog.deadlines import Sign, verdict
 
 
@@ -29,8 +29,9 @@ DEADLINE_S = 10
 
 
 def cluster_slowly(rank: int) -> None:
-    """k-means takes seconds, as it does on many features."""
+    """k-means takes seconds, as it does on many features; witnesses look often."""
     del rank
+    deadlines.ALARM_S = 1.5
     phases.on_pause.append(lambda: time.sleep(0.3 * (phases.current() == phases.KMEANS)))
 
 
@@ -49,6 +50,8 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
         job.console(),
     )
     assert said and (said.group(1) == phase or not is_kmeans)
+    warned = job.console().find("warning: no more sign of life from rank 1 on ")
+    assert -1 < warned < said.start()
     ended = (tmp_path / "rank-0.log").stat().st_mtime
     assert ended - (job.struck_at() or 0.0) <= DEADLINE_S
 
