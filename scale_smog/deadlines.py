@@ -75,17 +75,18 @@ class Deadlines:
         if self._store is not None:
             self._show()
             distributed.barrier()  # from here on every rank has shown a sign
-            threading.Thread(target=self._beat, daemon=True).start()
+            self._heart = threading.Thread(target=self._beat, daemon=True)
+            self._heart.start()
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._is_over.set()
         phases.on_enter.remove(self._enter)
         self._phase = ENDED
+        self._is_over.set()
+        self._is_news.set()
         if self._store is not None:
-            with suppress(RuntimeError):  # rank 0 has ended before
-                self._show()
+            self._heart.join(ANSWER_S)  # which shows it, unless rank 0 has ended before
 
     def name_the_lost(self) -> None:
         """Says which ranks are gone, where a collective has failed; takes a moment."""
@@ -113,10 +114,12 @@ class Deadlines:
         self._store.set(_key(distributed.rank()), json.dumps(sign))
 
     def _beat(self) -> None:
-        while not self._is_over.is_set():
+        is_over = False
+        while not is_over:
             self._is_news.wait(BEAT_S)
             self._is_news.clear()
             time.sleep(LEAST_S)
+            is_over = self._is_over.is_set()
             try:
                 self._show()
             except RuntimeError:
@@ -124,7 +127,8 @@ class Deadlines:
 
     def _watch(self) -> None:
         while not self._is_over.wait(BEAT_S):
-            self._warn_of_lifeless()
+            with suppress(Exception):  # it is the deadlines that must not fail
+                self._warn_of_lifeless()
             key, limit_s = self._limit()
             if time.monotonic() - self._since < limit_s - min(LEAD_S, limit_s / 2):
                 continue
@@ -140,15 +144,18 @@ class Deadlines:
         if not is_witness or time.monotonic() < self._alarm_at:
             return
         self._alarm_at = time.monotonic() + ALARM_S
-        before, now = self._known, self._signs() or []
-        self._known = now
-        lifeless = [r for r in _lifeless(before, now) if now[r].phase != ENDED]
+        before, now = self._known, self._signs()
+        if now is None:  # rank 0 has the store
+            lifeless, alive, said = [0], [1], self._lost_first()
+        else:
+            self._known = now
+            present = [r for r in range(len(now)) if now[r].phase != ENDED]
+            lifeless = [r for r in _lifeless(before, now) if r in present]
+            alive = [r for r in present if r not in lifeless]
+            said = verdict(now, [r for r in lifeless if r not in self._named] or [0])
         news, self._named = set(lifeless) - self._named, set(lifeless)
-        alive = [r for r in range(len(now)) if r not in lifeless]
         if news and distributed.rank() in alive[:1]:
-            with suppress(OSError):
-                said = verdict(now, sorted(news))
-                print(f"warning: {said}", file=rank_logs.console(), flush=True)
+            print(f"warning: {said}", file=rank_logs.console(), flush=True)
 
     def _look(self) -> tuple[str, bool]:
         """Who is behind, and whether this rank is the one to say it."""
@@ -159,13 +166,15 @@ class Deadlines:
         time.sleep(LOOK_S)
         now = self._signs()
         if before is None or now is None:
-            master = os.environ.get("MASTER_ADDR", "its host")
-            is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-            return f"{LOST} rank 0 on {master}, asked from {self._host}", is_first
+            return self._lost_first(), os.environ.get("LOCAL_RANK", "0") == "0"
         lifeless = _lifeless(before, now)
         alive = [r for r in range(len(now)) if r not in lifeless]
         speaks = bool(alive) and distributed.rank() == alive[0]
         return verdict(now, lifeless), speaks
+
+    def _lost_first(self) -> str:
+        master = os.environ.get("MASTER_ADDR", "its host")
+        return f"{LOST} rank 0 on {master}, asked from {self._host}"
 
     def _signs(self) -> list[Sign] | None:
         """Of all ranks; None if the store does not answer."""

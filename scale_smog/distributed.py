@@ -144,17 +144,25 @@ def _all_fail() -> bool:
                 return False
             time.sleep(POLL_S)
             num_failed = _store.add("failed", 0)
+        num_seen = _store.add("seen", 1)
+        # Rank 0, whose store it is and who will say the error, goes when all have seen it, the
+        # others after it: a launcher ends the rest with the first that ends.
+        while is_main() and num_seen < world_size() and time.monotonic() < end + 10 * POLL_S:
+            time.sleep(POLL_S)
+            num_seen = _store.add("seen", 0)
     except RuntimeError:  # rank 0 is gone, and the store with it
         return False
-    if world_size() > 1 and is_main():
-        time.sleep(10 * POLL_S)  # until the others have seen it
+    if not is_main():
+        time.sleep(10 * POLL_S)
     return True
 
 
 def stop() -> None:
     """Leaves the process group; a rank that just exits makes the others' shutdown noisy."""
+    global _store
     if dist.is_initialized():
         dist.destroy_process_group()
+    _store = None  # rank 0's port is free again
 
 
 def end_process(status: int = 0) -> None:

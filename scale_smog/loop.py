@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from scale_smog import distributed, phases
+from scale_smog import distributed, phases, rank_logs
 from scale_smog.checkpoint import Checkpoints
 from scale_smog.config import GroupingConfig, Recipe
 from scale_smog.data.batch import Batch
@@ -125,9 +125,12 @@ def train(
             phases.pause_point()
     except phases.Stopped:  # in k-means or an evaluation too: the last finished step stands
         is_stopped = True
-    except UserError:
+    except UserError as error:
+        if distributed.is_main() or isinstance(error, RankError):
+            ending = f"ending, when the checkpoint on its way is written: {error}"
+            print(ending, file=rank_logs.console(), flush=True)
         with phases.during(phases.SAVING), suppress(Exception):
-            checkpoints.wait()  # one may be on its way to the disk
+            checkpoints.wait()
         raise
     if saved_step != state.step:
         save(state, checkpoints, metrics)

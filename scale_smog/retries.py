@@ -4,6 +4,7 @@ import errno
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ def patiently(read: Callable[[], T], what: object) -> T:
         except OSError as error:
             if error.errno not in PASSING_ERRORS:
                 raise
-            print(f"cannot read {what}: {error.strerror}; once more", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"cannot read {what}: {error.strerror}; once more", file=sys.stderr)
             time.sleep(pause_s)
     return read()

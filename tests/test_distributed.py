@@ -58,6 +58,7 @@ with exits_on_user_error(), distributed.joined():
 @pytest.mark.parametrize("who", ["01", "1"])
 def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(who):
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common["CUDA_VISIBLE_DEVICES"] = ""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", FAILING, who],

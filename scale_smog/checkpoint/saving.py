@@ -228,7 +228,10 @@ class Checkpoints:
 
     def _tidy(self, step: int) -> None:
         keep = self._run.keep_checkpoints, self._run.keep_checkpoint_every
-        with suppress(OSError):  # of one that is being read, on NFS; the next save tries again
+        # What is being read cannot go, on NFS; the next save tries again.
+        with suppress(OSError):
+            remove_leftovers(self._folder)
+        with suppress(OSError):
             remove_superseded(self._run_dir, step, *keep)
 
     def _on_all(self, function: Callable[[], T]) -> list[T]:

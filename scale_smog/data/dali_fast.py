@@ -40,8 +40,6 @@ from scale_smog.data.manifest import UNLABELLED, TarDataset
 from scale_smog.data.tar_members import IMAGE_EXTENSIONS, LABEL_EXTENSION
 
 SHUFFLE_BUFFER = 1000  # encoded samples a rank keeps
-# As files are named, in either case; the index refuses what DALI would not decode.
-IMAGE_NAMES = ";".join(f"{name};{name.upper()}" for name in sorted(IMAGE_EXTENSIONS))
 
 
 class FastDaliLoader:
@@ -141,7 +139,8 @@ def _reader_pipeline(
     files, labels = fn.readers.webdataset(
         paths=list(tars),
         index_paths=[tar.removesuffix(".tar") + ".idx" for tar in tars],
-        ext=[IMAGE_NAMES, LABEL_EXTENSION],
+        ext=[";".join(sorted(IMAGE_EXTENSIONS)), LABEL_EXTENSION],
+        case_sensitive_extensions=False,
         missing_component_behavior="empty",  # a label; the index has no sample without an image
         shard_id=shard[0],
         num_shards=shard[1],

@@ -23,7 +23,8 @@ from scale_smog.small_data import fit_to_data
 
 MEETING_S = 300.0  # a cold shared file system takes minutes to give 64 ranks their libraries
 MOST_APART_S = 2.0  # clocks
-PLACES = {("data", "path"), ("run", "dir")}  # a host may have its own; contents are compared
+# A host may have its own of these; contents are compared, or rank 0's are taken.
+PLACES = {("data", "path"), ("data", "workers"), ("run", "dir"), ("model", "weights")}
 FULL = 0.9  # of a device's memory
 
 
@@ -54,7 +55,7 @@ def _as_trained(recipe: Recipe) -> Recipe:
     """With what follows from the number of images of a small set, if the first rank finds it."""
     num_images = 0
     if recipe.run.small_data and distributed.is_main():
-        with suppress(UserError):  # the dataset's own row will say it
+        with suppress(UserError, OSError):  # the dataset's own row will say it
             num_images = TarDataset(recipe.data.path, "train").num_samples
     num_images = distributed.broadcast_object(num_images)
     return fit_to_data(recipe, num_images)[0] if num_images else recipe

@@ -83,6 +83,8 @@ def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
     kind = recipe.engine.kind
     weight_bytes = 8 if recipe.engine.precision == "fp64" else 4
     grad_bytes = 2 if recipe.engine.reduce_precision == "bf16" else weight_bytes
+    if kind in ("zero2", "zero3"):  # they share the gradients of every micro-batch
+        grad_bytes *= recipe.engine.accumulate
     parts = _parts(kind, world_size, ranks_per_node).weights
     once = (world_size - 1) / world_size
     if parts == 1:  # gradients are summed up and, under ZeRO, new weights sent round
@@ -162,7 +164,7 @@ class _SavedTensors:
         """Values held at the peak; checkpointed stages keep their inputs, one of them all else."""
         if not is_checkpointed:
             return _count([self._outside, *self._passes])
-        return _count([self._outside, self._inputs]) + max(_count([x]) for x in self._passes)
+        return max(_count([self._outside, self._inputs, own]) for own in self._passes)
 
     def _enter(self, _stage: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._inputs[id(inputs[0])] = inputs[0]

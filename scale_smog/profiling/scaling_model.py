@@ -234,6 +234,8 @@ def _weights_s(work: Workload, parts: Parts, gpus: int, engine: str, net: Networ
     """What the exchange of gradients and weights adds to a step."""
     per_node = net.machine.gpus_per_node
     grad_bytes = 2 if work.recipe.engine.reduce_precision == "bf16" else 4
+    if engine in ("zero2", "zero3"):  # they share the gradients of every micro-batch
+        grad_bytes *= work.recipe.engine.accumulate
     gradients, weights = work.num_weights * grad_bytes, work.num_weights * 4.0
     if engine in ("ddp", "zero1", "zero2"):
         kind = "reduce_scatter" if engine == "zero2" else "all_reduce"
@@ -290,12 +292,15 @@ def _buckets(
 ) -> Iterable[tuple[float, float]]:
     """When each bucket of gradients is full, seconds into the backward pass, and its bytes."""
     num_ops = max(1, len(work.cost.backward))
+    # Of the last micro-batch, in which the ranks share their gradients.
+    last_s = backward_s * num_ops / (num_ops + len(work.repeated_forward))
+    last_s /= work.recipe.engine.accumulate
     limit = DDP_FIRST_BUCKET if engine == "ddp" else ZERO_BUCKET_NUMEL * value_bytes
     filled = 0.0
     for ready in work.cost.ready:
         filled += ready.numel * value_bytes
         if filled >= limit:
-            yield backward_s * ready.num_ops / num_ops, filled
+            yield backward_s - last_s * (1 - ready.num_ops / num_ops), filled
             filled, limit = 0.0, DDP_BUCKET if engine == "ddp" else limit
     if filled:
         yield backward_s, filled

@@ -74,7 +74,7 @@ def test_a_job_that_runs_out_of_time_saves_and_goes_back_into_the_queue(tmp_path
 
 @pytest.mark.parametrize(
     ("status", "restarts", "comes_back"),
-    [(3, 0, True), (134, 9, True), (134, 10, False), (1, 0, False), (2, 0, False)],
+    [(3, 0, True), (134, 9, True), (134, 10, False), (1, 0, False), (137, 0, False)],
 )
 def test_a_job_that_lost_a_node_comes_back_and_one_that_is_wrong_does_not(
     tmp_path, status, restarts, comes_back

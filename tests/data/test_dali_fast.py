@@ -62,7 +62,7 @@ def test_batches_have_the_form_of_the_other_loaders(many):
 
 def test_tars_of_others_with_other_names_and_no_labels_are_read(tmp_path):
     with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
-        for i, name in enumerate(("a.JPEG", "b.jpeg", "c.JPG", "d.jpg")):
+        for i, name in enumerate(("a.JPEG", "b.jpeg", "c.Jpg", "d.jpg")):
             member = tarfile.TarInfo(name)
             content = jpeg(40, 30, seed=i)
             member.size = len(content)
