@@ -82,7 +82,6 @@ class Deadlines:
 
     def __exit__(self, *exception: object) -> None:
         phases.on_enter.remove(self._enter)
-        self._phase = ENDED
         self._is_over.set()
         self._is_news.set()
         if self._store is not None:
@@ -109,7 +108,8 @@ class Deadlines:
 
     def _show(self) -> None:
         self._num_beats += 1
-        sign = Sign(self._host, self._phase, self._num_phases, self._num_beats)
+        phase = ENDED if self._is_over.is_set() else self._phase
+        sign = Sign(self._host, phase, self._num_phases, self._num_beats)
         assert self._store is not None
         self._store.set(_key(distributed.rank()), json.dumps(sign))
 

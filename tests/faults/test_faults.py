@@ -32,7 +32,7 @@ def cluster_slowly(rank: int) -> None:
     """k-means takes seconds, as it does on many features; witnesses look often."""
     del rank
     deadlines.ALARM_S = 1.5
-    phases.on_pause.append(lambda: time.sleep(0.3 * (phases.current() == phases.KMEANS)))
+    phases.on_pause.append(lambda: time.sleep(1.5 * (phases.current() == phases.KMEANS)))
 
 
 @pytest.mark.parametrize("phase", [phases.STEP, phases.KMEANS])
@@ -41,7 +41,7 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
     limits = [f"deadlines.{key}={DEADLINE_S if key != 'start_s' else 60}" for key in keys]
     job = Job(tmp_path, tars, (*OVERRIDES, *limits), hook=cluster_slowly)
     is_kmeans = phase == phases.KMEANS
-    job.start(Strike(signal.SIGSTOP, 1, phase, 1 if is_kmeans else 3, 1.5 * is_kmeans))
+    job.start(Strike(signal.SIGSTOP, 1, phase, 1 if is_kmeans else 3, 0.5 * is_kmeans))
     codes = job.wait(60, grace_s=1)
     assert codes == [3, None]  # rank 1 had to be ended from outside
     said = re.search(
