@@ -152,7 +152,7 @@ class Deadlines:
             present = [r for r in range(len(now)) if now[r].phase != ENDED]
             lifeless = [r for r in _lifeless(before, now) if r in present]
             alive = [r for r in present if r not in lifeless]
-            said = verdict(now, [r for r in lifeless if r not in self._named] or [0])
+            said = verdict(now, [r for r in lifeless if r not in self._named])
         news, self._named = set(lifeless) - self._named, set(lifeless)
         if news and distributed.rank() in alive[:1]:
             print(f"warning: {said}", file=rank_logs.console(), flush=True)

@@ -122,12 +122,12 @@ def joined(meeting_s: float = 600) -> Iterator[torch.device]:
     try:
         yield device
     except BaseException as error:
-        is_everyones = isinstance(error, UserError) and not isinstance(error, RankError)
-        is_everyones = is_everyones and _all_fail()
         where = f"rank {rank()} on {socket.gethostname()}"
+        may_be_everyones = isinstance(error, UserError) and not isinstance(error, RankError)
+        is_everyones = may_be_everyones and _all_fail()
         if is_everyones or device.type == "cpu":
             stop()
-        if isinstance(error, UserError) and not isinstance(error, RankError) and not is_everyones:
+        if may_be_everyones and not is_everyones:
             raise RankError(f"{where}: {error}") from error
         raise
     stop()

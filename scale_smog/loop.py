@@ -127,7 +127,7 @@ def train(
         is_stopped = True
     except UserError as error:
         if distributed.is_main() or isinstance(error, RankError):
-            ending = f"ending, when the checkpoint on its way is written: {error}"
+            ending = f"ending, after a checkpoint that is on its way: {error}"
             print(ending, file=rank_logs.console(), flush=True)
         with phases.during(phases.SAVING), suppress(Exception):
             checkpoints.wait()

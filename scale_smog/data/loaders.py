@@ -66,24 +66,13 @@ def build_training_loader(
     return _build(data, source, steps, device)
 
 
-def build_finetuning_loader(
-    data: DataConfig,
-    views: Sequence[View],
-    dataset: Images,
-    plan: EpochPlan,
-    steps: range,
-    device: torch.device,
-) -> Iterable[Batch]:
-    """This rank's batches of labelled images, whatever loader the run was trained with.
+def by_plan(data: DataConfig) -> DataConfig:
+    """The settings with a loader that shows the images of any plan, for runs trained by another.
 
-    By DALI if that was one of DALI's, else by torch: not every loader shows the images of a plan.
-
-    Raises:
-        UserError: the ranks do not divide the batch; DALI or a GPU is asked for and missing.
+    DALI where it was one of DALI's, else torch.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
-    source = BatchSource(dataset, plan, views, plan.seed, rank, world_size)
-    return _build(data, source, steps, device)
+    loader = "dali" if data.loader in ("dali", "fast") else "torch"
+    return data.model_copy(update={"loader": loader, "stream": ""})
 
 
 def build_evaluation_loader(
@@ -99,7 +88,7 @@ def build_evaluation_loader(
     plan = SequentialPlan(sample_ids, min(evaluation.batch, share))  # few images: a small batch
     view = CentreView(evaluation.image_px, evaluation.crop_share)
     source = BatchSource(dataset, plan, [view], 0, rank, world_size)
-    return _build(data, source, range(plan.num_steps(world_size)), device)
+    return _build(by_plan(data), source, range(plan.num_steps(world_size)), device)
 
 
 def require_loader(data: DataConfig, device: torch.device) -> None:
@@ -120,7 +109,7 @@ def _build(
     data: DataConfig, source: BatchSource, steps: range, device: torch.device
 ) -> Iterable[Batch]:
     require_loader(data, device)
-    if data.loader in ("dali", "fast"):
+    if data.loader == "dali":
         dali = _import_dali(data.loader)
         on_gpu = _on_gpu(data, device)
         if on_gpu or max(view.px for view in source.views) <= SMALL_VIEW_PX:

@@ -13,7 +13,7 @@ from scale_smog.config import AugmentConfig
 from scale_smog.data.augment import RandomView
 from scale_smog.data.batch import Batch
 from scale_smog.data.folder_dataset import Images
-from scale_smog.data.loaders import build_finetuning_loader
+from scale_smog.data.loaders import build_training_loader, by_plan
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import each_once
 from scale_smog.evaluation.job import Job
@@ -44,8 +44,8 @@ def crops(
     view = RandomView(plain, 0, job.recipe.evaluation.image_px, config.scale, 0.0, 0.0)
 
     def batches(steps: range) -> Iterable[Batch]:
-        data = job.recipe.data
-        return build_finetuning_loader(data, [view], dataset, plan, steps, job.device)
+        data = by_plan(job.recipe.data)
+        return build_training_loader(data, [view], dataset, plan, steps, job.device)
 
     return batches, max(1, math.ceil(config.epochs * len(ids) / config.batch))
 
