@@ -50,7 +50,7 @@ def measure(rank: int, world_size: int, port: int, folder: str, repeats: int, qu
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    device = distributed.start()
+    device = distributed.init_process_group()
     overrides = [f"run.dir={folder}/run", "run.keep_checkpoints=1", *(QUICK if quick else [])]
     recipe = load_recipe(RECIPE, overrides)
     batch = recipe.data.global_batch // world_size
@@ -60,19 +60,19 @@ def measure(rank: int, world_size: int, port: int, folder: str, repeats: int, qu
     for step in range(repeats + 1):
         distributed.barrier()
         start = time.perf_counter()
-        problem = checkpoints.save(step, state.pieces())
+        problem = checkpoints.save(step, state.state_dict())
         blocked.append(time.perf_counter() - start)
         problem = checkpoints.wait() or problem
         waited.append(time.perf_counter() - start)
         assert problem is None, problem
     distributed.barrier()
     start = time.perf_counter()
-    assert checkpoints.load_newest(state.pieces())
+    assert checkpoints.load_newest(state.state_dict())
     if distributed.is_main():
         print(f"  the first save blocks for {blocked[0]:.2f} of {waited[0]:.2f} s")
         print(f"  verifying and reading it: {time.perf_counter() - start:.2f} s")
         report(Path(folder) / "run", blocked[1:], waited[1:])  # the first one allocates
-    distributed.stop()
+    distributed.destroy_process_group()
 
 
 def report(run_dir: Path, blocked: list[float], waited: list[float]) -> None:

@@ -20,8 +20,8 @@ from scale_smog import load_recipe
 from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
 from scale_smog.data.augment import training_views
-from scale_smog.data.batch_source import BatchSource
-from scale_smog.data.memory_loader import MemoryLoader
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.memory import MemoryLoader
 from scale_smog.grouping import chance_loss, perplexity
 from scale_smog.loop import train_step
 from scale_smog.pretrain import build_state, plan_steps, start_groups

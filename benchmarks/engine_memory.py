@@ -122,7 +122,7 @@ def step(engine: Engine, groups: MomentumGroups) -> None:
     engine.backward(group_contrastive_loss(p, new_groups, target, 0.1))
     engine.step(0.1, 1e-6)
     groups.commit(new_groups)
-    engine.ema(0.999)
+    engine.update_ema(0.999)
 
 
 def status_mib(name: str) -> float:

@@ -99,7 +99,7 @@ class Engined:
         self.engine.backward(group_contrastive_loss(p, new_groups, target, 0.1))
         self.engine.step(LR, DECAY)
         self.groups.commit(new_groups)
-        self.engine.ema(ALPHA)
+        self.engine.update_ema(ALPHA)
 
 
 if __name__ == "__main__":

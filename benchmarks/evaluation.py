@@ -7,14 +7,14 @@ heads may cost at most 1.3 of one. The online kNN and linear classifier may cost
 import time
 
 import torch
+import torch.nn.functional as F
 from compare import claim, interleaved, parse_arguments
 from torch import nn
-from torch.nn import functional
 
 from scale_smog.data.batch import Batch
-from scale_smog.evaluation.linear import build_heads
 from scale_smog.evaluation.online import KNN_EVERY, OnlineProbe
-from scale_smog.evaluation.settings import LinearConfig
+from scale_smog.evaluation.protocols import LinearConfig
+from scale_smog.evaluation.supervised.linear import build_heads
 from scale_smog.models import build_backbone
 
 NUM_CLASSES = 10
@@ -33,7 +33,7 @@ def linear_step(backbone: nn.Module, images: torch.Tensor, rates: tuple[float, .
             features = backbone(images)
         scores = heads(features)  # [B, L, C]
         wanted = labels[:, None].expand(scores.shape[:2])
-        loss = functional.cross_entropy(scores.flatten(0, 1), wanted.flatten()) * len(rates)
+        loss = F.cross_entropy(scores.flatten(0, 1), wanted.flatten()) * len(rates)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

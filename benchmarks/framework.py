@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from compare import claim, interleaved, interleaved_streams, parse_arguments
 from lightly.models import utils
 from lightly.models.modules import SMoGPredictionHead, SMoGProjectionHead, SMoGPrototypes
@@ -26,13 +27,12 @@ from lightly.transforms import SMoGTransform
 from sklearn.cluster import KMeans
 from step import one_rank, wait
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.models import resnet18
 
 from scale_smog.config import Recipe
-from scale_smog.data.sharding import shard_folder
+from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.loop import train_step
 from scale_smog.pretrain import build_state
 from scale_smog.throughput import NOW, build_batches
@@ -52,7 +52,7 @@ class Ours:
         self.recipe = self._recipe(tars, batch, num_groups, threads, loader)
         self.state = build_state(self.recipe, batch, device)
         for _ in range(RESET_EVERY):  # features for the reset, as after so many steps
-            self.state.bank.push(functional.normalize(torch.randn(batch, DIM, device=device)))
+            self.state.bank.push(F.normalize(torch.randn(batch, DIM, device=device)))
 
     @staticmethod
     def _recipe(tars: Path, batch: int, num_groups: int, threads: int, loader: str) -> Recipe:
@@ -108,7 +108,7 @@ class LightlyExample(nn.Module):
         self.projection_head = SMoGProjectionHead(512, 2048, DIM)
         self.prediction_head = SMoGPredictionHead(DIM, 2048, DIM)
         self._copy_momentum()
-        start = functional.normalize(torch.rand(num_groups, DIM))
+        start = F.normalize(torch.rand(num_groups, DIM))
         self.smog = SMoGPrototypes(group_features=start, beta=0.99)
         size = (RESET_EVERY * batch, DIM)
         self.memory = MemoryBankModule(size=size, feature_dim_first=False)
@@ -166,7 +166,7 @@ class LightlyExample(nn.Module):
         group_features = self.smog.get_updated_group_features(encoded)
         logits = self.smog(predicted, group_features, temperature=0.1)
         self.smog.set_group_features(group_features.detach())
-        loss = functional.cross_entropy(logits, assignments)
+        loss = F.cross_entropy(logits, assignments)
         self.memory(encoded.detach(), update=True)
         loss.backward()
         self.optimizer.step()
@@ -177,7 +177,7 @@ class LightlyExample(nn.Module):
         features = self.memory.bank.detach().cpu().numpy()
         kmeans: Any = KMeans(len(self.smog.group_features), n_init="auto").fit(features)
         centres = torch.from_numpy(kmeans.cluster_centers_).float()
-        self.smog.set_group_features(functional.normalize(centres, dim=1))
+        self.smog.set_group_features(F.normalize(centres, dim=1))
         self._copy_momentum()
 
 

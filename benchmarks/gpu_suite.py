@@ -19,22 +19,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from compare import interleaved, interleaved_streams
 from PIL import Image
 from step import STEPS_A_TURN, Bare, Ours, one_rank, step_recipe, turn, wait
-from torch.nn import functional
 
 from scale_smog import distributed
 from scale_smog.config import Recipe
-from scale_smog.data.sharding import shard_folder
+from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.grouping import spherical_kmeans
 from scale_smog.loop import train_step
 from scale_smog.models import build_backbone
 from scale_smog.profiling.flops import count_step, roof_s
 from scale_smog.profiling.hardware import hardware_name, load_hardware
 from scale_smog.profiling.peaks import measure_peaks
-from scale_smog.profiling.step_profile import StepProfile, Timeline, marked
-from scale_smog.throughput import NOW, borders, build_batches
+from scale_smog.profiling.step_profile import StepProfile, Timeline, timed
+from scale_smog.throughput import NOW, build_batches, timed_methods
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 CLUSTERED, GROUPS, ITERATIONS, RESET_EVERY, CLUSTER_GPUS = 1_228_800, 3000, 10, 300, 64
@@ -138,7 +138,7 @@ class Suite:
         rows, groups = (4096, 50) if self.quick else (CLUSTERED, GROUPS)
         generator = torch.Generator(DEVICE).manual_seed(0)
         features = torch.randn(rows, 128, device=DEVICE, generator=generator)
-        features = functional.normalize(features)
+        features = F.normalize(features)
         start = features[:groups].clone()
         jobs: dict[str, Callable[[], object]] = {
             "ours": lambda: spherical_kmeans(features, start, iterations=ITERATIONS)
@@ -248,7 +248,7 @@ class Suite:
         for _ in range(3):
             ours.step()
         timeline = Timeline(DEVICE)
-        with marked(timeline, borders(ours.state)):
+        with timed(timeline, timed_methods(ours.state)):
             for _ in range(20):
                 with timeline.step():
                     train_step(ours.recipe, ours.state, ours.batch, NOW)

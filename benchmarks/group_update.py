@@ -1,10 +1,10 @@
 """One step of the groups against lightly's SMoGPrototypes: batch 4,096, 3,000 groups."""
 
 import torch
+import torch.nn.functional as F
 from compare import claim, interleaved, parse_arguments
 from lightly.models.modules.heads import SMoGPrototypes
 from torch import Tensor
-from torch.nn import functional
 
 from scale_smog.grouping import MomentumGroups
 
@@ -14,7 +14,7 @@ DIM, BETA = 128, 0.99
 def unit(num: int, seed: int) -> Tensor:
     """[num, 128] unit rows."""
     generator = torch.Generator().manual_seed(seed)
-    return functional.normalize(torch.randn(num, DIM, generator=generator))
+    return F.normalize(torch.randn(num, DIM, generator=generator))
 
 
 class GivenGroups(MomentumGroups):
@@ -50,9 +50,7 @@ def main() -> None:
     print(f"{size}; {len(given.given.unique())} groups have features")
 
     # lightly leaves the groups without unit length; apart from that both define the same thing.
-    difference = groups.updated_by(z, BETA) - functional.normalize(
-        prototypes.get_updated_group_features(z)
-    )
+    difference = groups.updated_by(z, BETA) - F.normalize(prototypes.get_updated_group_features(z))
     print(f"  greatest difference of a group's value: {difference.abs().max():.1e}")
     assert difference.abs().max() < 1e-6
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import faiss
 import torch
+import torch.nn.functional as F
 from compare import claim, interleaved, parse_arguments
 from sklearn.cluster import KMeans
 from torch import Tensor
-from torch.nn import functional
 
 from scale_smog.grouping import spherical_kmeans
 from scale_smog.grouping.kmeans import add_rows, assign
@@ -28,7 +28,7 @@ def make_features(num: int, num_groups: int) -> tuple[Tensor, Tensor]:
     centres = torch.randn(num_groups, DIM, generator=generator)
     noise = torch.randn(num, DIM, generator=generator)
     which = torch.randint(num_groups, (num,), generator=generator)
-    features = functional.normalize(centres[which] + noise)
+    features = F.normalize(centres[which] + noise)
     return features, features[torch.randperm(num, generator=generator)[:num_groups]].clone()
 
 

@@ -138,8 +138,8 @@ def train(run: Run) -> dict[str, Any]:
 
     from scale_smog.data import EpochPlan, TarDataset
     from scale_smog.data.augment import training_views
-    from scale_smog.data.batch_source import BatchSource
-    from scale_smog.data.memory_loader import MemoryLoader
+    from scale_smog.data.loaders.batch_source import BatchSource
+    from scale_smog.data.loaders.memory import MemoryLoader
     from scale_smog.pretrain import plan_steps
     from scale_smog.small_data import fit_to_data
 
@@ -192,7 +192,7 @@ def recipe_of(run: Run, device: torch.device) -> Any:
 
 def build_judge(recipe: Any, dataset: Any, num_train: int) -> Judge:
     """Centre crops of the first training images, of those held out, and of the test split."""
-    from scale_smog.data.folder_dataset import open_split
+    from scale_smog.data.image_folder import open_split
     from scale_smog.evaluation import embed_images
     from scale_smog.evaluation.splits import test_split
 

@@ -33,8 +33,8 @@ from torchvision.transforms import InterpolationMode
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import SIGMA, training_views
-from scale_smog.data.loaders import build_training_loader
-from scale_smog.data.sharding import shard_folder
+from scale_smog.data.loaders.build import build_training_loader
+from scale_smog.data.prepare.shard import shard_folder
 
 BATCH = 32
 NUM_WARM_UP = 6

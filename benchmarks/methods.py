@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
@@ -88,7 +88,7 @@ class OursBothWays(Ours):
         groups.commit(new_groups)
         state.bank.push(z)
         state.usage.push(groups.counts)
-        engine.ema(self._recipe.model.ema)
+        engine.update_ema(self._recipe.model.ema)
         state.step += 1
         return loss.detach()
 
@@ -210,7 +210,7 @@ class LightlySmog(WithMomentumNet):
         grouping = recipe.grouping
         self.follow(SMoGProjectionHead(self.num_features, self.hidden, self.dim))
         self.predictor = SMoGPredictionHead(self.dim, self.hidden, self.dim)
-        groups = functional.normalize(torch.rand(grouping.num_groups, self.dim))
+        groups = F.normalize(torch.rand(grouping.num_groups, self.dim))
         self.smog = SMoGPrototypes(group_features=groups, beta=0.99).to(device)
         rows = recipe.bank_steps * recipe.data.global_batch
         self.bank = MemoryBankModule(size=(rows, self.dim), feature_dim_first=False).to(device)
@@ -232,7 +232,7 @@ class LightlySmog(WithMomentumNet):
         self.bank(encoded.detach(), update=True)
         own = self.smog.assign_groups(encoded)
         self.counts[self.num_steps % 40] = own.bincount(minlength=len(groups)).float()
-        return self.update(functional.cross_entropy(logits, ids), self.rate or now.lr)
+        return self.update(F.cross_entropy(logits, ids), self.rate or now.lr)
 
     def reset(self) -> None:
         """Groups by scikit-learn's k-means, momentum nets from the trained ones."""
@@ -241,7 +241,7 @@ class LightlySmog(WithMomentumNet):
         features = self.bank.bank.detach().cpu().numpy()
         kmeans: Any = KMeans(len(self.smog.group_features), n_init="auto").fit(features)
         centres = torch.from_numpy(kmeans.cluster_centers_).float()
-        self.smog.set_group_features(functional.normalize(centres, dim=1))
+        self.smog.set_group_features(F.normalize(centres, dim=1))
         self.follow(self.head)
 
     def figures(self) -> dict[str, float]:

@@ -65,7 +65,7 @@ class Ours:
     def step(self) -> None:
         """One of each."""
         self._engine.step(LR, DECAY)
-        self._engine.ema(ALPHA)
+        self._engine.update_ema(ALPHA)
 
 
 class Theirs:

@@ -22,8 +22,8 @@ from scale_smog.config import Recipe
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
-from scale_smog.data.loaders import build_training_loader
-from scale_smog.data.sharding import shard_folder
+from scale_smog.data.loaders.build import build_training_loader
+from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.loop import train_step
 from scale_smog.pretrain import build_state
 from scale_smog.throughput import NOW, build_batches

@@ -11,8 +11,8 @@ from compare import claim, interleaved, parse_arguments
 from step import Ours, one_rank, step_recipe, turn
 
 from scale_smog.loop import train_step
-from scale_smog.profiling.step_profile import Timeline, marked
-from scale_smog.throughput import NOW, borders
+from scale_smog.profiling.step_profile import Timeline, timed
+from scale_smog.throughput import NOW, timed_methods
 
 LIMIT_OFF, LIMIT_SUM = 0.99, 0.97
 
@@ -31,7 +31,7 @@ def main() -> None:
         run = turn(profiled)
 
         def while_profiled() -> None:
-            with marked(timeline, borders(profiled.state)), timeline.step():
+            with timed(timeline, timed_methods(profiled.state)), timeline.step():
                 run()
 
         while_profiled()  # before the measurement: what a profile leaves behind is then in it
@@ -55,7 +55,7 @@ def main() -> None:
 
 def _sum_against_clock(ours: Ours) -> tuple[float, float]:
     timeline, clock = Timeline(ours.device), 0.0
-    with marked(timeline, borders(ours.state)):
+    with timed(timeline, timed_methods(ours.state)):
         for _ in range(5):
             start = time.perf_counter()
             with timeline.step():

@@ -30,8 +30,8 @@ import torch.multiprocessing as mp
 from compare import claim, parse_arguments
 
 from scale_smog.config import Recipe
-from scale_smog.profiling.collectives import calibrated
 from scale_smog.profiling.hardware import Hardware, load_hardware
+from scale_smog.profiling.link_benchmark import calibrated
 from scale_smog.profiling.scaling_model import Workload, exposed_s, predict_step
 
 KINDS = ("ddp", "zero1", "fsdp")
@@ -199,7 +199,7 @@ def supervised(
         alone: images/s of one GPU where that is known; else the machine's roof says.
         rates: images/s, not efficiency.
     """
-    from scale_smog.profiling.scaling_model import OUTLOOKS, estimate_parts
+    from scale_smog.profiling.scaling_model import ESTIMATES, estimate_parts
 
     recipe = Recipe.model_validate(
         {
@@ -212,14 +212,14 @@ def supervised(
     work = Workload.of(recipe, batch)
     work = replace(work, cost=replace(work.cost, momentum_norm_channels=[]))
     values = []
-    for outlook in OUTLOOKS:
-        parts = estimate_parts(work, machine, outlook)
+    for estimate in ESTIMATES:
+        parts = estimate_parts(work, machine, estimate)
         parts = {k: parts[k] for k in ("online_forward", "backward", "optimizer")}
         parts["momentum_forward"] = 0.0
         if alone:
             total = sum(parts.values())
             parts = {k: v / total * batch / alone for k, v in parts.items()}
-        rate = gpus * batch / predict_step(work, parts, gpus, "ddp", "local", machine, outlook)
+        rate = gpus * batch / predict_step(work, parts, gpus, "ddp", "local", machine, estimate)
         one = gpus * batch / sum(parts.values())
         values.append(rate if rates else rate / one)
     low, nominal, high = values

@@ -25,8 +25,8 @@ from scale_smog.data.batch import Batch
 from scale_smog.loop import train_step
 from scale_smog.models import build_nets
 from scale_smog.pretrain import build_state
-from scale_smog.profiling.step_profile import PARTS, StepProfile, Timeline, marked
-from scale_smog.throughput import NOW, borders, build_batches
+from scale_smog.profiling.step_profile import PARTS, StepProfile, Timeline, timed
+from scale_smog.throughput import NOW, build_batches, timed_methods
 
 FLOOR = 0.92
 STEPS_A_TURN = {"cpu": 1, "cuda": 10}
@@ -184,7 +184,7 @@ class Usual(Bare):
 def print_parts(ours: Ours, num_steps: int = 5) -> None:
     """Where a step's time goes."""
     timeline = Timeline(ours.device)
-    with marked(timeline, borders(ours.state)):
+    with timed(timeline, timed_methods(ours.state)):
         for _ in range(num_steps):
             with timeline.step():
                 train_step(ours.recipe, ours.state, ours.batch, NOW)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from scale_smog.data.indexing import index_folder
+from scale_smog.data.prepare.index import index_folder
 from scale_smog.errors import exits_on_user_error
 
 

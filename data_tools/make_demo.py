@@ -2,7 +2,7 @@
 
 import argparse
 
-from scale_smog.data.demo_images import make_demo
+from scale_smog.data.prepare.demo import make_demo
 from scale_smog.errors import exits_on_user_error
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from scale_smog.data.processes import default_workers
-from scale_smog.data.sharding import shard_folder
+from scale_smog.data.prepare.shard import shard_folder
+from scale_smog.data.workers import default_workers
 from scale_smog.errors import exits_on_user_error
 
 

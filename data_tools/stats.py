@@ -2,7 +2,7 @@
 
 import argparse
 
-from scale_smog.data.stats import describe, draw_samples
+from scale_smog.data.prepare.stats import describe, draw_samples
 from scale_smog.errors import exits_on_user_error
 
 

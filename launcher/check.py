@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from scale_smog import distributed, load_recipe
-from scale_smog.checkpoint.manifest import generations, whole_or_why
+from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
 from scale_smog.errors import UserError, exits_on_user_error
 from scale_smog.preflight import check
 
@@ -34,10 +34,10 @@ def main() -> int:
 
 def doctor(run_dir: Path) -> int:
     """Prints a line a checkpoint, newest first; returns the exit status."""
-    folders = generations(run_dir)[::-1]
+    folders = list_checkpoints(run_dir)[::-1]
     if not folders:
         raise UserError(f"no checkpoint in {run_dir}: give a run's folder, such as runs/demo")
-    problems = [whole_or_why(folder) for folder in folders]
+    problems = [find_damage(folder) for folder in folders]
     for folder, problem in zip(folders, problems, strict=True):
         print(f"{folder.name}  {'NOT WHOLE: ' + problem if problem else 'whole'}")
     whole = [f.name for f, problem in zip(folders, problems, strict=True) if problem is None]

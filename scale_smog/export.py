@@ -8,14 +8,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scale_smog import run_folder
 from scale_smog.config import ModelConfig, Recipe
 from scale_smog.data.augment import MEAN, STD
-from scale_smog.data.manifest import write_atomically
 from scale_smog.errors import UserError
 from scale_smog.evaluation.checkpoints import find_checkpoint, load_online_net, read_part
 from scale_smog.models.weights import to_torchvision_swin
 from scale_smog.recipe import load_recipe
+from scale_smog.reporting import run_folder
+from scale_smog.runtime.files import write_atomically
 
 FORMATS = ("timm", "torchvision", "hf")
 WEIGHTS_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"

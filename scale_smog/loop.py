@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from scale_smog import distributed, phases, rank_logs
+from scale_smog import distributed
 from scale_smog.checkpoint import Checkpoints
 from scale_smog.config import GroupingConfig, Recipe
 from scale_smog.data.batch import Batch
-from scale_smog.distributed import Piece
+from scale_smog.distributed import Partition
 from scale_smog.engine import Engine
 from scale_smog.errors import RankError, UserError
 from scale_smog.grouping import (
@@ -24,9 +24,10 @@ from scale_smog.grouping import (
     collapse_warning,
     perplexity,
 )
-from scale_smog.health import SkippedSteps, Stragglers
 from scale_smog.loss import group_contrastive_loss, instance_contrastive_loss
-from scale_smog.metrics import Metrics, StepClock
+from scale_smog.reporting.health import SkippedSteps, Stragglers
+from scale_smog.reporting.metrics import Metrics, StepClock
+from scale_smog.runtime import phases, rank_logs
 from scale_smog.schedules import Now, Schedules, due
 
 
@@ -40,17 +41,17 @@ class TrainState:
     usage: GroupUsage
     step: int = 0  # finished steps
 
-    def pieces(self) -> dict[str, Piece]:
+    def state_dict(self) -> dict[str, Partition]:
         """What this rank holds of it, under names that know no engine and no number of ranks."""
-        groups = {name: Piece.whole(x) for name, x in self.groups.state_dict().items()}
-        parts = {"groups": groups, "bank": self.bank.pieces(), "usage": self.usage.pieces()}
-        pieces = self.engine.pieces()
+        groups = {name: Partition.replicated(x) for name, x in self.groups.state_dict().items()}
+        parts = {"groups": groups, "bank": self.bank.state_dict(), "usage": self.usage.state_dict()}
+        partitions = self.engine.state_dict()
         for prefix, part in parts.items():
-            pieces |= {f"{prefix}.{name}": piece for name, piece in part.items()}
-        return pieces
+            partitions |= {f"{prefix}.{name}": partition for name, partition in part.items()}
+        return partitions
 
     def load(self, values: dict[str, Tensor], step: int) -> None:
-        """Takes values for its pieces, as they were after `step` steps."""
+        """Takes values for its partitions, as they were after `step` steps."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
@@ -122,8 +123,8 @@ def train(
             if due(state.step, run.evaluate_every):
                 evaluate(state.step)
                 clock.restart()
-            phases.pause_point()
-    except phases.Stopped:  # in k-means or an evaluation too: the last finished step stands
+            phases.check_for_stop()
+    except phases.StopRequested:  # in k-means or an evaluation too: the last finished step stands
         is_stopped = True
     except UserError as error:
         if distributed.is_main() or isinstance(error, RankError):
@@ -159,7 +160,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: Batch, now: Now) -> Ste
         groups.commit(new_groups)
         bank.push(z)
         state.usage.push(groups.counts)
-        engine.ema(recipe.model.ema)
+        engine.update_ema(recipe.model.ema)
     state.step += 1
     return StepReport(loss, is_applied, report)
 
@@ -193,7 +194,7 @@ def instance_step(recipe: Recipe, state: TrainState, batch: Batch, now: Now) -> 
     is_applied = engine.step(now.lr, now.weight_decay)
     if is_applied:
         state.bank.push(z)
-        engine.ema(recipe.model.ema)
+        engine.update_ema(recipe.model.ema)
     state.step += 1
     return StepReport(loss, is_applied, None)
 
@@ -201,7 +202,7 @@ def instance_step(recipe: Recipe, state: TrainState, batch: Batch, now: Now) -> 
 def save(state: TrainState, checkpoints: Checkpoints, metrics: Metrics) -> int:
     """Starts a checkpoint, which blocks for a copy of the state; returns the step."""
     with phases.during(phases.SAVING):
-        if problem := checkpoints.save(state.step, state.pieces()):
+        if problem := checkpoints.save(state.step, state.state_dict()):
             metrics.say(f"warning: {problem}; training goes on")
     return state.step
 

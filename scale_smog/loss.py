@@ -1,8 +1,8 @@
 """The group-contrastive loss (SMoG Eq. 3), and the instance-contrastive one before it (Eq. 1)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
 from scale_smog import distributed
 
@@ -23,7 +23,7 @@ def group_contrastive_loss(p: Tensor, groups: Tensor, ids: Tensor, temperature: 
     """
     logits = p.to(groups.dtype) @ groups.T / temperature  # [..., K]
     targets = ids.expand(logits.shape[:-1])  # [..., B]
-    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def instance_contrastive_loss(p: Tensor, temperature: float = INSTANCE_TEMPERATURE) -> Tensor:
@@ -39,11 +39,11 @@ def instance_contrastive_loss(p: Tensor, temperature: float = INSTANCE_TEMPERATU
         Mean over this rank's 2 B views.
     """
     batch = p.shape[1]
-    everyone = distributed.differentiable_gather(p)  # [W, 2, B, D]
+    everyone = distributed.differentiable_all_gather(p)  # [W, 2, B, D]
     first = distributed.rank() * 2 * batch  # row of this rank's first view among W 2 B
     own = torch.arange(2 * batch, device=p.device)
     logits = p.flatten(0, 1) @ everyone.flatten(0, 2).T / temperature  # [2B, W 2B]
     itself = torch.zeros_like(logits, dtype=torch.bool)
     itself[own, first + own] = True
     logits = logits.masked_fill(itself, -torch.inf)
-    return functional.cross_entropy(logits, first + own.roll(batch))
+    return F.cross_entropy(logits, first + own.roll(batch))

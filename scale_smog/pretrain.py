@@ -8,36 +8,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scale_smog import checkpoint, distributed, phases, run_folder
+from scale_smog import checkpoint, distributed
 from scale_smog.checkpoint import Checkpoints
 from scale_smog.config import ModelConfig, Recipe
 from scale_smog.data import EpochPlan, TarDataset, manifest_sha256
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
-from scale_smog.data.loaders import build_plan, build_training_loader, require_loader
-from scale_smog.deadlines import Deadlines
+from scale_smog.data.loaders.build import build_plan, build_training_loader, require_loader
 from scale_smog.engine import build_engine
 from scale_smog.errors import UserError
 from scale_smog.evaluation import KnnProbe, OnlineProbe, draw_groups, embed_images
-from scale_smog.evaluation.curves import CURVES_FILE, draw_run_curves
 from scale_smog.evaluation.splits import require_labels
 from scale_smog.grouping import FeatureBank, GroupUsage, MomentumGroups, perplexity
 from scale_smog.loop import TrainState, train
-from scale_smog.metrics import Metrics
 from scale_smog.models import (
     MomentumNet,
     OnlineNet,
     build_nets,
+    frozen_running_stats,
     process_group_for,
     synchronise_batch_norm,
-    untracked,
 )
 from scale_smog.models.weights import load_weights
-from scale_smog.preemption import Preemption
 from scale_smog.preflight import require_equal_hosts
 from scale_smog.profiling.memory import plan_memory
-from scale_smog.rank_logs import RankLogs
 from scale_smog.recipe import dump_recipe
+from scale_smog.reporting import run_folder
+from scale_smog.reporting.curves import CURVES_FILE, draw_run_curves
+from scale_smog.reporting.metrics import Metrics
+from scale_smog.runtime import phases
+from scale_smog.runtime.preemption import Preemption
+from scale_smog.runtime.rank_logs import RankLogs
+from scale_smog.runtime.watchdog import Watchdog
 from scale_smog.schedules import Schedules
 from scale_smog.small_data import fit_to_data
 
@@ -55,14 +57,14 @@ def pretrain(recipe: Recipe) -> None:
     """
     with (
         Preemption(),
-        distributed.joined() as device,
-        Deadlines(recipe.deadlines) as deadlines,
+        distributed.process_group() as device,
+        Watchdog(recipe.deadlines) as deadlines,
         RankLogs() as logs,
     ):
         try:
             _pretrain(recipe, device, logs)
         except RuntimeError:  # of a collective, if a rank is gone
-            deadlines.name_the_lost()
+            deadlines.report_lost_ranks()
             raise
 
 
@@ -85,7 +87,7 @@ def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     logs.open(run_dir)
     checkpoints = Checkpoints(recipe.run, facts)
     news = restore(recipe, state, checkpoints)
-    if state.step < schedules.num_steps and (warning := checkpoints.prepare(state.pieces())):
+    if state.step < schedules.num_steps and (warning := checkpoints.prepare(state.state_dict())):
         news.append(f"warning: {warning}")
     metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch)
     changed = [f"changed since the run began: {change}" for change in changes]
@@ -98,7 +100,7 @@ def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     def evaluate(step: int) -> None:
         if probe:
             with phases.during(phases.EVALUATION):
-                accuracy = probe.accuracy(pausing(state.engine.embed))
+                accuracy = probe.accuracy(stoppable(state.engine.embed))
             metrics.scalars(step, {"knn": accuracy})
             metrics.say(f"step {step}  kNN top-1 {accuracy:.3f}")
 
@@ -114,10 +116,10 @@ def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
                 report, every = metrics.scalars, recipe.run.log_every
                 batches = online.watching(batches, state.step, every, report)
             if not train(recipe, state, batches, schedules, metrics, evaluate, checkpoints):
-                raise phases.Stopped
+                raise phases.StopRequested
         with phases.during(phases.EVALUATION):
             conclude(recipe, state, dataset, probe, metrics)
-    except phases.Stopped:
+    except phases.StopRequested:
         metrics.say(f"stopped after step {state.step}; the same command goes on from there")
     metrics.close()
     if distributed.is_main():
@@ -126,20 +128,20 @@ def _pretrain(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
 
 def restore(recipe: Recipe, state: TrainState, checkpoints: Checkpoints) -> list[str]:
     """Takes the newest whole checkpoint, if there is one; a line on each that was not whole."""
-    restored = checkpoints.load_newest(state.pieces())
+    restored = checkpoints.load_newest(state.state_dict())
     if restored is None:
         return []
     state.load(restored.values, restored.step)
     if restored.format_version == 1:  # saved before the momentum update that belongs to its step
-        state.engine.ema(recipe.model.ema)
+        state.engine.update_ema(recipe.model.ema)
     return [f"warning: passed over {line}" for line in restored.passed_over]
 
 
-def pausing(embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def stoppable(embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A net that can be stopped between two batches, on all ranks alike."""
 
     def embed_or_stop(images: Tensor) -> Tensor:
-        phases.pause_point()
+        phases.check_for_stop()
         return embed(images)
 
     return embed_or_stop
@@ -197,8 +199,8 @@ def first_nets(model: ModelConfig) -> tuple[OnlineNet, MomentumNet]:
 @torch.no_grad()
 def start_groups(state: TrainState, batches: Iterable[Batch]) -> None:
     """First groups: k-means over features of the initial net (SMoG section 4.1)."""
-    embed = pausing(lambda view: state.engine.forward_online(view, [])[0])
-    with untracked(state.engine.online):
+    embed = stoppable(lambda view: state.engine.forward_online(view, [])[0])
+    with frozen_running_stats(state.engine.online):
         z = [embed(batch.large[0]) for batch in batches]
     bank = FeatureBank(len(z), len(z[0]), z[0].shape[1], z[0].device)
     for features in z:
@@ -213,8 +215,8 @@ def start_or_save(state: TrainState, batches: Iterable[Batch], checkpoints: Chec
     """
     try:
         start_groups(state, batches)
-    except phases.Stopped:
-        checkpoints.save(0, state.pieces())
+    except phases.StopRequested:
+        checkpoints.save(0, state.state_dict())
         if problem := checkpoints.wait():
             raise UserError(problem) from None
         raise
@@ -276,7 +278,7 @@ def _draw_groups(recipe: Recipe, state: TrainState, dataset: TarDataset, usage: 
     ids = np.arange(min(NUM_PICTURED, num_trained, dataset.num_samples))
     engine = state.engine
     z = embed_images(
-        pausing(engine.project), recipe.data, recipe.evaluation, dataset, ids, engine.device
+        stoppable(engine.project), recipe.data, recipe.evaluation, dataset, ids, engine.device
     )
     if distributed.is_main():
         path = Path(recipe.run.dir) / PICTURE_FILE
@@ -284,13 +286,13 @@ def _draw_groups(recipe: Recipe, state: TrainState, dataset: TarDataset, usage: 
 
 
 def _knn_figures(recipe: Recipe, state: TrainState, probe: KnnProbe) -> dict[str, float]:
-    figures = {"trained": probe.accuracy(pausing(state.engine.embed)), **probe.settings}
+    figures = {"trained": probe.accuracy(stoppable(state.engine.embed)), **probe.settings}
     if recipe.evaluation.baselines:
         torch.manual_seed(recipe.run.seed)
         random_net = build_nets(recipe.model)[0].backbone.to(state.engine.device).eval()
         with torch.no_grad():
-            figures["random"] = probe.accuracy(pausing(random_net))
-        figures["raw_pixels"] = probe.accuracy(pausing(lambda images: images.flatten(1)))
+            figures["random"] = probe.accuracy(stoppable(random_net))
+        figures["raw_pixels"] = probe.accuracy(stoppable(lambda images: images.flatten(1)))
     return figures
 
 
@@ -311,7 +313,7 @@ def _result_table(recipe: Recipe, results: dict[str, dict[str, float]]) -> str:
         ("peak memory of a rank", f"{distributed.peak_memory_mib():.0f} MiB"),
         ("results", str(run_dir / run_folder.RESULTS_FILE)),
         ("TensorBoard log", str(run_dir / "tensorboard")),
-        ("checkpoint", str(checkpoint.generations(run_dir)[-1])),
+        ("checkpoint", str(checkpoint.list_checkpoints(run_dir)[-1])),
         ("picture of the groups", str(run_dir / PICTURE_FILE)),
         ("picture of the course", str(run_dir / CURVES_FILE)),
     ]

@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
+import torch.nn.functional as F
 
 from scale_smog import distributed, loop
 from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
-from scale_smog.data.loaders import build_plan, build_training_loader
-from scale_smog.data.synthetic import SyntheticLoader
+from scale_smog.data.loaders.build import build_plan, build_training_loader
+from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.errors import UserError
 from scale_smog.grouping import spherical_kmeans
 from scale_smog.loop import TrainState, train_step
 from scale_smog.pretrain import build_state
 from scale_smog.profiling import report
-from scale_smog.profiling.collectives import calibrated, wait_for
 from scale_smog.profiling.hardware import Hardware, hardware_name, load_hardware
+from scale_smog.profiling.link_benchmark import calibrated, wait_for
 from scale_smog.profiling.peaks import measure_peaks
 from scale_smog.profiling.scaling_model import Measured, Workload, whole_parts
-from scale_smog.profiling.step_profile import Border, StepProfile, Timeline, marked
+from scale_smog.profiling.step_profile import StepProfile, TimedMethod, Timeline, timed
 from scale_smog.profiling.traces import communication, tracing, write_trace
 from scale_smog.schedules import Now
 from scale_smog.small_data import fit_to_data
@@ -58,7 +58,7 @@ def profile(recipe: Recipe, options: Options) -> dict[str, Any]:
     Raises:
         UserError: the dataset, the hardware file or the number of ranks does not fit.
     """
-    with distributed.joined() as device:
+    with distributed.process_group() as device:
         return _profile(recipe, options, device)
 
 
@@ -137,22 +137,22 @@ def build_batches(
     return build_training_loader(recipe.data, views, dataset, plan, range(num), device)
 
 
-def borders(state: TrainState) -> list[Border]:
+def timed_methods(state: TrainState) -> list[TimedMethod]:
     """What the loop calls at a step, and which part it belongs to."""
     return [
-        Border(state.engine, "ema", "ema"),
-        Border(state.engine, "reset_momentum", "ema"),
-        Border(state.engine, "forward_online", "online_forward"),
-        Border(state.engine, "forward_momentum", "momentum_forward"),
-        Border(state.groups, "assign", "grouping"),
-        Border(state.groups, "updated_by", "grouping"),
-        Border(loop, "group_contrastive_loss", "grouping"),
-        Border(state.engine, "backward", "backward"),
-        Border(state.engine, "step", "optimizer"),
-        Border(state.groups, "commit", "grouping"),
-        Border(state.bank, "push", "grouping"),
-        Border(state.usage, "push", "grouping"),
-        Border(state.groups, "reseed_from", "kmeans"),
+        TimedMethod(state.engine, "ema", "ema"),
+        TimedMethod(state.engine, "reset_momentum", "ema"),
+        TimedMethod(state.engine, "forward_online", "online_forward"),
+        TimedMethod(state.engine, "forward_momentum", "momentum_forward"),
+        TimedMethod(state.groups, "assign", "grouping"),
+        TimedMethod(state.groups, "updated_by", "grouping"),
+        TimedMethod(loop, "group_contrastive_loss", "grouping"),
+        TimedMethod(state.engine, "backward", "backward"),
+        TimedMethod(state.engine, "step", "optimizer"),
+        TimedMethod(state.groups, "commit", "grouping"),
+        TimedMethod(state.bank, "push", "grouping"),
+        TimedMethod(state.usage, "push", "grouping"),
+        TimedMethod(state.groups, "reseed_from", "kmeans"),
     ]
 
 
@@ -169,7 +169,7 @@ def measure_steps(
     for batch in islice(batches, options.num_warm_up):
         train_step(recipe, state, batch, NOW)
     timeline = Timeline(device)
-    with marked(timeline, borders(state)):
+    with timed(timeline, timed_methods(state)):
         _run(recipe, state, batches, options.num_steps, timeline)
         measured = StepProfile.of(timeline.durations())
         if not options.trace:
@@ -213,7 +213,7 @@ def kmeans_s(recipe: Recipe, batch: int, device: torch.device) -> float:
     rows = bank_rows if device.type == "cuda" else min(bank_rows, KMEANS_ROWS_ON_CPU)
     generator = torch.Generator(device).manual_seed(distributed.rank())
     features = torch.randn(rows, recipe.model.dim, device=device, generator=generator)
-    features = functional.normalize(features)
+    features = F.normalize(features)
     start = features[torch.arange(grouping.num_groups, device=device) % rows].clone()
     seconds = []
     for _ in range(2):  # the first one warms up

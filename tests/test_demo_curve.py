@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scale_smog.data.demo_images import make_demo
+from scale_smog.data.prepare.demo import make_demo
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PROGRAM = """

@@ -11,7 +11,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small_recipe import small_recipe
 
-from scale_smog import run_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation import checkpoints
 from scale_smog.export import export
@@ -19,6 +18,7 @@ from scale_smog.models import build_backbone, build_nets
 from scale_smog.models.weights import from_torchvision_swin, load_weights, to_torchvision_swin
 from scale_smog.pretrain import pretrain
 from scale_smog.recipe import dump_recipe
+from scale_smog.reporting import run_folder
 
 
 @pytest.fixture

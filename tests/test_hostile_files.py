@@ -19,7 +19,7 @@ from scale_smog.checkpoint.manifest import (
     write_manifest,
 )
 from scale_smog.config import RunConfig
-from scale_smog.distributed import Piece
+from scale_smog.distributed import Partition
 from scale_smog.models.weights import read_weights
 
 ROOT = Path(__file__).parent.parent
@@ -56,14 +56,14 @@ def saved(tmp_path) -> Path:
     run = RunConfig(dir=str(tmp_path / "run"), steps=1)
     checkpoints = Checkpoints(run, {})
     for step in (1, 2):
-        checkpoints.save(step, {"online.w": Piece.whole(torch.full((5,), float(step)))})
+        checkpoints.save(step, {"online.w": Partition.replicated(torch.full((5,), float(step)))})
         assert checkpoints.wait() is None
-    return checkpoint.generations(tmp_path / "run")[-1]
+    return checkpoint.list_checkpoints(tmp_path / "run")[-1]
 
 
 def load_newest(folder: Path) -> int:
     run = RunConfig(dir=str(folder.parent.parent), steps=1)
-    restored = Checkpoints(run, {}).load_newest({"online.w": Piece.whole(torch.zeros(5))})
+    restored = Checkpoints(run, {}).load_newest({"online.w": Partition.replicated(torch.zeros(5))})
     assert restored
     assert restored.values["online.w"].tolist() == [float(restored.step)] * 5
     return restored.step
@@ -127,7 +127,7 @@ def pickle_as_seal_of_format_1(folder: Path, song: bytes) -> int:
 def test_a_poisoned_checkpoint_runs_nothing(saved, song, canary, attack):
     step = attack(saved, song)
     assert load_newest(saved) == step
-    checkpoint.whole_or_why(saved)
+    checkpoint.find_damage(saved)
     assert not canary.exists()
 
 
@@ -141,9 +141,9 @@ def other_tensors_sealed_anew(folder: Path, song: bytes) -> None:
     seal_anew(folder, tensors={"online.w": TensorFacts([7], "float32")})
     shutil.rmtree(folder.parent / "step-00000001")
     donor = Checkpoints(RunConfig(dir=str(folder.parent / "donor"), steps=1), {})
-    donor.save(2, {"online.w": Piece.whole(torch.zeros(7))})
+    donor.save(2, {"online.w": Partition.replicated(torch.zeros(7))})
     donor.wait()
-    other = checkpoint.generations(folder.parent / "donor")[0]
+    other = checkpoint.list_checkpoints(folder.parent / "donor")[0]
     shutil.rmtree(folder)
     os.rename(other, folder)
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_on_ranks
 from small_recipe import small_recipe
-from torch.nn import functional
 
 from scale_smog import UserError, checkpoint, distributed
 from scale_smog.loss import instance_contrastive_loss
@@ -16,7 +16,7 @@ from scale_smog.pretrain import pretrain
 
 def views(batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return functional.normalize(torch.randn(2, batch, 8, generator=generator), dim=-1)
+    return F.normalize(torch.randn(2, batch, 8, generator=generator), dim=-1)
 
 
 def written_out(p: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_groups_rest_in_the_warm_up_and_are_made_anew_at_its_end(tmp_path, tars)
     keys = ("grouping.instance_warmup_steps=4", "run.checkpoint_every=1", "run.steps=6")
     pretrain(small_recipe(tmp_path, tars, *keys))
     groups, pushed = {}, {}
-    for folder in checkpoint.generations(tmp_path / "run"):
+    for folder in checkpoint.list_checkpoints(tmp_path / "run"):
         tensors, facts = checkpoint.load(folder)
         step = facts["step"]
         groups[step] = tensors["groups.centroids"].clone()

@@ -141,7 +141,7 @@ def test_every_loader_trains_a_whole_run(tmp_path, tars, monkeypatch, loader):
 def test_an_unlabelled_set_trains_and_says_that_it_cannot_be_judged(tmp_path, monkeypatch, capsys):
     from images import jpeg
 
-    from scale_smog.data.sharding import shard_folder
+    from scale_smog.data.prepare.shard import shard_folder
 
     source = tmp_path / "flat"
     source.mkdir()

@@ -14,15 +14,17 @@ import pytest
 import torch
 from small_recipe import small_recipe, write_small_recipe
 
-from scale_smog import UserError, checkpoint, loop, preemption, run_folder
+from scale_smog import UserError, checkpoint, loop
 from scale_smog.errors import RankError
 from scale_smog.pretrain import pretrain
+from scale_smog.reporting import run_folder
+from scale_smog.runtime import preemption
 
 EVERY_STEP = ("run.checkpoint_every=1",)
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
-    tensors, _ = checkpoint.load(checkpoint.generations(run_dir)[-1])
+    tensors, _ = checkpoint.load(checkpoint.list_checkpoints(run_dir)[-1])
     return {name: x.clone() for name, x in tensors.items()}  # they are a view of the file
 
 
@@ -41,7 +43,7 @@ def test_a_run_killed_after_any_step_ends_with_the_same_bits(tmp_path, tars, opt
     for step in range(1, 8) if optimizer == "adamw" else (2, 5):
         again = tmp_path / f"after-{step}" / "run"
         shutil.copytree(tmp_path / "run", again)
-        for folder in checkpoint.generations(again)[step:]:
+        for folder in checkpoint.list_checkpoints(again)[step:]:
             shutil.rmtree(folder)
         pretrain(small_recipe(again.parent, tars, *overrides))
         assert_equal_bits(final_state(again), whole)
@@ -66,7 +68,7 @@ def test_a_signal_ends_the_run_after_a_step_and_the_same_command_goes_on(
     before = signal.getsignal(signals[0])
     recipe = small_recipe(tmp_path / "stopped", tars)
     pretrain(recipe)
-    assert [f.name for f in checkpoint.generations(Path(recipe.run.dir))] == ["step-00000004"]
+    assert [f.name for f in checkpoint.list_checkpoints(Path(recipe.run.dir))] == ["step-00000004"]
     assert signal.getsignal(signals[0]) == before
     monkeypatch.setattr(loop, "_log", real_log)
     pretrain(recipe)
@@ -85,14 +87,14 @@ def test_a_signal_in_the_last_step_leaves_the_end_to_the_next_start(tmp_path, ta
     monkeypatch.setattr(loop, "_log", log_then_signal)
     recipe = small_recipe(tmp_path, tars)
     pretrain(recipe)
-    assert checkpoint.generations(tmp_path / "run")[-1].name == "step-00000008"
+    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "step-00000008"
     assert not (tmp_path / "run" / "results.json").exists()
     pretrain(recipe)
     assert (tmp_path / "run" / "results.json").exists()
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path, tars, monkeypatch):
-    monkeypatch.setattr(preemption, "ONE_CTRL_C_S", 0.0)
+    monkeypatch.setattr(preemption, "SIGINT_GRACE_S", 0.0)
     real_log = loop._log
 
     def log_then_signal(*arguments):
@@ -104,7 +106,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path, tars, monkeypa
     monkeypatch.setattr(loop, "_log", log_then_signal)
     with pytest.raises(KeyboardInterrupt):
         pretrain(small_recipe(tmp_path, tars))
-    assert not checkpoint.generations(tmp_path / "run")
+    assert not checkpoint.list_checkpoints(tmp_path / "run")
 
 
 def test_a_finished_run_is_found_and_not_trained_again(tmp_path, tars, monkeypatch, capsys):
@@ -121,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, tars, 
     recipe = small_recipe(tmp_path, tars, *EVERY_STEP)
     pretrain(recipe)
     run_dir = Path(recipe.run.dir)
-    whole, newest = final_state(run_dir), checkpoint.generations(run_dir)[-1]
+    whole, newest = final_state(run_dir), checkpoint.list_checkpoints(run_dir)[-1]
     name = "manifest.json" if damage == "missing manifest" else "shard-*.safetensors"
     target = next(newest.glob(name))
     content = bytearray(target.read_bytes())
@@ -132,7 +134,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, tars, 
     else:
         content[len(content) // 2] ^= 1
         target.write_bytes(content)
-    assert checkpoint.whole_or_why(newest)
+    assert checkpoint.find_damage(newest)
     capsys.readouterr()
     pretrain(recipe)
     said = capsys.readouterr().out
@@ -155,7 +157,7 @@ def test_a_start_that_was_killed_does_not_lock_the_folder(tmp_path, left):
 def test_only_the_newest_checkpoints_are_kept(tmp_path, tars):
     recipe = small_recipe(tmp_path, tars, *EVERY_STEP, "run.keep_checkpoints=2")
     pretrain(recipe)
-    names = [f.name for f in checkpoint.generations(Path(recipe.run.dir))]
+    names = [f.name for f in checkpoint.list_checkpoints(Path(recipe.run.dir))]
     assert names == ["step-00000007", "step-00000008"]
 
 
@@ -163,7 +165,7 @@ def test_a_torn_last_metrics_line_is_cut(tmp_path, tars):
     recipe = small_recipe(tmp_path, tars, *EVERY_STEP)
     pretrain(recipe)
     run_dir = Path(recipe.run.dir)
-    for folder in checkpoint.generations(run_dir)[5:]:
+    for folder in checkpoint.list_checkpoints(run_dir)[5:]:
         shutil.rmtree(folder)
     metrics = run_dir / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 9, "lo')
@@ -192,7 +194,7 @@ def test_allowed_changes_are_logged_and_the_run_grows(tmp_path, tars, capsys):
     pretrain(small_recipe(tmp_path, tars, "run.steps=10", "run.log_every=5"))
     out = capsys.readouterr().out
     assert "run.steps: 8 -> 10" in out and "run.log_every: 1 -> 5" in out
-    assert checkpoint.generations(tmp_path / "run")[-1].name == "step-00000010"
+    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "step-00000010"
 
 
 def test_another_dataset_or_a_foreign_folder_is_refused(tmp_path, tars):
@@ -215,8 +217,8 @@ def test_a_run_outlives_a_disk_that_fills_and_goes_on_when_there_is_room(small_d
     with pytest.raises(UserError, match=r"No space left on device.*step-0000000\d is there"):
         pretrain(recipe)
     assert "training goes on" in capsys.readouterr().out
-    left = checkpoint.generations(small_disk / "run")
-    assert left and all(checkpoint.whole_or_why(folder) is None for folder in left)
+    left = checkpoint.list_checkpoints(small_disk / "run")
+    assert left and all(checkpoint.find_damage(folder) is None for folder in left)
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     pretrain(recipe)
     whole = small_recipe(small_disk / "whole", tars, *EVERY_STEP)
@@ -231,9 +233,9 @@ from scale_smog.checkpoint import Checkpoints
 from scale_smog.pretrain import pretrain
 write, step = Checkpoints._write, loop.train_step
 
-def write_slowly(self, number, pieces):
+def write_slowly(self, number, partitions):
     time.sleep(2)
-    write(self, number, pieces)
+    write(self, number, partitions)
 
 def step_or_fail(recipe, state, batch, now):
     if state.step == 3:
@@ -251,7 +253,7 @@ def test_a_checkpoint_on_its_way_arrives_though_the_run_ends_by_an_error(tmp_pat
     command = [sys.executable, "-c", SLOW_TO_SAVE, str(recipe)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert "no step is finite" in ended.stderr
-    assert [folder.name[-1] for folder in checkpoint.generations(tmp_path / "run")] == ["2"]
+    assert [folder.name[-1] for folder in checkpoint.list_checkpoints(tmp_path / "run")] == ["2"]
 
 
 def test_data_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(tmp_path, tars):
@@ -268,8 +270,8 @@ def test_data_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(tmp_pat
     with mock.patch.object(loop, "train_step", lose_the_data):
         with pytest.raises(RankError, match=r"rank 0 on .* goes on from the newest checkpoint"):
             pretrain(recipe)
-    saved = [folder.name[-1] for folder in checkpoint.generations(tmp_path / "run")]
+    saved = [folder.name[-1] for folder in checkpoint.list_checkpoints(tmp_path / "run")]
     assert saved[0] == "2" and "6" not in saved  # batches read ahead are trained on first
     tar.write_bytes(content)
     pretrain(recipe)
-    assert checkpoint.generations(tmp_path / "run")[-1].name == "step-00000008"
+    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "step-00000008"

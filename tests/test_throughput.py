@@ -11,11 +11,11 @@ import torch
 from ranks import run_on_ranks
 from small_recipe import small_recipe, write_small_recipe
 
-from scale_smog import run_folder
 from scale_smog.loop import train_step
 from scale_smog.pretrain import build_state
-from scale_smog.profiling.step_profile import PARTS, Timeline, marked
-from scale_smog.throughput import NOW, Options, _profile, borders, build_batches
+from scale_smog.profiling.step_profile import PARTS, Timeline, timed
+from scale_smog.reporting import run_folder
+from scale_smog.throughput import NOW, Options, _profile, build_batches, timed_methods
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,7 @@ def test_twice_the_batch_takes_about_twice_as_long_forward(tmp_path):
     for _ in range(12):  # in turns: a machine that is busy meanwhile slows both
         for batch, (recipe, state, images) in sides.items():
             timeline = timelines[batch]
-            with marked(timeline, borders(state)), timeline.step():
+            with timed(timeline, timed_methods(state)), timeline.step():
                 train_step(recipe, state, images, NOW)
     fastest = {
         batch: min(step["online_forward"] for step in timeline.durations())

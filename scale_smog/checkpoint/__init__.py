@@ -1,7 +1,7 @@
-"""Saves and loads what a run is, in pieces that any engine on any number of ranks can take."""
+"""Saves and loads what a run is, in partitions that any engine on any number of ranks can take."""
 
-from scale_smog.checkpoint.manifest import generations, whole_or_why
-from scale_smog.checkpoint.reading import load
+from scale_smog.checkpoint.loading import load
+from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
 from scale_smog.checkpoint.saving import Checkpoints, Restored
 
-__all__ = ["Checkpoints", "Restored", "generations", "load", "whole_or_why"]
+__all__ = ["Checkpoints", "Restored", "find_damage", "list_checkpoints", "load"]

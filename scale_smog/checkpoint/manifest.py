@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from scale_smog.errors import UserError
-from scale_smog.retries import patiently
+from scale_smog.runtime.files import file_sha256, fsync_folder, rename_durably
+from scale_smog.runtime.retries import retry_transient_errors
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -30,17 +31,12 @@ class FileFacts(NamedTuple):
     @classmethod
     def of(cls, path: Path) -> Self:
         """Reads all of a file."""
-        return patiently(lambda: cls._of(path), path)
-
-    @classmethod
-    def _of(cls, path: Path) -> Self:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = retry_transient_errors(lambda: file_sha256(path), path)
         return cls(path.stat().st_size, digest)
 
 
 class TensorFacts(NamedTuple):
-    """A tensor that lies flat in the files, in pieces."""
+    """A tensor that lies flat in the files, in partitions."""
 
     shape: list[int]
     dtype: str  # as in torch: float32
@@ -56,7 +52,7 @@ class Manifest(NamedTuple):
     files: dict[str, FileFacts]
 
 
-class Damaged(ValueError):
+class DamagedCheckpoint(ValueError):
     """One line on why a checkpoint is not whole."""
 
 
@@ -65,12 +61,12 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def aside_folder(final: Path, ending: str) -> Path:
+def staging_folder(final: Path, ending: str) -> Path:
     """A checkpoint's folder while it is made ("tmp") or removed ("old")."""
     return final.with_name(f".{final.name}.{ending}")
 
 
-def generations(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, whole or not, oldest first."""
     folders = (run_dir / "checkpoints").glob("step-*")
     return sorted(f for f in folders if _NAME.fullmatch(f.name))
@@ -86,24 +82,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         json.dump({"sha256": _digest(body), "manifest": body}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
+    fsync_folder(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint; its files are not looked at.
 
     Raises:
-        Damaged: there is none, or it has changed since it was written.
+        DamagedCheckpoint: there is none, or it has changed since it was written.
         UserError: a later version of the program wrote it.
     """
     try:
         if not (folder / MANIFEST_FILE).exists() and (folder / "seal.json").exists():
             return _manifest_of_format_1(folder)
         path = folder / MANIFEST_FILE
-        sealed = json.loads(patiently(lambda: path.read_text(encoding="utf-8"), path))
+        sealed = json.loads(retry_transient_errors(lambda: path.read_text(encoding="utf-8"), path))
         body = sealed["manifest"]
         if sealed["sha256"] != _digest(body):
-            raise Damaged(f"{folder / MANIFEST_FILE} has changed since it was written")
+            raise DamagedCheckpoint(f"{folder / MANIFEST_FILE} has changed since it was written")
         if body["format_version"] > FORMAT_VERSION:
             raise UserError(
                 f"{folder} has format {body['format_version']}, and this scale_smog reads up to "
@@ -113,13 +109,13 @@ def read_manifest(folder: Path) -> Manifest:
         body["files"] = {name: FileFacts(*x) for name, x in body["files"].items()}
         manifest = Manifest(**body)
     except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{folder / MANIFEST_FILE}: {_words(error)}") from None
+        raise DamagedCheckpoint(f"{folder / MANIFEST_FILE}: {_words(error)}") from None
     except json.JSONDecodeError as error:
-        raise Damaged(f"{folder / MANIFEST_FILE} is not JSON: {error}") from None
+        raise DamagedCheckpoint(f"{folder / MANIFEST_FILE} is not JSON: {error}") from None
     except UnicodeDecodeError as error:
-        raise Damaged(f"{folder / MANIFEST_FILE} is not text: {error}") from None
+        raise DamagedCheckpoint(f"{folder / MANIFEST_FILE} is not text: {error}") from None
     if folder.name != step_folder(folder.parent, manifest.step).name:
-        raise Damaged(f"{folder} holds step {manifest.step}")
+        raise DamagedCheckpoint(f"{folder} holds step {manifest.step}")
     return manifest
 
 
@@ -127,37 +123,37 @@ def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) ->
     """Compares the sizes of all files, and the hashes of a share of them.
 
     Raises:
-        Damaged: names the first file that is not as it was written.
+        DamagedCheckpoint: names the first file that is not as it was written.
     """
     for path in folder.glob(f"*{TENSOR_SUFFIX}"):
         if path.name not in manifest.files:
-            raise Damaged(f"{path} does not belong to this checkpoint")
+            raise DamagedCheckpoint(f"{path} does not belong to this checkpoint")
     for name, facts in manifest.files.items():
         _check_size(folder, name, facts)
     for name, facts in sorted(manifest.files.items())[share]:
         try:
             if FileFacts.of(folder / name) != facts:
-                raise Damaged(f"{folder / name} has changed since it was written")
+                raise DamagedCheckpoint(f"{folder / name} has changed since it was written")
         except OSError as error:
-            raise Damaged(f"{folder / name}: {_words(error)}") from None
+            raise DamagedCheckpoint(f"{folder / name}: {_words(error)}") from None
 
 
 def _check_size(folder: Path, name: str, facts: FileFacts) -> None:
     if name != Path(name).name:
-        raise Damaged(f"{folder / MANIFEST_FILE} names a file elsewhere: {name}")
+        raise DamagedCheckpoint(f"{folder / MANIFEST_FILE} names a file elsewhere: {name}")
     try:
-        size = patiently(lambda: (folder / name).stat().st_size, folder / name)
+        size = retry_transient_errors(lambda: (folder / name).stat().st_size, folder / name)
     except OSError as error:
-        raise Damaged(f"{folder / name}: {_words(error)}") from None
+        raise DamagedCheckpoint(f"{folder / name}: {_words(error)}") from None
     if size != facts.size:
-        raise Damaged(f"{folder / name} has {size} bytes, not {facts.size}")
+        raise DamagedCheckpoint(f"{folder / name} has {size} bytes, not {facts.size}")
 
 
-def whole_or_why(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """None if every file is as it was written, else one line on the first that is not."""
     try:
         check_files(folder, read_manifest(folder))
-    except (Damaged, UserError) as error:
+    except (DamagedCheckpoint, UserError) as error:
         return str(error)
     return None
 
@@ -174,13 +170,12 @@ def commit(aside: Path, final: Path, manifest: Manifest) -> None:
     write_manifest(aside, manifest)
     if final.exists():
         remove(final)
-    os.rename(aside, final)
-    sync_folder(final.parent)
+    rename_durably(aside, final)
 
 
 def remove(folder: Path) -> None:
     """Removes a checkpoint; one that is half removed has no checkpoint's name any more."""
-    old = aside_folder(folder, "old")
+    old = staging_folder(folder, "old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(folder, old)
     shutil.rmtree(old)
@@ -201,26 +196,17 @@ def remove_superseded(run_dir: Path, step: int, keep: int, keep_every: int) -> N
     `check.py --doctor` tells why it is not.
     """
     candidates = []
-    for folder in generations(run_dir):
+    for folder in list_checkpoints(run_dir):
         try:
             manifest = read_manifest(folder)
             check_files(folder, manifest, slice(0))
-        except (Damaged, UserError):
+        except (DamagedCheckpoint, UserError):
             continue
         if manifest.step <= step:
             candidates.append((folder, manifest.step))
     for folder, its_step in candidates[:-keep]:
         if not keep_every or its_step % keep_every:
             remove(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -236,9 +222,9 @@ def _manifest_of_format_1(folder: Path) -> Manifest:
     seal = json.loads((folder / "seal.json").read_text(encoding="utf-8"))
     files = {name: FileFacts(*facts) for name, facts in seal.items()}
     if "facts.json" not in files:
-        raise Damaged(f"{folder / 'seal.json'} does not name facts.json")
+        raise DamagedCheckpoint(f"{folder / 'seal.json'} does not name facts.json")
     _check_size(folder, "facts.json", files["facts.json"])
     if FileFacts.of(folder / "facts.json") != files["facts.json"]:
-        raise Damaged(f"{folder / 'facts.json'} has changed since it was written")
+        raise DamagedCheckpoint(f"{folder / 'facts.json'} has changed since it was written")
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     return Manifest(facts.pop("format_version"), facts.pop("step"), facts, {}, files)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from scale_smog.distributed import Piece
+from scale_smog.distributed import Partition
 
 # One process without a process group is no reason for a warning.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -48,17 +48,17 @@ def own_files(folder: Path, rank: int) -> list[Path]:
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Plans the pieces of a rank; the values to write are their flat tensors.
+    """Plans the partitions of a rank; the values to write are their flat tensors.
 
     The plan of all ranks is checked: together they must hold every element, and none twice.
 
     Args:
-        pieces: with flat values on the CPU.
+        partitions: with flat values on the CPU.
     """
 
-    def __init__(self, pieces: dict[str, Piece]):
+    def __init__(self, partitions: dict[str, Partition]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = pieces
+        self._pieces = partitions
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([_write_item(name, x) for name, x in self._pieces.items()])
@@ -69,42 +69,46 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Plans to fill the pieces' flat values, whoever wrote them in whatever ranges.
+    """Plans to fill the partitions' flat values, whoever wrote them in whatever ranges.
 
     Args:
-        pieces: with flat values on the CPU.
+        partitions: with flat values on the CPU.
     """
 
-    def __init__(self, pieces: dict[str, Piece]):
+    def __init__(self, partitions: dict[str, Partition]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = pieces
+        self._pieces = partitions
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items = []
-        for name, piece in self._pieces.items():
+        for name, partition in self._pieces.items():
             there = self.metadata.state_dict_metadata.get(name)
-            if not isinstance(there, TensorStorageMetadata) or there.size != _flat(piece):
-                raise ValueError(f"the checkpoint holds no {name} of {piece.shape.numel()} values")
-            items += create_read_items_for_chunk_list(name, there, [_chunk(piece)])
+            if not isinstance(there, TensorStorageMetadata) or there.size != _flat(partition):
+                raise ValueError(
+                    f"the checkpoint holds no {name} of {partition.shape.numel()} values"
+                )
+            items += create_read_items_for_chunk_list(name, there, [_chunk(partition)])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self._pieces[index.fqn].values
 
 
-def _write_item(name: str, piece: Piece) -> WriteItem:
-    chunk, properties = _chunk(piece), TensorProperties.create_from_tensor(piece.values)
+def _write_item(name: str, partition: Partition) -> WriteItem:
+    chunk, properties = _chunk(partition), TensorProperties.create_from_tensor(partition.values)
     return WriteItem(
         index=MetadataIndex(name, chunk.offsets),
         type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(chunk, properties, _flat(piece)),
+        tensor_data=TensorWriteData(chunk, properties, _flat(partition)),
     )
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size([piece.start]), torch.Size([piece.values.numel()]))
+def _chunk(partition: Partition) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(
+        torch.Size([partition.start]), torch.Size([partition.values.numel()])
+    )
 
 
-def _flat(piece: Piece) -> torch.Size:
-    return torch.Size([piece.shape.numel()])
+def _flat(partition: Partition) -> torch.Size:
+    return torch.Size([partition.shape.numel()])

@@ -19,26 +19,26 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_smog import distributed
+from scale_smog.checkpoint.disk_space import probe_space
+from scale_smog.checkpoint.loading import read
 from scale_smog.checkpoint.manifest import (
     FORMAT_VERSION,
-    Damaged,
+    DamagedCheckpoint,
     FileFacts,
     Manifest,
     TensorFacts,
-    aside_folder,
     check_files,
     commit,
-    generations,
+    list_checkpoints,
     read_manifest,
     remove_leftovers,
     remove_superseded,
+    staging_folder,
     step_folder,
 )
 from scale_smog.checkpoint.planner import SavePlanner, own_files, writer
-from scale_smog.checkpoint.reading import read
-from scale_smog.checkpoint.space import probe_space
 from scale_smog.config import RunConfig
-from scale_smog.distributed import Piece, on_all_ranks
+from scale_smog.distributed import Partition, call_on_all_ranks
 from scale_smog.errors import UserError
 
 T = TypeVar("T")
@@ -50,15 +50,15 @@ class Restored(NamedTuple):
     step: int  # finished steps
     facts: dict[str, Any]
     format_version: int
-    values: dict[str, Tensor]  # for each piece, in its shape, on the CPU
+    values: dict[str, Tensor]  # for each partition, in its shape, on the CPU
     passed_over: list[str]  # why newer checkpoints were not taken
 
 
 class Checkpoints:
     """The checkpoints of a run; every method is a collective.
 
-    A save copies the pieces and goes on in the background: on a thread, and a process group, of its
-    own, because the training talks at the same time.
+    A save copies the partitions and goes on in the background: on a thread, and a process group,
+    of its own, because the training talks at the same time.
 
     Args:
         run: the recipe's section.
@@ -76,7 +76,7 @@ class Checkpoints:
         # A thread begins on GPU 0, whichever is its rank's.
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
-    def prepare(self, pieces: dict[str, Piece]) -> str | None:
+    def prepare(self, partitions: dict[str, Partition]) -> str | None:
         """Before the first step: can checkpoints be written here, and how many fit?
 
         Returns:
@@ -88,21 +88,21 @@ class Checkpoints:
         if distributed.is_main():
             with suppress(OSError):  # a folder that cannot be written is told below
                 remove_leftovers(self._folder)
-        own = {(name, x.start): _num_bytes(x) for name, x in self._own(pieces).items()}
+        own = {(name, x.start): _num_bytes(x) for name, x in self._own(partitions).items()}
         parts = self._on_all(lambda: own)
         # hsdp's nodes hold the same ranges, of which one is written.
         num_bytes = sum({key: size for part in parts for key, size in part.items()}.values())
-        num_more = self._run.keep_checkpoints + 1 - len(generations(self._run_dir))
+        num_more = self._run.keep_checkpoints + 1 - len(list_checkpoints(self._run_dir))
         return probe_space(self._folder, num_bytes, num_more, self._group)
 
-    def save(self, step: int, pieces: dict[str, Piece]) -> str | None:
-        """Starts a checkpoint of `step`; the pieces may change as soon as this returns.
+    def save(self, step: int, partitions: dict[str, Partition]) -> str | None:
+        """Starts a checkpoint of `step`; the partitions may change as soon as this returns.
 
         Returns:
             Why the checkpoint before this one failed, or None.
         """
         problem = self.wait()
-        copies = self._copies(self._own(pieces))
+        copies = self._copies(self._own(partitions))
         self._thread = threading.Thread(target=self._write, args=(step, copies), daemon=True)
         self._thread.start()
         return problem
@@ -120,12 +120,12 @@ class Checkpoints:
             return None
         if not isinstance(problem, OSError):
             raise problem
-        whole = generations(self._run_dir)
+        whole = list_checkpoints(self._run_dir)
         newest = f"; {whole[-1].name} is there" if whole else ""
         return f"no checkpoint written: {problem}; free some space or mend the disk{newest}"
 
-    def load_newest(self, pieces: dict[str, Piece]) -> Restored | None:
-        """Values for the pieces from the newest checkpoint that is whole on all ranks.
+    def load_newest(self, partitions: dict[str, Partition]) -> Restored | None:
+        """Values for the partitions from the newest checkpoint that is whole on all ranks.
 
         Returns:
             None if the run has none yet.
@@ -133,7 +133,7 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, and none is whole; nothing is begun anew by itself.
         """
-        names = [f.name for f in generations(self._run_dir)] if distributed.is_main() else []
+        names = [f.name for f in list_checkpoints(self._run_dir)] if distributed.is_main() else []
         passed_over: list[str] = []
         for name in reversed(distributed.broadcast_object(names)):
             folder = self._folder / name
@@ -142,7 +142,7 @@ class Checkpoints:
             except OSError as error:
                 passed_over.append(str(error))
                 continue
-            values = read(folder, manifest, pieces, self._group)
+            values = read(folder, manifest, partitions, self._group)
             version = manifest.format_version
             return Restored(manifest.step, manifest.facts, version, values, passed_over)
         if passed_over:
@@ -166,7 +166,7 @@ class Checkpoints:
             try:
                 found.append(read_manifest(folder))
                 check_files(folder, found[0], share)
-            except Damaged as error:
+            except DamagedCheckpoint as error:
                 raise OSError(str(error)) from None
             return crc32(repr(found[0]).encode())
 
@@ -174,48 +174,54 @@ class Checkpoints:
             raise OSError(f"{folder} is not the same on all ranks: run.dir must be shared")
         return found[0]
 
-    def _own(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
+    def _own(self, partitions: dict[str, Partition]) -> dict[str, Partition]:
         """What this rank writes: its ranges, and its part of the tensors that all ranks hold."""
-        own = {name: piece for name, piece in pieces.items() if not piece.is_shared}
+        own = {
+            name: partition for name, partition in partitions.items() if not partition.is_replicated
+        }
         loads = [0] * distributed.world_size()
-        shared = [(_num_bytes(piece), name) for name, piece in pieces.items() if piece.is_shared]
+        shared = [
+            (_num_bytes(partition), name)
+            for name, partition in partitions.items()
+            if partition.is_replicated
+        ]
         for num_bytes, name in sorted(shared, reverse=True):  # the same on every rank
             writer_rank = loads.index(min(loads))
             loads[writer_rank] += num_bytes
             if writer_rank == distributed.rank():
-                own[name] = pieces[name]
-        return {name: piece for name, piece in own.items() if piece.values.numel()}
+                own[name] = partitions[name]
+        return {name: partition for name, partition in own.items() if partition.values.numel()}
 
-    def _copies(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
-        """The pieces with copies of their values, flat on the CPU, in memory that is used again."""
+    def _copies(self, partitions: dict[str, Partition]) -> dict[str, Partition]:
+        """The partitions with flat copies of their values on the CPU, in memory that is reused."""
         copies = {}
-        for name, piece in pieces.items():
-            values = piece.values.detach()
+        for name, partition in partitions.items():
+            values = partition.values.detach()
             if name not in self._buffers:
                 size, dtype = values.numel(), values.dtype
                 self._buffers[name] = torch.empty(size, dtype=dtype, pin_memory=values.is_cuda)
             self._buffers[name].view(values.shape).copy_(values, non_blocking=True)
-            copies[name] = piece._replace(values=self._buffers[name])
+            copies[name] = partition._replace(values=self._buffers[name])
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _write(self, step: int, pieces: dict[str, Piece]) -> None:
+    def _write(self, step: int, partitions: dict[str, Partition]) -> None:
         """Runs in the background; leaves what went wrong, the same on all ranks."""
         final = step_folder(self._folder, step)
-        aside = aside_folder(final, "tmp")
+        aside = staging_folder(final, "tmp")
         if self._gpu is not None:
             torch.cuda.set_device(self._gpu)
         try:
             self._on_main(lambda: _make_empty(aside))
             dcp.save(
-                {name: piece.values for name, piece in pieces.items()},
+                {name: partition.values for name, partition in partitions.items()},
                 storage_writer=writer(aside),
-                planner=SavePlanner(pieces),
+                planner=SavePlanner(partitions),
                 process_group=self._group,
                 no_dist=not dist.is_initialized(),
             )
-            parts = self._on_all(lambda: (_hash_own_files(aside), _tensor_facts(pieces)))
+            parts = self._on_all(lambda: (_hash_own_files(aside), _tensor_facts(partitions)))
             files = {name: facts for part, _ in parts for name, facts in part.items()}
             tensors = {name: facts for _, part in parts for name, facts in part.items()}
             manifest = Manifest(FORMAT_VERSION, step, self._facts, tensors, files)
@@ -235,14 +241,14 @@ class Checkpoints:
             remove_superseded(self._run_dir, step, *keep)
 
     def _on_all(self, function: Callable[[], T]) -> list[T]:
-        return on_all_ranks(function, self._group)
+        return call_on_all_ranks(function, self._group)
 
     def _on_main(self, function: Callable[[], None]) -> None:
         self._on_all(function if distributed.is_main() else lambda: None)
 
 
-def _num_bytes(piece: Piece) -> int:
-    return piece.values.numel() * piece.values.element_size()
+def _num_bytes(partition: Partition) -> int:
+    return partition.values.numel() * partition.values.element_size()
 
 
 def _make_empty(folder: Path) -> None:
@@ -254,11 +260,11 @@ def _hash_own_files(folder: Path) -> dict[str, FileFacts]:
     return {path.name: FileFacts.of(path) for path in own_files(folder, distributed.rank())}
 
 
-def _tensor_facts(pieces: dict[str, Piece]) -> dict[str, TensorFacts]:
+def _tensor_facts(partitions: dict[str, Partition]) -> dict[str, TensorFacts]:
     return {
-        name: TensorFacts(list(piece.shape), str(piece.values.dtype).removeprefix("torch."))
-        for name, piece in pieces.items()
-        if piece.start == 0  # of all ranks, one says it
+        name: TensorFacts(list(partition.shape), str(partition.values.dtype).removeprefix("torch."))
+        for name, partition in partitions.items()
+        if partition.start == 0  # of all ranks, one says it
     }
 
 

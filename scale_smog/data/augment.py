@@ -1,4 +1,4 @@
-"""Views as numbers: crop windows, colour maps, blur and solarisation drawn before any decoding.
+"""Views as params: crop windows, colour maps, blur and solarisation drawn before any decoding.
 
 A view of a sample is a pure function of (seed, sample id, epoch, view), so that every loader makes
 the same picture of it, on any rank and after any restart.
@@ -27,7 +27,7 @@ _GREY = np.tile(LUMA, (3, 1))  # [3, 3]: every channel becomes the luma
 
 
 @dataclass(frozen=True)
-class ViewNumbers:
+class AugmentationParams:
     """What to do to B images to make one view of each; pixel values run from 0 to 255.
 
     In this order: crop `box`, resize, flip, colour, blur, solarise. The colour step maps a pixel
@@ -42,9 +42,9 @@ class ViewNumbers:
     sigma: Array  # [B] float32; 0: no blur
     solarize: Array  # [B] bool
 
-    def row(self, index: int) -> "ViewNumbers":
+    def row(self, index: int) -> "AugmentationParams":
         """The numbers of one image, still with a batch dimension of 1."""
-        return ViewNumbers(**{name: v[index : index + 1] for name, v in vars(self).items()})
+        return AugmentationParams(**{name: v[index : index + 1] for name, v in vars(self).items()})
 
 
 def blur_window(px: int) -> int:
@@ -91,14 +91,14 @@ class RandomView:
     def has_solarize(self) -> bool:
         return self.solarize > 0
 
-    def numbers(
+    def sample(
         self,
         seed: int,
         ids: Array,
         epochs: Array,
         widths: Array,
         heights: Array,
-    ) -> ViewNumbers:
+    ) -> AugmentationParams:
         """Draws the numbers of B views.
 
         Args:
@@ -116,7 +116,7 @@ class RandomView:
         jittered, greyed = jitter[:, 0] < self.augment.jitter, grey[:, 0] < self.augment.grey
         colour, from_mean, offset = _colour_maps(self.augment, factors, jittered, greyed)
         sigma = SIGMA[0] + (SIGMA[1] - SIGMA[0]) * blur[:, 1]
-        return ViewNumbers(
+        return AugmentationParams(
             box=_crop_boxes(tries, place, widths, heights, self.scale),
             flip=flip[:, 0] < self.augment.flip,
             colour=colour,
@@ -138,19 +138,19 @@ class CentreView:
     has_blur: bool = False
     has_solarize: bool = False
 
-    def numbers(
+    def sample(
         self,
         seed: int,
         ids: Array,
         epochs: Array,
         widths: Array,
         heights: Array,
-    ) -> ViewNumbers:
+    ) -> AugmentationParams:
         """The same for every epoch and seed."""
         size = np.maximum(1, np.rint(np.minimum(widths, heights) * self.crop_share))  # [B]
         box = np.stack([(widths - size) // 2, (heights - size) // 2, size, size], axis=1)
         num = len(ids)
-        return ViewNumbers(
+        return AugmentationParams(
             box=box.astype(np.int32),
             flip=np.zeros(num, dtype=bool),
             colour=np.tile(np.eye(3, dtype=np.float32), (num, 1, 1)),

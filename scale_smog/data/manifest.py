@@ -22,7 +22,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scale_smog.errors import UserError
-from scale_smog.retries import patiently
+from scale_smog.runtime.files import file_sha256, write_atomically
+from scale_smog.runtime.retries import retry_transient_errors
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -133,32 +134,6 @@ def npy_bytes(rows: np.ndarray) -> bytes:
     buffer = BytesIO()
     np.save(buffer, rows)
     return buffer.getvalue()
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `path` so that after a crash it has either its old content or all of the new one."""
-    partial = path.with_name(f".{path.name}.tmp")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    replace_durably(partial, path)
-
-
-def replace_durably(partial: Path, path: Path) -> None:
-    """Renames an already synced file to `path` and syncs the folder, where the name is kept."""
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -312,7 +287,7 @@ class TarDataset:
                 self._open.cache_clear()  # its descriptor may be of no use any more
                 raise
 
-        return patiently(read, path)
+        return retry_transient_errors(read, path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_open"}

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from scale_smog.data.augment import MEAN, SOLARIZE_THRESHOLD, STD, View, ViewNumbers, blur_window
+from scale_smog.data.augment import (
+    MEAN,
+    SOLARIZE_THRESHOLD,
+    STD,
+    AugmentationParams,
+    View,
+    blur_window,
+)
 
 BLUR_BLOCK_PX = 32  # rows or columns that share a product; of 28 to 112, the fastest
 
@@ -23,7 +30,7 @@ def make_views(
     image: Tensor,
     row: int,
     views: Sequence[View],
-    numbers: Sequence[ViewNumbers],
+    params: Sequence[AugmentationParams],
     outputs: Sequence[Tensor],
 ) -> None:
     """Makes all views of one decoded image of a batch.
@@ -35,10 +42,10 @@ def make_views(
         image: [3, H, W] uint8.
         row: of the image in the batch.
         views: kinds of views.
-        numbers: one entry a view, for the whole batch.
+        params: one entry a view, for the whole batch.
         outputs: one a view, [B, 3, px, px] float32; row `row` is written.
     """
-    for view, of_batch, output in zip(views, numbers, outputs, strict=True):
+    for view, of_batch, output in zip(views, params, outputs, strict=True):
         one = of_batch.row(row)
         cropped = crop(image, one.box[0], view.px, one.flip[0])[None]
         x = cropped.to(torch.float32, memory_format=torch.contiguous_format)
@@ -84,33 +91,33 @@ def crop(image: Tensor, box: np.ndarray, px: int, flip: bool) -> Tensor:
     return x.flip(-1) if flip else x
 
 
-def finish(x: Tensor, view: View, numbers: ViewNumbers) -> Tensor:
+def finish(x: Tensor, view: View, params: AugmentationParams) -> Tensor:
     """All that follows the crop: colour, blur, solarise, normalise.
 
     Args:
         x: crops [B, 3, px, px] float32, 0 to 255, contiguous; may be overwritten.
         view: kind of view.
-        numbers: for these B images.
+        params: for these B images.
 
     Returns:
         [B, 3, px, px] float32.
     """
     if view.has_colour:
-        x = _recolour(x, numbers)
-    if view.has_blur and numbers.sigma.any():
-        x = _blur(x, numbers.sigma, blur_window(view.px))
-    if view.has_solarize and numbers.solarize.any():
-        solarize = _on(numbers.solarize, x)[:, None, None, None]
+        x = _recolour(x, params)
+    if view.has_blur and params.sigma.any():
+        x = _blur(x, params.sigma, blur_window(view.px))
+    if view.has_solarize and params.solarize.any():
+        solarize = _on(params.solarize, x)[:, None, None, None]
         x = torch.where(solarize & (x >= SOLARIZE_THRESHOLD), 255 - x, x)
     return x.sub_(_MEAN.to(x.device)).div_(_STD.to(x.device))
 
 
-def _recolour(x: Tensor, numbers: ViewNumbers) -> Tensor:
+def _recolour(x: Tensor, params: AugmentationParams) -> Tensor:
     """The affine colour map, clipped to 0 to 255: [B, 3, H, W]."""
     pixels = x.flatten(2)  # [B, 3, H*W]
     mean = pixels.mean(2, keepdim=True)  # [B, 3, 1]
-    offset = _on(numbers.from_mean, x) @ mean + _on(numbers.offset, x)[:, :, None]  # [B, 3, 1]
-    return torch.baddbmm(offset, _on(numbers.colour, x), pixels).clamp_(0, 255).view_as(x)
+    offset = _on(params.from_mean, x) @ mean + _on(params.offset, x)[:, :, None]  # [B, 3, 1]
+    return torch.baddbmm(offset, _on(params.colour, x), pixels).clamp_(0, 255).view_as(x)
 
 
 def _blur(x: Tensor, sigma: np.ndarray, window: int) -> Tensor:
@@ -146,7 +153,7 @@ def _blur_bands(sigma: Tensor, px: int, window: int) -> Tensor:
     distance = torch.arange(window, device=sigma.device) - window // 2
     kernel = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # [n, window]
     kernel = kernel / kernel.sum(1, keepdim=True)
-    # Such weights change no pixel, but denormal numbers make the product seven times slower.
+    # Such weights change no pixel, but denormal params make the product seven times slower.
     kernel = torch.where(kernel < 1e-9, 0, kernel)
     block = math.gcd(px, BLUR_BLOCK_PX)
     reach = block + window - 1

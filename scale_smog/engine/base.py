@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from scale_smog import distributed
 from scale_smog.config import EngineConfig, OptimizerConfig
-from scale_smog.distributed import Piece
+from scale_smog.distributed import Partition
+from scale_smog.engine.buffer_snapshot import BufferSnapshot
 from scale_smog.engine.stages import prepare_stages
-from scale_smog.engine.undo import KeptBuffers
 from scale_smog.errors import UserError
 from scale_smog.models import (
     MomentumNet,
     OnlineNet,
-    average_statistics,
-    unshared_statistics,
-    untracked,
+    average_running_stats,
+    frozen_running_stats,
+    unsynchronised_running_stats,
 )
 from scale_smog.optim import Shard, build_optimizer, clip_gradients, set_rates
 
@@ -104,7 +104,7 @@ class Engine(ABC):
         self.momentum = momentum.to(self.dtype).train()
         for net in (self.online, self.momentum):
             distributed.broadcast_module(net)
-        self._unshared = unshared_statistics([self.online, self.momentum])
+        self._unshared = unsynchronised_running_stats([self.online, self.momentum])
         self._wholes = {
             name: Whole(number, p.shape, _is_excluded(name, p))
             for number, (name, p) in enumerate(self.online.named_parameters())
@@ -125,7 +125,7 @@ class Engine(ABC):
         self._num_steps = 0
         self._is_applied = True
         self._outcomes: dict[str, Tensor] = {}  # of a step's passes, [] each: finite if they were
-        self._buffers = KeptBuffers([self.online, self.momentum])
+        self._buffers = BufferSnapshot([self.online, self.momentum])
         self._awaiting: tuple[list[MicroBatch], Tensor, Tensor] | None = None
 
     @abstractmethod
@@ -194,7 +194,7 @@ class Engine(ABC):
         )
         for i, micro_batch in enumerate(micro_batches):
             with self._micro_batch(is_last=i == len(micro_batches) - 1):
-                with untracked(self.online):
+                with frozen_running_stats(self.online):
                     z, p = self._forward_online(*micro_batch)  # [b, D], [V, b, D]
                 self._backward((z * grads_z[i]).sum() + (p * grads_p[i]).sum())
 
@@ -212,11 +212,11 @@ class Engine(ABC):
             self._buffers.restore()
             return False
         self._num_steps += 1
-        average_statistics(self._unshared)
+        average_running_stats(self._unshared)
         return True
 
     @torch.no_grad()
-    def ema(self, alpha: float) -> None:
+    def update_ema(self, alpha: float) -> None:
         """Momentum parameters <- alpha x momentum + (1 - alpha) x online (SMoG section 3.3)."""
         momentum, online = self._parameter_pairs()
         torch._foreach_lerp_(momentum, online, 1 - alpha)
@@ -246,34 +246,36 @@ class Engine(ABC):
         self.online.train()
         return z
 
-    def pieces(self) -> dict[str, Piece]:
+    def state_dict(self) -> dict[str, Partition]:
         """What this rank holds of everything of the engine, under names that know no engine.
 
         `online.*` and `momentum.*` as in the nets' state dicts, and `optimizer.<parameter>.<key>`.
         """
-        pieces = {"optimizer.num_steps": Piece.whole(torch.tensor(self._num_steps))}
+        partitions = {"optimizer.num_steps": Partition.replicated(torch.tensor(self._num_steps))}
         for prefix, net in (("online", self.online), ("momentum", self.momentum)):
-            pieces |= {f"{prefix}.{name}": Piece.whole(x) for name, x in net.named_buffers()}
+            partitions |= {
+                f"{prefix}.{name}": Partition.replicated(x) for name, x in net.named_buffers()
+            }
             for name, parameter in net.named_parameters():
                 values, start = self._part(parameter)
-                shape, is_shared = self._wholes[name].shape, self.net_group is None
-                pieces[f"{prefix}.{name}"] = Piece(values, start, shape, is_shared)
+                shape, is_replicated = self._wholes[name].shape, self.net_group is None
+                partitions[f"{prefix}.{name}"] = Partition(values, start, shape, is_replicated)
         for shard in self._shards:
             own = self._optimizer.state[shard.value]
             for key in self._state_keys:  # zeros before the first step
                 values = own[key] if own else torch.zeros_like(shard.value)
-                shape, is_shared = self._wholes[shard.name].shape, self.norm_group is None
+                shape, is_replicated = self._wholes[shard.name].shape, self.norm_group is None
                 name = f"optimizer.{shard.name}.{key}"
-                pieces[name] = Piece(values.detach(), shard.start, shape, is_shared)
-        return pieces
+                partitions[name] = Partition(values.detach(), shard.start, shape, is_replicated)
+        return partitions
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor]) -> None:
-        """Takes values for its pieces, saved by any engine on any number of ranks."""
+        """Takes values for its partitions, saved by any engine on any number of ranks."""
         self._num_steps = int(values["optimizer.num_steps"])
-        for name, piece in self.pieces().items():
+        for name, partition in self.state_dict().items():
             if not name.startswith("optimizer."):
-                piece.values.copy_(values[name])
+                partition.values.copy_(values[name])
         parameters = dict(self.online.named_parameters())
         for shard in self._shards:
             part = self._part(parameters[shard.name])

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scale_smog.config import EngineConfig
-from scale_smog.models import MomentumNet, OnlineNet, stages, untracked
+from scale_smog.models import MomentumNet, OnlineNet, frozen_running_stats, stages
 
 MOST_COMPILATIONS = 64  # of a stage's code: stages of two nets, two sizes of views, two modes
 
@@ -39,4 +39,4 @@ def _contexts(
     stage: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Around the forward pass and around its repetition, which must not count a batch twice."""
-    return nullcontext(), untracked(stage)
+    return nullcontext(), frozen_running_stats(stage)

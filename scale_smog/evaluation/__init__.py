@@ -1,10 +1,10 @@
 """What a trained net is worth."""
 
 from scale_smog.evaluation.features import embed_images
-from scale_smog.evaluation.group_quality import GroupQuality, group_quality
+from scale_smog.evaluation.groups.pictures import draw_groups
+from scale_smog.evaluation.groups.quality import GroupQuality, group_quality
 from scale_smog.evaluation.knn import KnnProbe, knn_accuracy, knn_predict
 from scale_smog.evaluation.online import OnlineProbe
-from scale_smog.evaluation.pictures import draw_groups
 
 __all__ = [
     "GroupQuality",

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from scale_smog import checkpoint
 from scale_smog.config import Recipe
@@ -24,10 +24,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         UserError: neither a run with a whole checkpoint nor a whole checkpoint.
     """
     if path.parent.name == "checkpoints":
-        if problem := checkpoint.whole_or_why(path):
+        if problem := checkpoint.find_damage(path):
             raise UserError(f"not a whole checkpoint: {problem}")
         return path, path.parent.parent
-    whole = [f for f in checkpoint.generations(path) if checkpoint.whole_or_why(f) is None]
+    whole = [f for f in checkpoint.list_checkpoints(path) if checkpoint.find_damage(f) is None]
     if not whole:
         raise UserError(f"no checkpoint in {path}: give a run folder or its checkpoints/step-*")
     return whole[-1], path
@@ -60,7 +60,7 @@ def load_projection(folder: Path, recipe: Recipe, device: torch.device) -> Embed
     """The frozen backbone and projector: images [B, 3, H, W] -> unit z [B, D]."""
     net = load_online_net(folder, recipe)
     project = frozen(nn.Sequential(net.backbone, net.projector), recipe, device)
-    return lambda images: functional.normalize(project(images).float())
+    return lambda images: F.normalize(project(images).float())
 
 
 def load_groups(folder: Path, device: torch.device) -> MomentumGroups:

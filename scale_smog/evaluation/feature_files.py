@@ -9,13 +9,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from scale_smog import distributed
-from scale_smog.data.folder_dataset import FolderDataset, Images, has_split, open_split
+from scale_smog.data.image_folder import FolderDataset, Images, has_split, open_split
+from scale_smog.data.loaders.torch import decode
 from scale_smog.data.manifest import MANIFEST_NAME, load_manifest
-from scale_smog.data.torch_loader import decode
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import embed_images
 from scale_smog.evaluation.job import Job
-from scale_smog.evaluation.settings import FeaturesConfig
+from scale_smog.evaluation.protocols import FeaturesConfig
 
 THUMBNAIL_PX = 32
 
@@ -33,7 +33,7 @@ def write_features(
     """
     if len(paths) != 1:
         raise UserError(f"features takes one checkpoint, not {len(paths)}")
-    with distributed.joined() as device:
+    with distributed.process_group() as device:
         job = Job.open("features", paths[0], overrides, device)
         config = job.protocols.features
         if config.format == "parquet":

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
-from scale_smog.data.folder_dataset import Images
-from scale_smog.data.loaders import build_evaluation_loader
+from scale_smog.data.image_folder import Images
+from scale_smog.data.loaders.build import build_evaluation_loader
 
 
 def embed_images(

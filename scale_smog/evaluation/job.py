@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from scale_smog import distributed, run_folder
+from scale_smog import distributed
 from scale_smog.config import Recipe
-from scale_smog.data.folder_dataset import Images, open_split, split_sha256
-from scale_smog.data.manifest import write_atomically
+from scale_smog.data.image_folder import Images, open_split, split_sha256
 from scale_smog.errors import UserError
 from scale_smog.evaluation.checkpoints import (
     Embed,
@@ -26,9 +25,11 @@ from scale_smog.evaluation.checkpoints import (
     random_backbone,
     weights_sha256,
 )
-from scale_smog.evaluation.settings import Protocols, load_protocols, split_overrides
+from scale_smog.evaluation.protocols import Protocols, load_protocols, split_overrides
 from scale_smog.evaluation.splits import require_labels, require_same_classes, test_split
 from scale_smog.recipe import load_recipe
+from scale_smog.reporting import run_folder
+from scale_smog.runtime.files import write_atomically
 
 PROGRESS_FILE = "progress.pt"
 METRICS_FILE = "metrics.jsonl"

@@ -5,18 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import MEAN, STD
-from scale_smog.data.folder_dataset import Images, open_split
+from scale_smog.data.image_folder import Images, open_split
 from scale_smog.evaluation.features import embed_images
 from scale_smog.evaluation.splits import (
+    random_subset,
     require_labels,
     require_same_classes,
-    some_of,
     test_split,
 )
 
@@ -41,17 +41,17 @@ def knn_votes(
     Returns:
         [M, C] float32, on the device of the features; the largest single vote of a row is 1.
     """
-    train_z, test_z = functional.normalize(train_z.float()), functional.normalize(test_z.float())
+    train_z, test_z = F.normalize(train_z.float()), F.normalize(test_z.float())
     train_y = train_y.to(train_z.device)
     num_classes = int(train_y.max()) + 1
-    everyones = test_z.new_zeros(len(test_z), num_classes)  # [M, C]
-    rows_and_votes = zip(test_z.split(CHUNK_ROWS), everyones.split(CHUNK_ROWS), strict=True)
+    all_votes = test_z.new_zeros(len(test_z), num_classes)  # [M, C]
+    rows_and_votes = zip(test_z.split(CHUNK_ROWS), all_votes.split(CHUNK_ROWS), strict=True)
     for rows, votes in rows_and_votes:
         similarity, nearest = (rows @ train_z.T).topk(min(k, len(train_z)), dim=1)  # [m, k]
         # The largest weight is 1 whatever the temperature: no overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes.scatter_add_(1, train_y[nearest], weight)
-    return everyones
+    return all_votes
 
 
 def knn_predict(
@@ -92,8 +92,8 @@ class KnnProbe:
         for dataset in (train, test):
             require_labels(dataset, data.path, "kNN")
         require_same_classes(train, test, data.path)
-        self._train = train, some_of(train.num_samples, config.num_train_images)
-        self._test = test, some_of(test.num_samples, config.num_test_images)
+        self._train = train, random_subset(train.num_samples, config.num_train_images)
+        self._test = test, random_subset(test.num_samples, config.num_test_images)
 
     @property
     def settings(self) -> dict[str, Any]:

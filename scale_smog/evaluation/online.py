@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from scale_smog import distributed
 from scale_smog.data.batch import Batch
@@ -78,7 +78,7 @@ class OnlineProbe:
     def _learn(self, step: int, features: Tensor, labels: Tensor) -> None:
         labels = labels[: len(features)].to(self._device)
         # Features of one size: the rate then fits any net, at any time of its training.
-        features = functional.layer_norm(features, features.shape[1:])
+        features = F.layer_norm(features, features.shape[1:])
         if step % KNN_EVERY == 0 and len(self._queue):
             found = knn_predict(
                 self._queue,
@@ -91,7 +91,7 @@ class OnlineProbe:
         scores = self._head(features)
         self._count(1, scores.argmax(dim=1), labels)
         self._optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(scores, labels).backward()
+        F.cross_entropy(scores, labels).backward()
         for parameter in self._head.parameters():
             assert parameter.grad is not None
             distributed.all_reduce(parameter.grad).div_(distributed.world_size())

@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scale_smog import distributed, run_folder
+from scale_smog import distributed
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
-from scale_smog.evaluation.finetune import chosen_samples, judge_finetuned
-from scale_smog.evaluation.group_programs import evaluate_groups
+from scale_smog.evaluation.groups.program import evaluate_groups
 from scale_smog.evaluation.job import Job
 from scale_smog.evaluation.knn import KnnProbe
-from scale_smog.evaluation.linear import judge_linear
 from scale_smog.evaluation.paper import compare, paper_table
+from scale_smog.evaluation.supervised.finetune import chosen_samples, evaluate_finetuned
+from scale_smog.evaluation.supervised.linear import evaluate_linear
+from scale_smog.reporting import run_folder
 
 Figures = dict[str, Any]
 
@@ -34,7 +35,7 @@ def _knn(job: Job) -> Figures:
 def _linear(job: Job) -> Figures:
     train_set, test_set = job.labelled_splits()
     own = {
-        name: judge_linear(job, name, embed, train_set, test_set)
+        name: evaluate_linear(job, name, embed, train_set, test_set)
         for name, embed in job.embeds().items()
     }
     return own["trained"] | {"setting": job.protocols.linear.setting} | _baseline(own)
@@ -43,20 +44,22 @@ def _linear(job: Job) -> Figures:
 def _finetune(job: Job) -> Figures:
     train_set, test_set = job.labelled_splits()
     nets = job.backbones()
-    own = {name: judge_finetuned(job, name, net, train_set, test_set) for name, net in nets.items()}
+    own = {
+        name: evaluate_finetuned(job, name, net, train_set, test_set) for name, net in nets.items()
+    }
     return own["trained"] | {"share": job.protocols.finetune.share} | _baseline(own)
 
 
 def _segmentation(job: Job) -> Figures:
-    from scale_smog.evaluation.segmentation import judge_segmentation
+    from scale_smog.evaluation.dense.segmentation import evaluate_segmentation
 
-    return judge_segmentation(job)
+    return evaluate_segmentation(job)
 
 
 def _detection(job: Job) -> Figures:
-    from scale_smog.evaluation.detection import judge_detection
+    from scale_smog.evaluation.dense.detection import evaluate_detection
 
-    return judge_detection(job)
+    return evaluate_detection(job)
 
 
 def _baseline(own: dict[str, Figures]) -> Figures:
@@ -64,7 +67,7 @@ def _baseline(own: dict[str, Figures]) -> Figures:
     return {f"random_{key}": random[key] for key in ("top1", "top5") if key in random}
 
 
-JUDGES: dict[str, Callable[[Job], Figures]] = {
+EVALUATORS: dict[str, Callable[[Job], Figures]] = {
     "knn": _knn,
     "linear": _linear,
     "finetune": _finetune,
@@ -79,7 +82,7 @@ def evaluate(
     """Runs one evaluation on one checkpoint, prints its table and keeps its results.
 
     Args:
-        name: a key of `JUDGES`.
+        name: a key of `EVALUATORS`.
         paths: the checkpoint or the run.
         overrides: `section.key=value`, of the run's recipe and of the protocols.
         with_paper: print the paper's rows beside ours.
@@ -89,9 +92,9 @@ def evaluate(
     """
     if len(paths) != 1:
         raise UserError(f"{name} takes one checkpoint, not {len(paths)}")
-    with distributed.joined() as device:
+    with distributed.process_group() as device:
         job = _prepared(Job.open(name, paths[0], overrides, device))
-        figures = JUDGES[name](job)
+        figures = EVALUATORS[name](job)
         job.finish(figures)
         if distributed.is_main():
             print(_table(job, figures))
@@ -120,13 +123,13 @@ def _finetune_hashes(job: Job) -> dict[str, str]:
 
 
 def _segmentation_hashes(job: Job) -> dict[str, str]:
-    from scale_smog.evaluation.segmentation import segmentation_hashes
+    from scale_smog.evaluation.dense.segmentation import segmentation_hashes
 
     return segmentation_hashes(job)
 
 
 def _detection_hashes(job: Job) -> dict[str, str]:
-    from scale_smog.evaluation.detection import detection_hashes
+    from scale_smog.evaluation.dense.detection import detection_hashes
 
     return detection_hashes(job)
 
@@ -162,7 +165,7 @@ def _comparison(job: Job, figures: Figures) -> str:
 
 
 PROGRAMS: dict[str, Callable[[Sequence[str], Iterable[str], bool], None]] = {
-    **{name: partial(evaluate, name) for name in JUDGES},
+    **{name: partial(evaluate, name) for name in EVALUATORS},
     "groups": evaluate_groups,
     "features": write_features,
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data import EpochPlan
-from scale_smog.data.folder_dataset import FolderDataset, Images, has_split
+from scale_smog.data.image_folder import FolderDataset, Images, has_split
 from scale_smog.errors import UserError
 
 
@@ -77,7 +77,7 @@ def balanced_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(own))
 
 
-def some_of(num_samples: int, num_wanted: int) -> np.ndarray:
+def random_subset(num_samples: int, num_wanted: int) -> np.ndarray:
     """A draw of so many sample ids, ascending, the same each time; 0 or too many wanted: all."""
     order = np.random.Generator(np.random.PCG64(0)).permutation(num_samples)
     return np.sort(order[: num_wanted or None])  # no prefix: a folder's images come by class

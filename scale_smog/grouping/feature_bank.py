@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from scale_smog import distributed
-from scale_smog.distributed import Piece
+from scale_smog.distributed import Partition
 
 
 class FeatureBank:
@@ -41,12 +41,12 @@ class FeatureBank:
         size = batch * distributed.world_size()
         return (step * size + distributed.rank() * batch + image).flatten()
 
-    def pieces(self) -> dict[str, Piece]:
+    def state_dict(self) -> dict[str, Partition]:
         """The ring of all ranks [global batch, S, D] and the number of pushes."""
-        ring = Piece.rows(self._ring.transpose(0, 1))  # this rank's [B, S, D]
-        return {"ring": ring, "num_pushed": Piece.whole(torch.tensor(self._num_pushed))}
+        ring = Partition.from_rows(self._ring.transpose(0, 1))  # this rank's [B, S, D]
+        return {"ring": ring, "num_pushed": Partition.replicated(torch.tensor(self._num_pushed))}
 
     def load(self, values: dict[str, Tensor]) -> None:
-        """Takes values for its pieces."""
+        """Takes values for its partitions."""
         self._ring.copy_(values["ring"].transpose(0, 1))
         self._num_pushed = int(values["num_pushed"])

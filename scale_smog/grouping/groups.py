@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from scale_smog import distributed
 from scale_smog.config import GroupingConfig
@@ -63,7 +63,7 @@ class MomentumGroups(nn.Module):
         self.detach = detach
         self.kmeans_iterations = kmeans_iterations
         generator = torch.Generator().manual_seed(seed)
-        start = functional.normalize(torch.randn(num_groups, dim, generator=generator))
+        start = F.normalize(torch.randn(num_groups, dim, generator=generator))
         self.register_buffer("centroids", start)
         self.register_buffer("num_members", torch.zeros(num_groups))
         self.register_buffer("num_commits", torch.zeros((), dtype=torch.int64))
@@ -105,7 +105,7 @@ class MomentumGroups(nn.Module):
             sums, counts = self._global_sums(z)  # [K, D], [K]
             self.counts = counts
             if self.operator == "random_select":
-                return functional.normalize(self._random_rows(z))
+                return F.normalize(self._random_rows(z))
             mean = sums / counts.clamp(min=1)[:, None]  # [K, D]
             if self.operator == "momentum":
                 moved = beta * self.centroids + (1 - beta) * mean
@@ -114,7 +114,7 @@ class MomentumGroups(nn.Module):
                 moved = self.centroids + (mean - self.centroids) / num_members
             else:
                 moved = mean
-            return torch.where(counts[:, None] > 0, functional.normalize(moved), self.centroids)
+            return torch.where(counts[:, None] > 0, F.normalize(moved), self.centroids)
 
     @torch.no_grad()
     def commit(self, groups: Tensor) -> None:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
-from scale_smog import phases
 from scale_smog.distributed import all_reduce
 from scale_smog.errors import UserError
 from scale_smog.grouping.precision import full_float32
+from scale_smog.runtime import phases
 
 CHUNK_ROWS = 2048  # a [2048, 3000] float32 tile of scores fits an H200's second-level cache
 LANES = 32  # columns that a vector instruction compares side by side
@@ -65,7 +65,7 @@ def spherical_kmeans(
         UserError: a row is not finite, or there are no rows at all. Raised on every rank.
     """
     features = features.detach().float()
-    centroids = functional.normalize(centroids.detach().float())
+    centroids = F.normalize(centroids.detach().float())
     _check_rows(features, process_group)
     sums = torch.zeros(len(centroids), features.shape[1] + 1, dtype=torch.int64).to(features.device)
     num_splits = 0
@@ -73,7 +73,7 @@ def spherical_kmeans(
         nearest = assign(features, centroids)
         add_rows(sums, features, nearest, 1)
         for _ in range(iterations):
-            phases.pause_point()
+            phases.check_for_stop()
             totals = all_reduce(sums.clone(), process_group)  # [K, D + 1]
             before, (centroids, splits) = centroids, _next_centroids(centroids, totals)
             if torch.equal(centroids, before):
@@ -106,7 +106,7 @@ def assign(features: Tensor, centroids: Tensor) -> Tensor:
     round differently, for another shape.
     """
     num_groups = len(centroids)
-    columns = functional.pad(centroids, (0, 0, 0, -num_groups % LANES)).T  # [D, C], C >= K
+    columns = F.pad(centroids, (0, 0, 0, -num_groups % LANES)).T  # [D, C], C >= K
     scores = features.new_empty(CHUNK_ROWS, columns.shape[1])  # reused: fresh memory is slow
     nearest = torch.empty(len(features), dtype=torch.int64, device=features.device)
     is_tied = torch.empty(len(features), dtype=torch.bool, device=features.device)
@@ -114,7 +114,7 @@ def assign(features: Tensor, centroids: Tensor) -> Tensor:
         rows = features[start : start + CHUNK_ROWS]  # [n, D]
         num_rows = len(rows)
         if num_rows < CHUNK_ROWS:
-            rows = functional.pad(rows, (0, 0, 0, CHUNK_ROWS - num_rows))
+            rows = F.pad(rows, (0, 0, 0, CHUNK_ROWS - num_rows))
         torch.mm(rows, columns, out=scores)  # [CHUNK_ROWS, C]
         scores[:, num_groups:] = -torch.inf
         best, lead = _best_and_lead(scores)
@@ -192,4 +192,4 @@ def _next_centroids(centroids: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     tilt[1::2] -= SPLIT_TILT
     moved = torch.where(splits[:, None], moved[donor] * tilt, moved)
     moved = torch.where(is_donor[:, None], moved * (2 - tilt), moved)
-    return functional.normalize(moved).float(), splits.sum()
+    return F.normalize(moved).float(), splits.sum()

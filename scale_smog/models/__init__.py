@@ -1,24 +1,24 @@
 """The nets of SMoG: backbones, heads, synchronised batch norm, and the two nets made of them."""
 
 from scale_smog.models.backbones import build_backbone, stages
-from scale_smog.models.batch_norm import (
-    average_statistics,
+from scale_smog.models.siamese import MomentumNet, OnlineNet, build_nets
+from scale_smog.models.sync_batch_norm import (
+    average_running_stats,
+    frozen_running_stats,
     process_group_for,
     synchronise_batch_norm,
-    unshared_statistics,
-    untracked,
+    unsynchronised_running_stats,
 )
-from scale_smog.models.siamese import MomentumNet, OnlineNet, build_nets
 
 __all__ = [
     "MomentumNet",
     "OnlineNet",
-    "average_statistics",
+    "average_running_stats",
     "build_backbone",
     "build_nets",
+    "frozen_running_stats",
     "process_group_for",
     "stages",
     "synchronise_batch_norm",
-    "unshared_statistics",
-    "untracked",
+    "unsynchronised_running_stats",
 ]

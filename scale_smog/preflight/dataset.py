@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from scale_smog.data.manifest import ShardEntry, load_manifest, manifest_sha256
 from scale_smog.errors import UserError
-from scale_smog.preflight.rows import Row, usual
+from scale_smog.preflight.rows import Row, most_common
 
 NUM_READERS = 8
 MOST_NAMED = 5
@@ -70,7 +70,7 @@ def compare(hosts: Sequence[str], seen: Sequence[Seen], path: str, thorough: boo
         path: of the dataset's folder.
         thorough: whether bytes were read.
     """
-    most = usual([each.manifest_sha256 for each in seen if each.manifest_sha256] or [""])
+    most = most_common([each.manifest_sha256 for each in seen if each.manifest_sha256] or [""])
     faults = []
     for host, each in zip(hosts, seen, strict=True):
         if each.manifest_sha256 and each.manifest_sha256 != most:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from scale_smog import distributed
 from scale_smog.config import Recipe
 from scale_smog.preflight.rows import Row
-from scale_smog.profiling.collectives import fit_line, measure
 from scale_smog.profiling.hardware import MICRO, Hardware
+from scale_smog.profiling.link_benchmark import fit_line, measure
 from scale_smog.profiling.scaling_model import Network
 
 REPEATS = 15

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 
 from scale_smog import distributed
-from scale_smog.checkpoint.space import probe_space
+from scale_smog.checkpoint.disk_space import probe_space
 from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
 from scale_smog.errors import UserError
 from scale_smog.preflight import dataset, software
 from scale_smog.preflight.links import check_collectives, check_links
-from scale_smog.preflight.rows import Row, by_host, table, usual
+from scale_smog.preflight.rows import Row, by_host, most_common, table
 from scale_smog.profiling.hardware import hardware_name, load_hardware
 from scale_smog.profiling.memory import MIB, plan_memory
 from scale_smog.small_data import fit_to_data
@@ -42,7 +42,7 @@ def check(recipe: Recipe) -> int:
     Raises:
         UserError: the ranks do not find one another; settings of a small set do not fit it.
     """
-    with distributed.joined(MEETING_S) as device:
+    with distributed.process_group(MEETING_S) as device:
         rows = examine(_as_trained(recipe), device)
         num_faults = sum(len(row.faults) for row in rows)
         if distributed.is_main():
@@ -103,7 +103,7 @@ def find_hosts() -> Hosts:
 def _hosts_row(hosts: Hosts) -> Row:
     summary = f"{sum(hosts.num_ranks)} ranks on {len(hosts.names)}: "
     counts = [f"{n} ({k})" for n, k in zip(hosts.names, hosts.num_ranks, strict=True)]
-    most = usual(hosts.num_ranks)
+    most = most_common(hosts.num_ranks)
     faults = [
         f"{name} has {num} ranks, the others {most}: give every host the same slots"
         for name, num in zip(hosts.names, hosts.num_ranks, strict=True)
@@ -122,7 +122,7 @@ def check_recipes(recipe: Recipe) -> Row:
         for key, value in values.items()
         if (section, key) not in PLACES
     }
-    name = f"rank {distributed.rank()} on {socket.gethostname()}"
+    name = distributed.rank_and_host()
     found = distributed.gather_objects((name, own))
     faults = software.differences([name for name, _ in found], [each for _, each in found])
     return Row("settings", "the same on all ranks", faults)
@@ -144,7 +144,7 @@ def check_clocks(hosts: Hosts) -> Row:
     """The hosts' clocks against most of them; a collective."""
     distributed.barrier()
     times = by_host(distributed.gather_objects(time.time()), hosts.leaders)
-    now = usual(times, lambda a, b: abs(a - b) <= MOST_APART_S)
+    now = most_common(times, lambda a, b: abs(a - b) <= MOST_APART_S)
     faults = [
         f"{host}'s clock is {abs(t - now):.0f} s {'ahead' if t > now else 'behind'}: run an NTP "
         "service"

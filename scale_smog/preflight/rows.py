@@ -24,7 +24,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def usual(values: Sequence[T], same: Callable[[T, T], bool] = lambda a, b: a == b) -> T:
+def most_common(values: Sequence[T], same: Callable[[T, T], bool] = lambda a, b: a == b) -> T:
     """The value that most others equal; where it is a draw, the first."""
     return max(values, key=lambda value: sum(same(value, other) for other in values))
 

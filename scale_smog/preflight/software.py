@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.cuda import nccl
 
-from scale_smog.preflight.rows import Row, usual
+from scale_smog.preflight.rows import Row, most_common
 
 PACKAGES = (
     "torch",
@@ -71,7 +71,7 @@ def differences(hosts: Sequence[str], found: Sequence[dict[str, str]]) -> list[s
     names = dict.fromkeys(name for each in found for name in each)
     for name in names:
         values = [each.get(name, "none") for each in found]
-        most = usual(values)
+        most = most_common(values)
         witness = hosts[values.index(most)]
         faults += [
             f"{host} has {name} {value}, {witness} has {most}"

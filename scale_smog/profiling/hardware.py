@@ -45,9 +45,9 @@ class Hardware(Section):
     collective_shares: dict[str, Amount] = Field(default=RING_SHARES)  # of an all-reduce's time
     straggler: Range  # standard deviation of a GPU's step, as a share of the step
 
-    def at(self, outlook: int) -> Callable[[Range], float]:
+    def at(self, estimate: int) -> Callable[[Range], float]:
         """Picks one value of each range: 0 optimistic, 1 nominal, 2 pessimistic."""
-        return lambda values: values[outlook]
+        return lambda values: values[estimate]
 
     @property
     def bytes_per_s(self) -> float:

@@ -19,7 +19,7 @@ from scale_smog.config import Recipe
 from scale_smog.profiling.flops import Op, StepCost, count_step, roof_s
 from scale_smog.profiling.hardware import MICRO, Hardware, Link
 
-OUTLOOKS = (2, 1, 0)  # pessimistic, nominal, optimistic: ascending images/s
+ESTIMATES = (2, 1, 0)  # pessimistic, nominal, optimistic: ascending images/s
 SPLIT_STATE = ("zero1", "zero2")  # whole weights, but optimizer state over all ranks
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -101,9 +101,9 @@ def _counted(recipe: Recipe, batch: int) -> StepCost:
     return _costs[repr(key), batch]
 
 
-def estimate_parts(work: Workload, machine: Hardware, outlook: int) -> dict[str, float]:
+def estimate_parts(work: Workload, machine: Hardware, estimate: int) -> dict[str, float]:
     """Seconds of a step's parts on one GPU that has not been measured."""
-    at, recipe = machine.at(outlook), work.recipe
+    at, recipe = machine.at(estimate), work.recipe
     peak, bandwidth = machine.flops_per_s(recipe.engine.precision), machine.bytes_per_s
     launch, fraction = at(machine.op_us) * MICRO, at(machine.roofline_fraction)
     launches = recipe.engine.accumulate * launch
@@ -134,7 +134,7 @@ def estimate_parts(work: Workload, machine: Hardware, outlook: int) -> dict[str,
 
 def predict_step(
     work: Workload, parts: Parts, gpus: int, engine: str, scope: str | int, machine: Hardware,
-    outlook: int,
+    estimate: int,
 ) -> float:  # fmt: skip
     """Seconds of a step on `gpus` GPUs.
 
@@ -146,14 +146,14 @@ def predict_step(
         engine: `engine.kind`.
         scope: `model.batch_norm`.
         machine: what it runs on.
-        outlook: 0 optimistic, 1 nominal, 2 pessimistic.
+        estimate: 0 optimistic, 1 nominal, 2 pessimistic.
     """
-    at = machine.at(outlook)
+    at = machine.at(estimate)
     own = {k: v for k, v in parts.items() if k not in ("communication", "data_wait")}
     for name, shards in _shards(engine, gpus, machine.gpus_per_node).items():
         own[name] = own.get(name, 0.0) / shards
     step = sum(own.values())
-    step += sum(exposed_s(work, own, gpus, engine, scope, machine, outlook).values())
+    step += sum(exposed_s(work, own, gpus, engine, scope, machine, estimate).values())
     step = max(step, work.batch / at(machine.loader_images_per_s))
     return step * (1 + at(machine.straggler) * math.sqrt(2 * math.log(gpus)))
 
@@ -172,12 +172,12 @@ def _shards(engine: str, gpus: int, per_node: int) -> dict[str, int]:
 
 def exposed_s(
     work: Workload, parts: Parts, gpus: int, engine: str, scope: str | int, machine: Hardware,
-    outlook: int,
+    estimate: int,
 ) -> dict[str, float]:  # fmt: skip
     """Seconds that a step waits for the other ranks, by cause; all 0 on one GPU."""
     if gpus == 1:
         return {"weights": 0.0, "batch_norm": 0.0, "groups": 0.0}
-    net = Network(machine, outlook)
+    net = Network(machine, estimate)
     recipe = work.recipe
     group_bytes = 4.0 * recipe.grouping.num_groups * (recipe.model.dim + 1)
     groups = 2 * net.seconds("all_reduce", group_bytes, gpus)
@@ -192,10 +192,10 @@ def exposed_s(
 
 
 class Network:
-    """Seconds of collectives on a machine, by one outlook."""
+    """Seconds of collectives on a machine, by one estimate."""
 
-    def __init__(self, machine: Hardware, outlook: int):
-        self.machine, self.outlook, self._at = machine, outlook, machine.at(outlook)
+    def __init__(self, machine: Hardware, estimate: int):
+        self.machine, self.estimate, self._at = machine, estimate, machine.at(estimate)
         self.overlap = self._at(machine.overlap)
 
     def seconds(self, kind: str, num_bytes: float, ranks: int, messages: int = 1) -> float:
@@ -258,7 +258,7 @@ def _weights_s(work: Workload, parts: Parts, gpus: int, engine: str, net: Networ
     # A part is copied into the message and the whole out of it; gradients likewise.
     sent_s += 2 * (1 + 1 / shards) * (num_gathers * weights + gradients) / net.machine.bytes_per_s
     if gpus > shards:  # hsdp: the nodes' copies add up their parts, one GPU of each node with one
-        copies = Network(net.machine.model_copy(update={"gpus_per_node": 1}), net.outlook)
+        copies = Network(net.machine.model_copy(update={"gpus_per_node": 1}), net.estimate)
         sent_s += copies.seconds("all_reduce", gradients / shards, gpus // shards, messages)
     compute = sum(parts[name] for name in COMPUTE_PARTS)
     return net.hide(sent_s, sent_s - compute) + _norms_s(work, shards, net)
@@ -321,14 +321,14 @@ def predict(
     """Images a second with `batch` images a GPU."""
     work = Workload.of(recipe, batch)
     rates, alone = [], []
-    for outlook in OUTLOOKS:
+    for estimate in ESTIMATES:
         if measured:
             parts = measured.corrected(estimate_parts(work, machine, 1))
         else:
-            parts = estimate_parts(work, machine, outlook)
-        step = predict_step(work, parts, gpus, engine, scope, machine, outlook)
+            parts = estimate_parts(work, machine, estimate)
+        step = predict_step(work, parts, gpus, engine, scope, machine, estimate)
         rates.append(gpus * batch / step)
-        alone.append(batch / predict_step(work, parts, 1, "ddp", "local", machine, outlook))
+        alone.append(batch / predict_step(work, parts, 1, "ddp", "local", machine, estimate))
     low, nominal, high = rates
     return Prediction(gpus, engine, scope, (low, nominal, high), nominal / (gpus * alone[1]))
 

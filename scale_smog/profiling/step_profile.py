@@ -31,7 +31,7 @@ PARTS = (
 RANGE = "part: "  # begins the names of a part's ranges in traces
 
 
-class Border(NamedTuple):
+class TimedMethod(NamedTuple):
     """A function whose time belongs to a part."""
 
     owner: Any  # object or module
@@ -106,10 +106,10 @@ class Timeline:
 
 
 @contextmanager
-def marked(timeline: Timeline, borders: Iterable[Border]) -> Iterator[None]:
+def timed(timeline: Timeline, timed_methods: Iterable[TimedMethod]) -> Iterator[None]:
     """Has every border's function mark its begin and end; on leaving, all are as they were."""
     with ExitStack() as undo:
-        for owner, name, part in borders:
+        for owner, name, part in timed_methods:
             own = name in vars(owner)
             function = getattr(owner, name)
             setattr(owner, name, _marking(timeline, part, function))

@@ -6,8 +6,8 @@ from pathlib import Path
 import hosts
 import pytest
 
-from scale_smog.data import demo_images
 from scale_smog.data.manifest import MANIFEST_NAME
+from scale_smog.data.prepare import demo as demo_images
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -37,7 +37,7 @@ FORWARDED = {  # to the programs on the hosts
     "DS_ACCELERATOR": "cpu",
 }
 
-# /etc is a layer of the host's own over the machine's: names, ssh's settings and planted faults.
+# /etc is a layer of the host's own over the machine's: names, ssh's settings and injected faults.
 FIRST_PROCESS = """
 set -e
 hostname {name}

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from hosts import Cluster, console, finish
-from plant import FAKETIME, FAULTS, planted
+from inject_fault import FAKETIME, FAULTS, injected
 from programs import CHECK, OVERRIDES, RECIPE
 from ranks import run_on_ranks
 from small_recipe import small_recipe
@@ -13,7 +13,7 @@ from scale_smog import distributed
 from scale_smog.preflight import dataset, program, software
 from scale_smog.preflight.dataset import Seen
 from scale_smog.preflight.links import Link, _rounds, judge
-from scale_smog.preflight.rows import Row, table, usual
+from scale_smog.preflight.rows import Row, most_common, table
 from scale_smog.profiling.hardware import load_hardware
 
 
@@ -22,7 +22,7 @@ def test_faults_of_one_host_are_all_named(cluster: Cluster, demo: Path, tmp_path
     names += ["slow link", *(["wrong clock"] if FAKETIME else [])]
     run = tmp_path / "run"
     run.mkdir()
-    with planted(cluster.hosts[1], names, demo, run):
+    with injected(cluster.hosts[1], names, demo, run):
         program = [CHECK, RECIPE, *OVERRIDES, f"data.path={demo}", f"run.dir={run}"]
         status = finish(cluster.torchrun(tmp_path, *program), tmp_path)
     said = console(tmp_path).read_text()
@@ -36,7 +36,7 @@ def test_the_odd_host_is_named_and_the_first_is_right_in_a_draw():
     row = software.compare(hosts, [{"torch": "1"}, {"torch": "2"}, {"torch": "2"}])
     assert row.faults == ["a has torch 1, b has 2"]
     assert software.compare(["a", "b"], [{"x": "1"}, {}]).faults == ["b has x none, a has 1"]
-    assert usual([1.0, 9.0, 9.5], lambda a, b: abs(a - b) < 1) == 9.0
+    assert most_common([1.0, 9.0, 9.5], lambda a, b: abs(a - b) < 1) == 9.0
     seen = [Seen("m", 2, ()), Seen("other", 2, ("train-000000.tar is missing",))]
     faults = dataset.compare(["a", "b"], seen, "set", thorough=True).faults
     assert len(faults) == 2 and all(fault.startswith("b") for fault in faults)

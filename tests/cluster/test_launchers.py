@@ -11,16 +11,16 @@ from programs import OVERRIDES, PRETRAIN, RECIPE, STEPS
 from ranks import run_on_ranks
 
 from scale_smog import checkpoint, distributed, load_recipe
-from scale_smog.deadlines import Deadlines
 from scale_smog.pretrain import _pretrain
-from scale_smog.rank_logs import RankLogs
+from scale_smog.runtime.rank_logs import RankLogs
+from scale_smog.runtime.watchdog import Watchdog
 
 
 def train_here(overrides: list[str]) -> None:
     """The whole of a run on ranks that exist already, each with one thread, as on the hosts."""
     os.environ["LOCAL_RANK"] = str(distributed.rank())
     recipe = load_recipe(RECIPE, overrides)
-    with Deadlines(recipe.deadlines):
+    with Watchdog(recipe.deadlines):
         _pretrain(recipe, torch.device("cpu"), RankLogs())
 
 
@@ -30,7 +30,7 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.generations(run_dir)[-1])[0]
+    return checkpoint.load(checkpoint.list_checkpoints(run_dir)[-1])[0]
 
 
 @pytest.mark.parametrize(("launcher", "engine"), [("deepspeed", "zero1"), ("torchrun", "ddp")])

@@ -1,4 +1,4 @@
-"""Views as numbers."""
+"""Views as params."""
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ from scale_smog.data.augment import CentreView, RandomView, blur_window, trainin
 NUM = 20_000
 
 
-def numbers(view, num=NUM, width=500, height=375, seed=0, epoch=0):
+def params(view, num=NUM, width=500, height=375, seed=0, epoch=0):
     ids = np.arange(num)
     sizes = np.full(num, width), np.full(num, height)
-    return view.numbers(seed, ids, np.full(num, epoch), *sizes)
+    return view.sample(seed, ids, np.full(num, epoch), *sizes)
 
 
 def large(augment=None, blur=1.0, solarize=0.0, scale=(0.2, 1.0), stream=0):
@@ -45,12 +45,12 @@ def test_the_two_schemes_are_the_papers():
     ids=["flip", "blur", "solarize", "grey", "untouched"],
 )
 def test_probabilities_are_as_configured(rate, expected):
-    share = rate(numbers(large(blur=0.1, solarize=0.2))).mean()
+    share = rate(params(large(blur=0.1, solarize=0.2))).mean()
     assert abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / NUM)
 
 
 def test_crops_are_distributed_as_torchvisions():
-    box = numbers(large()).box.astype(np.int64)
+    box = params(large()).box.astype(np.int64)
     left, top, width, height = box.T
     assert (left >= 0).all() and (top >= 0).all()
     assert (left + width <= 500).all() and (top + height <= 375).all()
@@ -70,25 +70,25 @@ def test_crops_are_distributed_as_torchvisions():
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (3000, 2), (2, 3000)])
 def test_an_odd_image_still_has_a_crop(width, height):
-    left, top, w, h = numbers(large(), 100, width, height).box.T
+    left, top, w, h = params(large(), 100, width, height).box.T
     assert (w >= 1).all() and (h >= 1).all()
     assert (left + w <= width).all() and (top + h <= height).all()
 
 
 def test_views_of_an_image_differ_and_repeat_only_for_the_same_seed_epoch_and_stream():
-    one = numbers(large(), 50)
-    again = numbers(large(), 50)
+    one = params(large(), 50)
+    again = params(large(), 50)
     assert all((getattr(one, f) == getattr(again, f)).all() for f in vars(one))
     others = [
-        numbers(large(stream=1), 50),
-        numbers(large(), 50, seed=1),
-        numbers(large(), 50, epoch=1),
+        params(large(stream=1), 50),
+        params(large(), 50, seed=1),
+        params(large(), 50, epoch=1),
     ]
     assert all((one.box != other.box).any(axis=1).mean() > 0.9 for other in others)
 
 
 def recolour(n, i, pixels):
-    """What the numbers of view i do to an image [M, 3], without the clip."""
+    """What the params of view i do to an image [M, 3], without the clip."""
     return pixels @ n.colour[i].T + n.from_mean[i] @ pixels.mean(0) + n.offset[i]
 
 
@@ -101,14 +101,14 @@ PIXELS = np.random.default_rng(0).uniform(0, 255, (64, 3))
 
 
 def test_brightness_adds_the_same_everywhere():
-    n = numbers(large(only(brightness=0.4)), 500)
+    n = params(large(only(brightness=0.4)), 500)
     change = np.array([recolour(n, i, PIXELS) - PIXELS for i in range(500)])
     assert np.ptp(change, axis=(1, 2)).max() < 1e-3
     assert abs(np.abs(change).max() - 0.4 * 255) < 2
 
 
 def test_contrast_stretches_about_each_channels_mean():
-    n = numbers(large(only(contrast=0.4)), 500)
+    n = params(large(only(contrast=0.4)), 500)
     for i in range(20):
         new = recolour(n, i, PIXELS)
         factor = (new - PIXELS.mean(0)) / (PIXELS - PIXELS.mean(0))
@@ -116,7 +116,7 @@ def test_contrast_stretches_about_each_channels_mean():
 
 
 def test_saturation_keeps_the_luma():
-    n = numbers(large(only(saturation=0.2)), 20)
+    n = params(large(only(saturation=0.2)), 20)
     luma = np.array([0.299, 0.587, 0.114])
     for i in range(20):
         new = recolour(n, i, PIXELS)
@@ -126,7 +126,7 @@ def test_saturation_keeps_the_luma():
 
 
 def test_hue_turns_the_chroma_plane_by_at_most_a_tenth_of_the_circle():
-    n = numbers(large(only(hue=0.1)), 500)
+    n = params(large(only(hue=0.1)), 500)
     to_yiq = np.array(
         [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
     )
@@ -138,6 +138,6 @@ def test_hue_turns_the_chroma_plane_by_at_most_a_tenth_of_the_circle():
 
 
 def test_the_evaluation_crop_is_the_centre():
-    n = numbers(CentreView(224, 0.875), 1, width=500, height=400)
+    n = params(CentreView(224, 0.875), 1, width=500, height=400)
     assert n.box.tolist() == [[75, 25, 350, 350]]
     assert not n.flip.any() and not n.solarize.any() and not n.sigma.any()

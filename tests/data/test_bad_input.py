@@ -19,11 +19,11 @@ from PIL import Image
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import training_views
-from scale_smog.data.batch_source import BatchSource
-from scale_smog.data.indexing import index_folder
-from scale_smog.data.sharding import shard_folder
-from scale_smog.data.torch_loader import TorchLoader
-from scale_smog.data.verify import verify_folder
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.torch import TorchLoader
+from scale_smog.data.prepare.index import index_folder
+from scale_smog.data.prepare.shard import shard_folder
+from scale_smog.data.prepare.verify import verify_folder
 from scale_smog.errors import UserError
 
 ROOT = Path(__file__).parents[2]

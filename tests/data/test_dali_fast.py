@@ -11,8 +11,8 @@ from images import jpeg
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import TarDataset
 from scale_smog.data.augment import training_views
-from scale_smog.data.indexing import index_folder
-from scale_smog.data.sharding import shard_folder
+from scale_smog.data.prepare.index import index_folder
+from scale_smog.data.prepare.shard import shard_folder
 
 CPU = torch.device("cpu")
 NUM_IMAGES, NUM_CLASSES = 48, 12
@@ -31,7 +31,7 @@ def many(tmp_path_factory):
 
 
 def load(dataset, steps, batch, rank=0, world_size=1):
-    fast = pytest.importorskip("scale_smog.data.dali_fast")
+    fast = pytest.importorskip("scale_smog.data.loaders.dali_fast")
     views = training_views(
         DataConfig(path="", num_small_crops=1, large_px=24, small_px=16), AugmentConfig()
     )

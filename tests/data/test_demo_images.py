@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from scale_smog.data import demo_images
-from scale_smog.data.demo_images import CLASSES, OUTLINES, draw, make_demo
 from scale_smog.data.images import decode
 from scale_smog.data.manifest import TarDataset
+from scale_smog.data.prepare import demo as demo_images
+from scale_smog.data.prepare.demo import CLASSES, OUTLINES, draw, make_demo
 
 
 def _rng(*seed: int) -> np.random.Generator:
@@ -52,16 +52,16 @@ def test_outlines_cover_different_shares_of_a_disc():
 
 
 def test_places_are_inside_apart_and_of_every_number():
-    numbers = set()
+    params = set()
     for seed in range(60):
         places = demo_images._places(_rng(seed))
-        numbers.add(len(places))
+        params.add(len(places))
         for index, (x, y, radius) in enumerate(places):
             assert 8 <= radius <= 13
             assert radius <= min(x, y) and max(x, y) <= 64 - radius
             for a, b, r in places[:index]:
                 assert np.hypot(x - a, y - b) >= radius + r
-    assert numbers == {4, 5, 6, 7}
+    assert params == {4, 5, 6, 7}
 
 
 def test_copies_stand_out_from_the_background_in_luminance():

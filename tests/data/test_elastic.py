@@ -14,12 +14,12 @@ from images import jpeg
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import training_views
-from scale_smog.data.batch_source import BatchSource
-from scale_smog.data.image_sources import Source, SourceImage
-from scale_smog.data.loaders import build_plan
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.build import build_plan
+from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.data.manifest import MAX_OPEN_FILES
-from scale_smog.data.sharding import shard_source
-from scale_smog.data.torch_loader import TorchLoader
+from scale_smog.data.prepare.folder_source import Source, SourceImage
+from scale_smog.data.prepare.shard import shard_source
 
 CPU = torch.device("cpu")
 NUM_STEPS = 50
@@ -28,9 +28,9 @@ GLOBAL_BATCH = 12
 
 def load(tars, steps, loader, rank=0, world_size=1, workers=0):
     if loader == "dali":
-        make = pytest.importorskip("scale_smog.data.dali").DaliCpuLoader
+        make = pytest.importorskip("scale_smog.data.loaders.dali").DaliCpuLoader
     elif loader == "dali graph":
-        make = partial(pytest.importorskip("scale_smog.data.dali").DaliLoader, on_gpu=False)
+        make = partial(pytest.importorskip("scale_smog.data.loaders.dali").DaliLoader, on_gpu=False)
     else:
         make = TorchLoader
     data = DataConfig(path="", num_small_crops=1, large_px=24, small_px=16)
@@ -76,9 +76,9 @@ def _read_small(name: str) -> bytes:
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_memory_is_flat_and_files_are_few_over_2000_batches_of_500_shards(many_shards, loader):
     if loader == "dali":
-        make = pytest.importorskip("scale_smog.data.dali").DaliCpuLoader
+        make = pytest.importorskip("scale_smog.data.loaders.dali").DaliCpuLoader
     elif loader == "dali graph":
-        make = partial(pytest.importorskip("scale_smog.data.dali").DaliLoader, on_gpu=False)
+        make = partial(pytest.importorskip("scale_smog.data.loaders.dali").DaliLoader, on_gpu=False)
     else:
         make = TorchLoader
     data = DataConfig(path="", large_px=8)

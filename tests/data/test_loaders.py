@@ -12,7 +12,7 @@ import torch
 from scale_smog.config import AugmentConfig, DataConfig, EvaluationConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import STD, training_views
-from scale_smog.data.loaders import build_evaluation_loader, build_training_loader
+from scale_smog.data.loaders.build import build_evaluation_loader, build_training_loader
 from scale_smog.errors import UserError
 
 CPU = torch.device("cpu")
@@ -132,6 +132,6 @@ def test_a_gpu_that_is_not_there_is_named(tars):
 
 
 def test_dali_missing_is_one_clear_line(tars, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scale_smog.data.dali", None)
+    monkeypatch.setitem(sys.modules, "scale_smog.data.loaders.dali", None)
     with pytest.raises(UserError, match=r"data\.loader=torch"):
         load(tars, "dali", range(1))

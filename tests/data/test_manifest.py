@@ -11,17 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scale_smog import retries
 from scale_smog.data import manifest as manifest_module
-from scale_smog.data.image_sources import Source, SourceImage
-from scale_smog.data.manifest import (
-    TarDataset,
-    load_manifest,
-    manifest_sha256,
-    write_atomically,
-)
-from scale_smog.data.sharding import shard_source
+from scale_smog.data.manifest import TarDataset, load_manifest, manifest_sha256
+from scale_smog.data.prepare.folder_source import Source, SourceImage
+from scale_smog.data.prepare.shard import shard_source
 from scale_smog.errors import UserError
+from scale_smog.runtime import retries
+from scale_smog.runtime.files import write_atomically
 
 NUM_SAMPLES = 20
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 from scale_smog.config import AugmentConfig
 from scale_smog.data import EpochPlan, TarDataset
-from scale_smog.data.augment import STD, RandomView, ViewNumbers
-from scale_smog.data.batch_source import BatchSource
-from scale_smog.data.memory_loader import MemoryLoader
-from scale_smog.data.sharding import shard_folder
-from scale_smog.data.torch_loader import TorchLoader
+from scale_smog.data.augment import STD, AugmentationParams, RandomView
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.memory import MemoryLoader
+from scale_smog.data.loaders.torch import TorchLoader
+from scale_smog.data.prepare.shard import shard_folder
 
 CPU = torch.device("cpu")
 PX = 96
@@ -29,9 +29,9 @@ class WholeImage(RandomView):
 
     is_whole: bool = field(default=True)
 
-    def numbers(self, seed, ids, epochs, widths, heights) -> ViewNumbers:
+    def sample(self, seed, ids, epochs, widths, heights) -> AugmentationParams:
         box = np.stack([0 * widths, 0 * widths, widths, heights], axis=1).astype(np.int32)
-        return replace(super().numbers(seed, ids, epochs, widths, heights), box=box)
+        return replace(super().params(seed, ids, epochs, widths, heights), box=box)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def pixels(loader):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_of_dalis_graph_is_torchs_within_its_tolerance(photos, name):
-    dali = pytest.importorskip("scale_smog.data.dali")
+    dali = pytest.importorskip("scale_smog.data.loaders.dali")
     view, tolerance = OPERATIONS[name]
     source = BatchSource(photos, EpochPlan(16, 16, seed=1), [view], 1, 0, 1)
     ours = pixels(dali.DaliLoader(source, range(4), 1, CPU, on_gpu=False))
@@ -108,7 +108,7 @@ def test_crops_of_photographs_agree_to_two_grey_levels_but_for_their_rims(tmp_pa
     At the rim, where the kernel reaches beyond the crop, DALI repeats the last pixel and torch
     leaves the others their weight: up to seven levels of ImageNet's photographs, 0.01 on average.
     """
-    dali = pytest.importorskip("scale_smog.data.dali")
+    dali = pytest.importorskip("scale_smog.data.loaders.dali")
     files = sorted(Path(os.environ["SCALE_SMOG_TEST_DATA"]).rglob("*.[jJ][pP]*[gG]"))
     (tmp_path / "images").mkdir()
     for i, path in enumerate(files[:: max(1, len(files) // 16)][:16]):
@@ -129,7 +129,7 @@ def test_crops_of_photographs_agree_to_two_grey_levels_but_for_their_rims(tmp_pa
 
 
 def test_a_set_too_large_for_the_device_is_refused(photos, monkeypatch):
-    monkeypatch.setattr("scale_smog.data.memory_loader._CPU_BYTES", 2**18)
+    monkeypatch.setattr("scale_smog.data.loaders.memory._CPU_BYTES", 2**18)
     source = BatchSource(photos, EpochPlan(16, 16), [whole()], 0, 0, 1)
     with pytest.raises(ValueError, match=r"take data\.loader=dali"):
         MemoryLoader(source, range(1), CPU)

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scale_smog.data import sharding
-from scale_smog.data.image_sources import folder_source
 from scale_smog.data.images import BadImageError, Treatment, decode, normalise
 from scale_smog.data.manifest import TarDataset, load_manifest
-from scale_smog.data.sharding import cut_into_shards, shard_folder, shuffled
+from scale_smog.data.prepare import shard as sharding
+from scale_smog.data.prepare.folder_source import folder_source
+from scale_smog.data.prepare.shard import cut_into_shards, shard_folder, shuffled
 from scale_smog.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -22,10 +22,10 @@ from test_bad_input import Canary, write_tar
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, SequentialPlan, TarDataset
 from scale_smog.data.augment import CentreView, training_views
-from scale_smog.data.batch_source import BatchSource
-from scale_smog.data.loaders import build_training_loader
-from scale_smog.data.streaming import StreamLoader, read_tar, shard_urls
-from scale_smog.data.torch_loader import TorchLoader
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.build import build_training_loader
+from scale_smog.data.loaders.stream import StreamLoader, read_tar, shard_urls
+from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.errors import UserError
 
 CPU = torch.device("cpu")

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scale_smog.data import verify
-from scale_smog.data.image_sources import Source, SourceImage
-from scale_smog.data.manifest import SIDECAR_DTYPE, file_sha256
-from scale_smog.data.sharding import shard_source
-from scale_smog.data.verify import verify_folder
+from scale_smog.data.manifest import SIDECAR_DTYPE
+from scale_smog.data.prepare import verify
+from scale_smog.data.prepare.folder_source import Source, SourceImage
+from scale_smog.data.prepare.shard import shard_source
+from scale_smog.data.prepare.verify import verify_folder
 from scale_smog.errors import UserError
+from scale_smog.runtime.files import file_sha256
 
 PROGRAM = Path(__file__).parents[2] / "data_tools" / "verify.py"
 

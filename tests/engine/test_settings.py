@@ -10,7 +10,7 @@ from small_recipe import small_recipe
 
 from scale_smog import UserError
 from scale_smog.config import DataConfig, ModelConfig
-from scale_smog.models import OnlineNet, average_statistics, stages, unshared_statistics
+from scale_smog.models import OnlineNet, average_running_stats, stages, unsynchronised_running_stats
 from scale_smog.models.backbones import build_backbone
 from scale_smog.profiling.memory import _SavedTensors, plan_memory, sent_mib
 
@@ -88,9 +88,9 @@ def statistics_of_scopes(folder: Any) -> dict[Any, bool]:
         buffers = {f"{n}.{k}": x for n, net in nets.items() for k, x in net.named_buffers()}
         same[scope] = runs.same_on_all_ranks(buffers)
     own = [torch.full((3,), float(torch.distributed.get_rank()))]
-    average_statistics(own)
+    average_running_stats(own)
     assert own[0].tolist() == [0.5] * 3
-    assert not unshared_statistics([torch.nn.Linear(2, 2)])
+    assert not unsynchronised_running_stats([torch.nn.Linear(2, 2)])
     return same
 
 

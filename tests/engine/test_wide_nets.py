@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_on_ranks
 from torch import Tensor, nn
-from torch.nn import functional
 
 from scale_smog import distributed
 from scale_smog.config import EngineConfig, ModelConfig, OptimizerConfig
@@ -95,7 +95,7 @@ class DeepNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 4096]
         x = images.flatten(1)[:, :4096]
         for block in self.blocks:
-            x = functional.gelu(block(x))
+            x = F.gelu(block(x))
         return x
 
 

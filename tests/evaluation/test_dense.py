@@ -14,14 +14,18 @@ from dense_sets import write_cityscapes, write_coco, write_voc
 from torch import distributed as dist
 
 from scale_smog.errors import UserError
-from scale_smog.evaluation import detection, segmentation
-from scale_smog.evaluation.dense import dilate
-from scale_smog.evaluation.detection import as_results, average_precision
-from scale_smog.evaluation.detection_data import DetectionImages, TrainingSamples, open_detection
+from scale_smog.evaluation.dense import detection, segmentation
+from scale_smog.evaluation.dense.detection import as_results, average_precision
+from scale_smog.evaluation.dense.detection_data import (
+    DetectionImages,
+    TrainingSamples,
+    open_detection,
+)
+from scale_smog.evaluation.dense.segmentation import build_fcn
+from scale_smog.evaluation.dense.segmentation_data import normalised, open_segmentation
+from scale_smog.evaluation.dense.training import dilate
 from scale_smog.evaluation.program import evaluate
-from scale_smog.evaluation.segmentation import build_fcn
-from scale_smog.evaluation.segmentation_data import normalised, open_segmentation
-from scale_smog.evaluation.settings import load_protocols
+from scale_smog.evaluation.protocols import load_protocols
 from scale_smog.models import build_backbone
 
 AP = ("ap", "ap50", "ap75")
@@ -76,7 +80,7 @@ def interrupt_after(num_steps: int, module, monkeypatch) -> None:
 
 @pytest.fixture
 def every_loss(monkeypatch):
-    monkeypatch.setattr("scale_smog.evaluation.training.LOG_EVERY", 1)
+    monkeypatch.setattr("scale_smog.evaluation.supervised.training.LOG_EVERY", 1)
 
 
 def test_dilated_maps_are_those_of_torchvision():

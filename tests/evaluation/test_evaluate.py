@@ -12,11 +12,11 @@ import torch
 from images import jpeg
 from small_recipe import small_recipe
 
-from scale_smog.data.sharding import shard_folder
+from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
-from scale_smog.evaluation import linear
 from scale_smog.evaluation.feature_files import write_features
 from scale_smog.evaluation.program import PROGRAMS, evaluate
+from scale_smog.evaluation.supervised import linear
 from scale_smog.recipe import dump_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -172,7 +172,7 @@ def test_bad_input_is_one_clear_line(tmp_path, run_dir, name, make, words):
 def test_segmentation_of_a_net_without_maps_is_one_clear_line(tmp_path, run_dir):
     from dense_sets import write_voc
 
-    from scale_smog.evaluation.dense import feature_net
+    from scale_smog.evaluation.dense.training import feature_net
     from scale_smog.evaluation.job import Job
 
     recipe = small_recipe(tmp_path, "nowhere", "model.backbone=mobilenetv3_small_100")

@@ -3,11 +3,11 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import normalized_mutual_info_score
-from torch.nn import functional
 
-from scale_smog.evaluation import group_quality
-from scale_smog.evaluation.group_quality import cluster_features
+from scale_smog.evaluation.groups import quality as group_quality
+from scale_smog.evaluation.groups.quality import cluster_features
 
 
 def test_entropies_are_of_the_classes_inside_the_groups_in_use():
@@ -36,7 +36,7 @@ def test_groups_and_classes_that_say_nothing_share_nothing():
 
 def test_features_without_groups_are_clustered():
     generator = torch.Generator().manual_seed(0)
-    centres = functional.normalize(torch.randn(5, 16, generator=generator))
+    centres = F.normalize(torch.randn(5, 16, generator=generator))
     classes = torch.arange(200) % 5
     features = centres[classes] + 0.05 * torch.randn(200, 16, generator=generator)
     groups = cluster_features(features * 7, num_groups=20)

@@ -1,13 +1,13 @@
 """The linear classifier."""
 
 import torch
+import torch.nn.functional as F
 from ranks import run_on_ranks
 from sklearn.linear_model import LogisticRegression
-from torch.nn import functional
 
-from scale_smog.evaluation.classifiers import top_hits
-from scale_smog.evaluation.linear import build_heads, fit_logistic
-from scale_smog.evaluation.settings import LinearConfig
+from scale_smog.evaluation.protocols import LinearConfig
+from scale_smog.evaluation.supervised.classifiers import top_hits
+from scale_smog.evaluation.supervised.linear import build_heads, fit_logistic
 
 
 def features(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +54,7 @@ def test_heads_side_by_side_train_as_each_alone():
         for _ in range(20):
             scores = heads(z)  # [64, L, 5]
             labels = y[:, None].expand(scores.shape[:2])
-            loss = functional.cross_entropy(scores.flatten(0, 1), labels.flatten())
+            loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten())
             optimizer.zero_grad()
             (loss * len(rates)).backward()
             optimizer.step()

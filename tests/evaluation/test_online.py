@@ -1,8 +1,8 @@
 """The judge of the views in training."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional
 
 from scale_smog.data.batch import Batch
 from scale_smog.evaluation.online import OnlineProbe
@@ -13,7 +13,7 @@ def batches(num: int):
     generator = torch.Generator().manual_seed(0)
     for _ in range(num):
         label = torch.randint(3, (48,), generator=generator)
-        bright = functional.one_hot(label, 3).float()[:, :, None, None]
+        bright = F.one_hot(label, 3).float()[:, :, None, None]
         views = [bright + 0.3 * torch.randn(48, 3, 4, 4, generator=generator) for _ in range(2)]
         yield Batch(views, [], label, torch.arange(48))
 

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from images import jpeg
 
-from scale_smog.data.folder_dataset import FolderDataset
+from scale_smog.data.image_folder import FolderDataset
 from scale_smog.errors import UserError
-from scale_smog.evaluation.finetune import chosen_samples
-from scale_smog.evaluation.settings import FinetuneConfig
+from scale_smog.evaluation.protocols import FinetuneConfig
 from scale_smog.evaluation.splits import (
     SubsetPlan,
     balanced_share,
     held_out_share,
     listed_samples,
-    some_of,
+    random_subset,
 )
+from scale_smog.evaluation.supervised.finetune import chosen_samples
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1])
@@ -42,10 +42,10 @@ def test_held_out_images_are_not_trained_on():
 
 def test_some_of_a_folder_are_of_all_its_classes():
     labels = np.repeat(np.arange(10), 100)
-    ids = some_of(len(labels), 200)
+    ids = random_subset(len(labels), 200)
     assert len(ids) == 200 and (np.diff(ids) > 0).all() and len(set(labels[ids])) == 10
-    assert np.array_equal(some_of(5, 0), np.arange(5))
-    assert np.array_equal(some_of(5, 9), np.arange(5))
+    assert np.array_equal(random_subset(5, 0), np.arange(5))
+    assert np.array_equal(random_subset(5, 9), np.arange(5))
 
 
 def test_a_plan_of_a_subset_visits_it_and_nothing_else():

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from small_recipe import small_recipe
 
-from scale_smog import checkpoint, phases
+from scale_smog import checkpoint
+from scale_smog.runtime import phases
 
 PRELOADED = ["scale_smog.pretrain", "scale_smog.engine.ddp", "small_recipe"]
 PATIENCE_S = 120.0
@@ -125,8 +126,8 @@ class Job:
 
     def saved_step(self) -> int | None:
         """The step of the newest whole checkpoint."""
-        folders = checkpoint.generations(self.run_dir)
-        whole = [f for f in folders if checkpoint.whole_or_why(f) is None]
+        folders = checkpoint.list_checkpoints(self.run_dir)
+        whole = [f for f in folders if checkpoint.find_damage(f) is None]
         return int(whole[-1].name.removeprefix("step-")) if whole else None
 
     def resumed_steps(self) -> list[int]:
@@ -135,7 +136,7 @@ class Job:
 
     def final_state(self) -> dict[str, torch.Tensor]:
         """Tensors of the newest checkpoint."""
-        return checkpoint.load(checkpoint.generations(self.run_dir)[-1])[0]
+        return checkpoint.load(checkpoint.list_checkpoints(self.run_dir)[-1])[0]
 
     def clear(self) -> None:
         """Removes the run."""

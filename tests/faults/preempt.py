@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from images import make_dataset
 from jobs import Job, Strike, differing
 
-from scale_smog import phases
+from scale_smog.runtime import phases
 
 MOST_S = 20.0
 # At which occurrence of a phase, and how many seconds into it at most.
@@ -77,7 +77,7 @@ def stop_and_go_on(job: Job, strike: Strike, whole: dict[str, torch.Tensor]) -> 
 
 
 def outcomes(folder: Path, seed: int, phase_names: list[str], num_times: int) -> Iterator[Outcome]:
-    """Stopped runs, `num_times` in each phase."""
+    """StopRequested runs, `num_times` in each phase."""
     data = make_dataset(folder / "data")
     undisturbed = Job(folder / "undisturbed", data)
     assert not any(undisturbed.run()), undisturbed.console()

@@ -4,18 +4,19 @@ import re
 import signal
 import time
 
-import campaign
+import fault_campaign
 import preempt
 import pytest
 from jobs import OVERRIDES, Job, Strike
 
-from scale_smog import deadlines, phases
-from scale_smog.deadlines import Sign, verdict
+from scale_smog.runtime import phases
+from scale_smog.runtime import watchdog as deadlines
+from scale_smog.runtime.watchdog import Heartbeat, verdict
 
 
 @pytest.mark.parametrize("seed", [7])
 def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path, seed):
-    outcomes = campaign.campaign(tmp_path, seed, num_kills=2, world_size=2)
+    outcomes = fault_campaign.campaign(tmp_path, seed, num_kills=2, world_size=2)
     assert [outcome for outcome in outcomes if not outcome.is_good] == []
 
 
@@ -32,7 +33,7 @@ def cluster_slowly(rank: int) -> None:
     """k-means takes seconds, as it does on many features; witnesses look often."""
     del rank
     deadlines.ALARM_S = 1.5
-    phases.on_pause.append(lambda: time.sleep(1.5 * (phases.current() == phases.KMEANS)))
+    phases.on_check.append(lambda: time.sleep(1.5 * (phases.current() == phases.KMEANS)))
 
 
 @pytest.mark.parametrize("phase", [phases.STEP, phases.KMEANS])
@@ -58,7 +59,7 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
 
 def hang_in_the_loader(rank: int) -> None:
     """Rank 0's third batch never comes, though the rank is alive."""
-    from scale_smog.metrics import StepClock
+    from scale_smog.reporting.metrics import StepClock
 
     real_next, num_calls = StepClock.next, 0
 
@@ -86,7 +87,7 @@ def test_a_killed_rank_is_named_by_the_others(tmp_path, tars):
 
 
 def test_the_verdict_names_who_is_behind():
-    a, b = Sign("a", phases.STEP, 9, 1), Sign("b", phases.DATA, 8, 1)
+    a, b = Heartbeat("a", phases.STEP, 9, 1), Heartbeat("b", phases.DATA, 8, 1)
     assert verdict([a, b, a], []) == "the others wait for rank 1 on b in phase 'data'"
     lost = verdict([a, b, a], [2])
     assert lost.startswith("no more sign of life from rank 2 on a, last seen in phase 'step'")

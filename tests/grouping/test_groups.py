@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_on_ranks
-from torch.nn import functional
 
 from scale_smog import distributed
 from scale_smog.grouping import FeatureBank, MomentumGroups
@@ -18,9 +18,7 @@ CPU = torch.device("cpu")
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return functional.normalize(
-        torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1
-    )
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
 
 def make_groups(operator: str = "momentum", **options) -> MomentumGroups:
@@ -208,7 +206,7 @@ def cluster_bank(rows):
     groups.start_from(bank)
     first = groups.centroids.clone()
     report = groups.reseed_from(bank)
-    return first, groups.centroids, report, bank.pieces()["ring"].values
+    return first, groups.centroids, report, bank.state_dict()["ring"].values
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -264,7 +262,7 @@ def test_a_bank_restored_on_another_number_of_ranks_clusters_to_the_same_bits():
 
 def test_uniform_predictions_lose_the_chance_level():
     groups = torch.eye(NUM_GROUPS)
-    p = functional.normalize(torch.ones(3, BATCH, NUM_GROUPS), dim=-1)
+    p = F.normalize(torch.ones(3, BATCH, NUM_GROUPS), dim=-1)
     loss = group_contrastive_loss(p, groups, torch.zeros(BATCH, dtype=torch.int64), 0.1)
     assert abs(loss.item() - math.log(NUM_GROUPS)) < 1e-5
 

@@ -7,10 +7,10 @@ import faiss
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_on_ranks
 from sklearn.cluster import KMeans
 from sklearn.metrics import pairwise_distances_argmin
-from torch.nn import functional
 
 from scale_smog.errors import UserError
 from scale_smog.grouping import spherical_kmeans
@@ -25,14 +25,14 @@ def unit_rows(num: int, seed: int, dim: int = DIM) -> torch.Tensor:
     centres = torch.randn(num // 20 + 1, dim, generator=generator)
     rows = centres.repeat(20, 1)[:num] + 0.4 * torch.randn(num, dim, generator=generator)
     rows[: num // 10] = rows[num // 2 : num // 2 + num // 10]
-    return functional.normalize(rows)
+    return F.normalize(rows)
 
 
 def numpy_lloyd(features, centroids, iterations):
     """The same algorithm, written plainly in NumPy with every score in float64."""
     x = features.numpy()
     fixed = np.round(x.astype(np.float64) * SUM_SCALE).astype(np.int64)
-    c = functional.normalize(centroids).numpy()
+    c = F.normalize(centroids).numpy()
     for iteration in range(iterations + 1):
         nearest = np.argmax(x.astype(np.float64) @ c.astype(np.float64).T, axis=1)
         counts = np.bincount(nearest, minlength=len(c))
@@ -109,7 +109,7 @@ def test_scikit_learn_driven_one_iteration_at_a_time_agrees():
         assert abs(ours.inertia - inertia) < 1e-5 * inertia
         assert (labels == ours.assignments.numpy()).mean() >= 0.9999
         step = KMeans(len(centres), init=centres, n_init=1, max_iter=1).fit(x)
-        centres = functional.normalize(torch.from_numpy(step.cluster_centers_)).numpy()
+        centres = F.normalize(torch.from_numpy(step.cluster_centers_)).numpy()
 
 
 def test_from_its_own_start_faiss_finds_nothing_better():
@@ -192,7 +192,7 @@ def test_rows_that_cancel_keep_their_centroid():
     orthogonal = torch.zeros_like(row)
     orthogonal[0, 0], orthogonal[0, 1] = row[0, 1], -row[0, 0]
     result = spherical_kmeans(torch.cat([row, -row]), orthogonal, iterations=3)
-    assert torch.allclose(result.centroids, functional.normalize(orthogonal))
+    assert torch.allclose(result.centroids, F.normalize(orthogonal))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

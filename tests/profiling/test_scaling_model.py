@@ -4,8 +4,8 @@ import pytest
 
 from scale_smog import UserError
 from scale_smog.config import Recipe
-from scale_smog.profiling.collectives import fit_line
 from scale_smog.profiling.hardware import FOLDER, load_hardware
+from scale_smog.profiling.link_benchmark import fit_line
 from scale_smog.profiling.scaling_model import (
     ENGINES,
     Measured,

@@ -8,11 +8,11 @@ import torch
 
 from scale_smog.profiling.step_profile import (
     PARTS,
-    Border,
     Communication,
     StepProfile,
+    TimedMethod,
     Timeline,
-    marked,
+    timed,
 )
 from scale_smog.profiling.traces import intersection, length, minus, union
 
@@ -42,7 +42,9 @@ def test_a_part_inside_another_takes_its_own_time_and_all_add_up_to_the_step(mon
         now[0] += seconds
 
     worker, timeline = Worker(take), Timeline(CPU)
-    with marked(timeline, [Border(worker, "outer", "ema"), Border(worker, "inner", "backward")]):
+    with timed(
+        timeline, [TimedMethod(worker, "outer", "ema"), TimedMethod(worker, "inner", "backward")]
+    ):
         with timeline.step():
             worker.outer()
             take(0.005)
@@ -56,7 +58,7 @@ def test_a_part_inside_another_takes_its_own_time_and_all_add_up_to_the_step(mon
 def test_after_a_profile_everything_is_as_before():
     worker = Worker()
     kept = worker.inner = lambda: None  # an attribute of the object itself
-    with marked(Timeline(CPU), [Border(worker, n, "ema") for n in ("outer", "inner")]):
+    with timed(Timeline(CPU), [TimedMethod(worker, n, "ema") for n in ("outer", "inner")]):
         assert worker.inner is not kept and "outer" in vars(worker)
     assert worker.inner is kept and "outer" not in vars(worker)
 

@@ -1,0 +1,96 @@
+"""Reads checkpoints: partitions for a rank of a run, or whole tensors for anyone."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from scale_smog.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest
+from scale_smog.checkpoint.planner import LoadPlanner, reader
+from scale_smog.distributed import Partition
+from scale_smog.errors import UserError
+
+
+def load(folder: Path, part: str = "*") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole tensors (of one part, such as "online", or of all; on the CPU) and the run's facts.
+
+    Not a collective: every caller reads all. It does not hash; `find_damage` does.
+
+    Raises:
+        UserError: there is no manifest, or a damaged one.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except DamagedCheckpoint as error:
+        raise UserError(str(error)) from None
+    facts = {"step": manifest.step, **manifest.facts}
+    if manifest.format_version == 1:
+        return _load_format_1(folder, part), facts
+    partitions = {
+        name: Partition.replicated(torch.empty(shape, dtype=_dtype(dtype, folder)))
+        for name, (shape, dtype) in manifest.tensors.items()
+        if fnmatch(name, f"{part}.*")
+    }
+    return read(folder, manifest, partitions, None), facts
+
+
+def read(
+    folder: Path,
+    manifest: Manifest,
+    partitions: dict[str, Partition],
+    group: dist.ProcessGroup | None,
+) -> dict[str, Tensor]:
+    """Values for the partitions, each in its shape."""
+    if manifest.format_version == 1:
+        whole = _load_format_1(folder)
+        return {name: _cut(whole[name], partition) for name, partition in partitions.items()}
+    flat = {
+        name: partition._replace(
+            values=torch.empty(partition.values.numel(), dtype=partition.values.dtype)
+        )
+        for name, partition in partitions.items()
+    }
+    wanted = {name: partition for name, partition in flat.items() if partition.values.numel()}
+    try:
+        dcp.load(
+            {name: partition.values for name, partition in wanted.items()},
+            storage_reader=reader(folder),
+            planner=LoadPlanner(wanted),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except CheckpointException as error:  # the same on all ranks
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{folder} does not hold the state of this run: {cause}") from None
+    return {
+        name: partition.values.view(partitions[name].values.shape)
+        for name, partition in flat.items()
+    }
+
+
+def _dtype(name: str, folder: Path) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{folder}: '{name}' is no type of tensor")
+    return dtype
+
+
+def _load_format_1(folder: Path, part: str = "*") -> dict[str, Tensor]:
+    """Format 1: whole tensors in a file a part, the bank's ring as [S, global batch, D]."""
+    tensors: dict[str, Tensor] = {}
+    for path in folder.glob(f"{part}.safetensors"):
+        tensors |= load_file(path)
+    if "bank.ring" in tensors:
+        tensors["bank.ring"] = tensors["bank.ring"].transpose(0, 1)
+    return tensors
+
+
+def _cut(whole: Tensor, partition: Partition) -> Tensor:
+    flat = whole.reshape(-1)[partition.start : partition.start + partition.values.numel()]
+    return flat.view(partition.values.shape)

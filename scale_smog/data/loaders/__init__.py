@@ -1,0 +1,1 @@
+"""The loaders: encoded images and sampled augmentation parameters in, batches of views out."""

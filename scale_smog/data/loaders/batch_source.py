@@ -1,0 +1,60 @@
+"""One rank's part of a plan: which samples, and what to do to them, step by step."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+
+from scale_smog.data.augment import AugmentationParams, View
+from scale_smog.data.image_folder import Images
+
+NUM_READERS = 16  # threads: a shared file system answers many requests as soon as one
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(NUM_READERS, "reader")
+
+
+class Plan(Protocol):
+    """Sample ids and epochs as a function of the step."""
+
+    def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray: ...
+
+    def epochs(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Everything a loader needs to know to make the batch of any step, before any pixel exists."""
+
+    dataset: Images
+    plan: Plan
+    views: Sequence[View]
+    seed: int
+    rank: int
+    world_size: int
+
+    def ids(self, step: int) -> np.ndarray:
+        """Sample ids [B] int64 of this rank."""
+        return self.plan.ids(step, self.rank, self.world_size)
+
+    def encoded(self, ids: np.ndarray) -> list[np.ndarray]:
+        """The stored image files, each [bytes] uint8."""
+        if len(ids) < NUM_READERS:
+            return self._read(ids)
+        parts = _readers().map(self._read, np.array_split(ids, NUM_READERS))
+        return [content for part in parts for content in part]
+
+    def _read(self, ids: np.ndarray) -> list[np.ndarray]:
+        return [np.frombuffer(self.dataset.read(int(i)), dtype=np.uint8) for i in ids]
+
+    def augmentation_params(self, step: int) -> list[AugmentationParams]:
+        """One entry a view, each for this rank's B samples."""
+        ids = self.ids(step)
+        epochs = self.plan.epochs(step, self.rank, self.world_size)
+        widths, heights = self.dataset.widths[ids], self.dataset.heights[ids]
+        return [view.sample(self.seed, ids, epochs, widths, heights) for view in self.views]

@@ -1,0 +1,132 @@
+"""Builds the loader that the recipe names."""
+
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from scale_smog import distributed
+from scale_smog.config import DataConfig, EvaluationConfig
+from scale_smog.data.augment import CentreView, View
+from scale_smog.data.batch import Batch
+from scale_smog.data.image_folder import Images
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.memory import MemoryLoader
+from scale_smog.data.loaders.stream import StreamLoader, shard_urls
+from scale_smog.data.loaders.synthetic import SyntheticLoader
+from scale_smog.data.loaders.torch import TorchLoader
+from scale_smog.data.manifest import TarDataset
+from scale_smog.data.plan import EpochPlan, SequentialPlan
+from scale_smog.errors import UserError
+
+# On a CPU, views up to this size are DALI's own: of 32 px a view costs less than torch's calls that
+# make it (the demo trains at 410 images/s against 210); larger ones torch makes sooner.
+SMALL_VIEW_PX = 64
+
+
+def build_plan(data: DataConfig, dataset: TarDataset, seed: int) -> EpochPlan:
+    """The order of a run's samples."""
+    sizes = dataset.shard_sizes if data.order == "block" else None
+    return EpochPlan(dataset.num_samples, data.global_batch, seed, sizes, data.block_shards)
+
+
+def build_training_loader(
+    data: DataConfig,
+    views: Sequence[View],
+    dataset: Images,
+    plan: EpochPlan,
+    steps: range,
+    device: torch.device,
+) -> Iterable[Batch]:
+    """This rank's batches of `steps`, made by the loader the recipe names.
+
+    Raises:
+        UserError: the ranks do not divide the batch; DALI or a GPU is asked for and missing.
+    """
+    rank, world_size = distributed.rank(), distributed.world_size()
+    source = BatchSource(dataset, plan, views, plan.seed, rank, world_size)
+    if data.loader == "synthetic":
+        return SyntheticLoader(views, len(source.ids(0)), len(steps), device)
+    if data.loader == "stream":
+        require_loader(data, device)
+        urls = shard_urls(data.stream, data.allow_pipe)
+        batch, threads = len(source.ids(0)), data.workers
+        return StreamLoader(urls, views, batch, plan.seed, steps, threads, device, rank, world_size)
+    if data.loader == "fast":
+        require_loader(data, device)
+        on_gpu, batch = _on_gpu(data, device), len(source.ids(0))
+        return import_module("scale_smog.data.loaders.dali_fast").FastDaliLoader(
+            dataset, views, batch, plan.seed, steps, data.workers, device, on_gpu, rank, world_size
+        )
+    if data.loader == "memory" or (data.loader == "torch" and data.device == "gpu"):
+        require_loader(data, device)
+        return MemoryLoader(source, steps, device)
+    return _build(data, source, steps, device)
+
+
+def exact_loader_settings(data: DataConfig) -> DataConfig:
+    """The settings with a loader that shows the images of any plan, for runs trained by another.
+
+    DALI where it was one of DALI's, else torch.
+    """
+    loader = "dali" if data.loader in ("dali", "fast") else "torch"
+    return data.model_copy(update={"loader": loader, "stream": ""})
+
+
+def build_evaluation_loader(
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    dataset: Images,
+    sample_ids: np.ndarray,
+    device: torch.device,
+) -> Iterable[Batch]:
+    """This rank's batches of centre crops of `sample_ids` [N], in the order of a SequentialPlan."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    share = -(-len(sample_ids) // world_size)
+    plan = SequentialPlan(sample_ids, min(evaluation.batch, share))  # few images: a small batch
+    view = CentreView(evaluation.image_px, evaluation.crop_share)
+    source = BatchSource(dataset, plan, [view], 0, rank, world_size)
+    return _build(exact_loader_settings(data), source, range(plan.num_steps(world_size)), device)
+
+
+def require_loader(data: DataConfig, device: torch.device) -> None:
+    """Says early what building a loader would say late.
+
+    Raises:
+        UserError: DALI or a GPU is asked for and missing, or data.stream is refused.
+    """
+    if data.device == "gpu" and device.type != "cuda":
+        raise UserError("data.device=gpu, but no GPU is visible: take data.device=auto or cpu")
+    if data.loader in ("dali", "fast"):
+        _import_dali(data.loader)
+    if data.loader == "stream":
+        shard_urls(data.stream, data.allow_pipe)
+
+
+def _build(
+    data: DataConfig, source: BatchSource, steps: range, device: torch.device
+) -> Iterable[Batch]:
+    require_loader(data, device)
+    if data.loader == "dali":
+        dali = _import_dali(data.loader)
+        on_gpu = _on_gpu(data, device)
+        if on_gpu or max(view.px for view in source.views) <= SMALL_VIEW_PX:
+            return dali.DaliLoader(source, steps, data.workers, device, on_gpu)
+        return dali.DaliCpuLoader(source, steps, data.workers, device)
+    return TorchLoader(source, steps, data.workers, device)
+
+
+def _on_gpu(data: DataConfig, device: torch.device) -> bool:
+    return device.type == "cuda" and data.device != "cpu"
+
+
+def _import_dali(loader: str) -> ModuleType:
+    try:
+        return import_module("scale_smog.data.loaders.dali")
+    except ImportError as error:
+        raise UserError(
+            f"data.loader={loader} needs nvidia-dali-cuda120 ({error}): "
+            "install it, or take data.loader=torch"
+        ) from None

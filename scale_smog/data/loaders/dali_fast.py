@@ -1,0 +1,169 @@
+"""DALI's own tar reader: no Python between the tars and the views, but not the plan's samples.
+
+It gives up what needs random access by id. The `dali` loader keeps these promises, this one does
+not:
+
+- A rank reads its share of the tars in turn, mixed only within SHUFFLE_BUFFER samples; shares
+  differ by a sample, and the larger one sets when a pass ends for all (the others repeat one).
+- A resumed run begins a new pass with another order and other augmentation; so does another number
+  of ranks. Between a start and a stop everything repeats to the bit on a CPU.
+- Crops are drawn by DALI, and no checksum of an image is compared. `sample_id` is -1.
+
+All other params are drawn as for the other loaders, with a sample's place in the run as its id.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+# DALI's type stubs know neither its constants nor chains of operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def
+from torch import Tensor
+
+from scale_smog.data.augment import ASPECT, NUM_CROP_TRIES, RandomView
+from scale_smog.data.batch import Batch
+from scale_smog.data.loaders.dali import (
+    PREFETCH_BATCHES,
+    decode,
+    make_view,
+    needed_params,
+    pipeline_settings,
+    run_pipeline,
+    to_torch,
+)
+from scale_smog.data.loaders.prefetch import in_background
+from scale_smog.data.manifest import UNLABELLED, TarDataset
+from scale_smog.data.tars import IMAGE_EXTENSIONS, LABEL_EXTENSION
+
+SHUFFLE_BUFFER = 1000  # encoded samples a rank keeps
+
+
+class FastDaliLoader:
+    """Batches of `steps` from the tars of a dataset, in DALI's order.
+
+    Args:
+        dataset: whose tars to read.
+        views: kinds of views.
+        batch: samples of this rank, B.
+        seed: of the run.
+        steps: how many batches; the first one's number chooses the order.
+        threads: of the CPU part.
+        device: where the batches go.
+        on_gpu: run the graph on that GPU, else on the CPU.
+        rank: of this process.
+        world_size: number of ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: TarDataset,
+        views: Sequence[RandomView],
+        batch: int,
+        seed: int,
+        steps: range,
+        threads: int,
+        device: torch.device,
+        on_gpu: bool,
+        rank: int,
+        world_size: int,
+    ):
+        self._steps = steps
+        self._device = device
+        self._num_large = sum(not view.small for view in views)
+        self._pipeline = _reader_pipeline(
+            dataset.tar_paths,
+            views,
+            _Draws(views, batch, seed, steps.start, rank, world_size),
+            on_gpu,
+            shard=(rank, world_size),
+            order_seed=seed * 1_000_003 + steps.start,
+            **pipeline_settings(batch, threads, device, on_gpu),
+        )
+        self._pipeline.build()
+
+    def __iter__(self) -> Iterator[Batch]:
+        run = partial(run_pipeline, self._pipeline)
+        batches = in_background(run, self._steps, PREFETCH_BATCHES)
+        for labels, *outputs in batches:
+            views = [to_torch(output, self._device) for output in outputs]
+            label = _to_numbers(labels).to(self._device, non_blocking=True)
+            unknown = torch.full((len(label),), -1)
+            yield Batch(views[: self._num_large], views[self._num_large :], label, unknown)
+
+
+class _Draws:
+    """The callable behind `external_source`: the numbers of a batch, its crops aside."""
+
+    def __init__(
+        self,
+        views: Sequence[RandomView],
+        batch: int,
+        seed: int,
+        start: int,
+        rank: int,
+        world_size: int,
+    ):
+        self.views, self.seed, self.start = views, seed, start
+        self.batch, self.rank, self.world_size = batch, rank, world_size
+
+    def __call__(self, iteration: int) -> list[np.ndarray]:
+        first = ((self.start + iteration) * self.world_size + self.rank) * self.batch
+        place = first + np.arange(self.batch)
+        ids, epochs = place % 2**32, place // 2**32
+        any_size = np.ones(self.batch, dtype=np.int64)
+        feed = []
+        for view in self.views:
+            params = view.sample(self.seed, ids, epochs, any_size, any_size)
+            feed += [getattr(params, name) for name in needed_params(view)]
+        return feed
+
+
+def _to_numbers(labels: Any) -> Tensor:
+    """[B] int64 of B labels in ASCII; without one, `UNLABELLED`."""
+    return torch.tensor([int(bytes(np.array(y)) or UNLABELLED) for y in labels])
+
+
+@pipeline_def(enable_conditionals=True)
+def _reader_pipeline(
+    tars: Sequence[str],
+    views: Sequence[RandomView],
+    draws: _Draws,
+    on_gpu: bool,
+    shard: tuple[int, int],
+    order_seed: int,
+) -> tuple[Any, ...]:
+    files, labels = fn.readers.webdataset(
+        paths=list(tars),
+        index_paths=[tar.removesuffix(".tar") + ".idx" for tar in tars],
+        ext=[";".join(sorted(IMAGE_EXTENSIONS)), LABEL_EXTENSION],
+        case_sensitive_extensions=False,
+        missing_component_behavior="empty",  # a label; the index has no sample without an image
+        shard_id=shard[0],
+        num_shards=shard[1],
+        stick_to_shard=True,
+        pad_last_batch=True,
+        random_shuffle=True,
+        initial_fill=SHUFFLE_BUFFER,
+        seed=order_seed,
+    )
+    image = decode(files, on_gpu)
+    size = fn.peek_image_shape(files, adjust_orientation=False)
+    names = [(i, name) for i, view in enumerate(views) for name in needed_params(view)]
+    nodes = fn.external_source(source=draws, num_outputs=len(names), batch=True)
+    outputs = []
+    for i, view in enumerate(views):
+        own = {names[k][1]: nodes[k] for k in range(len(names)) if names[k][0] == i}
+        start, extent = fn.random_crop_generator(
+            size,
+            random_area=list(view.scale),
+            random_aspect_ratio=list(ASPECT),
+            num_attempts=NUM_CROP_TRIES,
+            seed=order_seed + i,
+        )
+        window = fn.slice(image, start, extent, axis_names="HW")
+        outputs.append(make_view(window, view, own))
+    return (labels, *outputs)

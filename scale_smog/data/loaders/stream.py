@@ -1,0 +1,247 @@
+"""Streams tars from https:, s3: or a pipe through webdataset, for sets that no disk here can hold.
+
+It gives up what needs random access. The other loaders keep these promises, this one does not:
+
+- A pass shows every sample of every tar once, but ranks share whole tars, so that a rank with
+  small ones begins its next pass earlier. There must be at least one tar a rank.
+- Order is that of shuffled tars through a buffer of SHUFFLE_BUFFER samples.
+- A resumed run begins a new pass with another order and other augmentation; another number of
+  ranks changes both as well. Between a start and a stop everything repeats to the bit, unless a
+  connection broke.
+- Image sizes and labels come from the tars as they pass; no hash is checked.
+
+The views are made from the same kind of params, by the same code, as in the torch loader.
+"""
+
+import random
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from webdataset.filters import shuffle
+from webdataset.gopen import Pipe, gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys
+
+from scale_smog.data.augment import View
+from scale_smog.data.batch import Batch
+from scale_smog.data.loaders.prefetch import in_background
+from scale_smog.data.loaders.torch import decode
+from scale_smog.data.manifest import UNLABELLED
+from scale_smog.data.pixels import empty_views, make_views
+from scale_smog.data.tars import LABEL_EXTENSION, reason_to_refuse, split_name
+from scale_smog.errors import UserError
+
+SHUFFLE_BUFFER = 1000  # encoded samples a rank keeps
+SCHEMES = ("http", "https", "s3", "pipe")
+NUM_TRIES = 3  # to read a tar
+PREFETCH_BATCHES = 2
+LARGEST_BAD_SHARE = 0.05  # of the samples so far, beyond the first hundred bad ones
+_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+class StreamSample(NamedTuple):
+    """One sample as it left a tar."""
+
+    name: str  # of the tar and the sample
+    epoch: int  # tells one pass from another
+    encoded: bytes
+    label: int
+
+
+def shard_urls(pattern: str, allow_pipe: bool) -> list[str]:
+    """The tars that a pattern such as `https://host/train-{000000..000146}.tar` stands for.
+
+    Raises:
+        UserError: a scheme is unknown, or is `pipe:`, which runs a command, and not allowed.
+    """
+    urls = expand_urls(pattern)
+    for url in urls:
+        scheme = url.partition(":")[0].lower()
+        if scheme not in SCHEMES:
+            raise UserError(f"data.stream: {url} is none of {', '.join(SCHEMES)}")
+        if scheme == "pipe" and not allow_pipe:
+            raise UserError(
+                f"data.stream: {url} runs a command; if you trust it, set data.allow_pipe=true"
+            )
+    return urls
+
+
+class StreamLoader:
+    """Batches of `steps` from tars elsewhere.
+
+    Args:
+        urls: of the tars, in any order; the same on all ranks.
+        views: kinds of views.
+        batch: samples of this rank, B.
+        seed: of the run.
+        steps: how many batches; the first one's number chooses the order.
+        threads: that decode and make views.
+        device: where the batches go.
+        rank: of this process.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: fewer tars than ranks. While loading: a tar cannot be read, or too many of its
+            images.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        views: Sequence[View],
+        batch: int,
+        seed: int,
+        steps: range,
+        threads: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if len(urls) < world_size:
+            raise UserError(f"data.stream names {len(urls)} tars, fewer than {world_size} ranks")
+        self._urls = sorted(urls)
+        self._views = views
+        self._batch = batch
+        self._seed = seed
+        self._steps = steps
+        self._threads = max(1, threads)
+        self._device = device
+        self._share = slice(rank, None, world_size)
+        self._num_read = self._num_bad = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        mixed = shuffle(SHUFFLE_BUFFER, rng=random.Random(self._seed))(self._passes())
+        threads = ThreadPoolExecutor(
+            self._threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
+        with threads, closing(mixed) as samples:
+            yield from in_background(
+                lambda _: self._make(samples, threads), self._steps, PREFETCH_BATCHES
+            )
+
+    def _passes(self) -> Iterator[StreamSample]:
+        """This rank's samples, pass after pass, without end."""
+        for epoch in count(self._steps.start):
+            urls = list(self._urls)
+            random.Random(f"{self._seed} {epoch}").shuffle(urls)
+            before = self._num_read
+            for url in urls[self._share]:
+                for sample in read_tar(url, epoch):
+                    self._num_read += 1
+                    yield sample
+            if self._num_read == before:
+                raise UserError(f"data.stream: no images in {urls[self._share]}")
+
+    def _make(self, samples: Iterator[StreamSample], threads: ThreadPoolExecutor) -> Batch:
+        taken: list[tuple[StreamSample, Tensor]] = []
+        while len(taken) < self._batch:
+            tried = list(islice(samples, self._batch - len(taken)))
+            if not tried:  # a batch ahead has met an error, which the loop will see first
+                raise UserError("data.stream: closed")
+            images = threads.map(self._decode, tried)
+            taken += [(s, x) for s, x in zip(tried, images, strict=True) if x is not None]
+        ids = np.array([zlib.crc32(sample.name.encode()) for sample, _ in taken])
+        epochs = np.array([sample.epoch for sample, _ in taken])
+        heights, widths = np.array([image.shape[1:] for _, image in taken]).T
+        params = [v.params(self._seed, ids, epochs, widths, heights) for v in self._views]
+        outputs = empty_views(self._views, self._batch)
+
+        def make_views_of(row: int) -> None:
+            make_views(taken[row][1], row, self._views, params, outputs)
+
+        list(threads.map(make_views_of, range(self._batch)))
+        num_large = sum(not view.small for view in self._views)
+        views = [view.to(self._device, non_blocking=True) for view in outputs]
+        label = torch.tensor([sample.label for sample, _ in taken]).to(self._device)
+        return Batch(views[:num_large], views[num_large:], label, torch.from_numpy(ids))
+
+    def _decode(self, sample: StreamSample) -> Tensor | None:
+        """[3, H, W] uint8; None, and a word on stderr, if it is no image."""
+        try:
+            return decode(np.frombuffer(sample.encoded, dtype=np.uint8))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            print(f"left out: {sample.name}: {reason}", file=sys.stderr)
+        self._num_bad += 1
+        if self._num_bad > 100 + LARGEST_BAD_SHARE * self._num_read:
+            raise UserError(f"data.stream: {self._num_bad} bad images, the last: {sample.name}")
+        return None
+
+
+def read_tar(url: str, epoch: int = 0) -> Iterator[StreamSample]:
+    """The samples of one tar; after a broken connection it is opened again and goes on.
+
+    Only images and labels are read, as bytes: nothing is decoded by its extension, so a pickle
+    stays what it is. On stderr: every link, device and path that leaves the tar, and the first
+    member of every other extension.
+
+    Raises:
+        UserError: the tar could not be read to its end in NUM_TRIES tries.
+    """
+    num_done, refused = 0, set()
+    for attempt in range(NUM_TRIES):
+        try:
+            for sample in islice(_samples(url, refused), num_done, None):
+                num_done += 1
+                image = next((sample[e] for e in _IMAGE_EXTENSIONS if e in sample), None)
+                if image is not None:
+                    text = sample.get(LABEL_EXTENSION, b"").strip()
+                    label = int(text) if text.isdigit() else UNLABELLED
+                    yield StreamSample(f"{url}#{sample['__key__']}", epoch, image, label)
+            return
+        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+            if attempt == NUM_TRIES - 1:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"data.stream: cannot read {url}: {reason}") from None
+            print(f"{url}: broken after {num_done} samples, trying again", file=sys.stderr)
+
+
+def _samples(url: str, refused: set[str]) -> Iterator[dict[str, Any]]:
+    """Samples as webdataset groups them: bytes by extension, and `__key__`."""
+    with _open(url) as stream:
+        files = _files(stream, url, refused)
+        yield from group_by_keys(({**file, "__url__": url} for file in files), handler=_name)
+        # To the end: a program that writes to nobody may call that a failure.
+        while stream.read(2**16):
+            pass
+
+
+def _files(stream: Any, url: str, refused: set[str]) -> Iterator[dict[str, Any]]:
+    """Images and labels of a tar as it passes; what is refused is named on stderr.
+
+    webdataset's own iterator passes over links and devices in silence.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for info in tar:
+            extension = split_name(info)[1].extension.lower()
+            reason = reason_to_refuse(info, extension)
+            if reason and reason not in refused:
+                if reason.endswith(f": .{extension}"):  # name the first of an extension only
+                    refused.add(reason)
+                print(f"{url}: left out {info.name}: {reason}", file=sys.stderr)
+            elif not reason and extension in (*_IMAGE_EXTENSIONS, LABEL_EXTENSION):
+                content = tar.extractfile(info)
+                yield {"fname": info.name, "data": content.read() if content else b""}
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # grows without end
+
+
+def _name(error: Exception) -> bool:
+    """Names a member that has the key and extension of another; True: webdataset goes on."""
+    if isinstance(error, ValueError):
+        print(f"left out: {error.args[0]}", file=sys.stderr)
+    return isinstance(error, ValueError)
+
+
+def _open(url: str) -> Any:
+    if url.lower().startswith("s3:"):  # webdataset leaves it to a pipe; this one has no shell
+        return Pipe(["aws", "s3", "cp", "--only-show-errors", url, "-"], mode="rb")
+    return gopen(url)

@@ -1,0 +1,73 @@
+"""The torchvision loader: same plan, same views as DALI's, on the CPU with worker processes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+
+from scale_smog.data.batch import Batch
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.pixels import empty_views, make_views, one_thread
+from scale_smog.data.workers import stop_signals_blocked
+
+
+class TorchLoader:
+    """Batches of `steps`, made by `workers` processes (0: by this one).
+
+    Args:
+        source: what to load.
+        steps: of the plan.
+        workers: processes; each makes whole batches.
+        device: where the batches go.
+    """
+
+    def __init__(self, source: BatchSource, steps: range, workers: int, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self._device = device
+        self._batches = DataLoader(
+            _PlannedBatches(source),
+            batch_size=None,  # an item is a whole batch
+            sampler=steps,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            # Forking a process that already talks to a GPU or to other ranks is unsafe.
+            multiprocessing_context="forkserver" if workers else None,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        with stop_signals_blocked():
+            batches = iter(self._batches)
+        for views, label, sample_id, num_large in batches:
+            views = [self._to_device(view) for view in views]
+            label = label.to(self._device, non_blocking=True)
+            yield Batch(views[:num_large], views[num_large:], label, sample_id)
+
+    def _to_device(self, view: Tensor) -> Tensor:
+        view = view.to(self._device, non_blocking=True)
+        return view.contiguous(memory_format=torch.channels_last)
+
+
+class _PlannedBatches(Dataset):
+    """Item `step` is this rank's batch of that step."""
+
+    def __init__(self, source: BatchSource):
+        self.source = source
+
+    def __getitem__(self, step: int) -> tuple[list[Tensor], Tensor, Tensor, int]:
+        source = self.source
+        ids, params = source.ids(step), source.augmentation_params(step)
+        outputs = empty_views(source.views, len(ids))
+        with one_thread():
+            for row, encoded in enumerate(source.encoded(ids)):
+                make_views(decode(encoded), row, source.views, params, outputs)
+        num_large = sum(not view.small for view in source.views)
+        label = torch.from_numpy(source.dataset.labels[ids])
+        return outputs, label, torch.from_numpy(ids), num_large
+
+
+def decode(encoded: np.ndarray) -> Tensor:
+    """[3, H, W] uint8 of an encoded image [bytes] uint8."""
+    return decode_image(torch.from_numpy(encoded.copy()), mode=ImageReadMode.RGB)

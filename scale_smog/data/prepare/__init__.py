@@ -1,0 +1,1 @@
+"""Offline: turns images of any source into tar shards with an index, and checks them."""

@@ -1,0 +1,339 @@
+"""Turns a list of images into the shards, indexes and sidecars of one split.
+
+Everything is planned before the first image is decoded: a seeded shuffle, then cuts by size at
+the source. A shard is therefore a pure function of the plan, so any number of workers writes the
+same bytes, and an interrupted run continues with the shards that are not finished.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from tqdm import tqdm
+
+from scale_smog.data.images import Treatment
+from scale_smog.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    SplitManifest,
+    load_manifest,
+    write_manifest,
+)
+from scale_smog.data.prepare.folder_source import Source
+from scale_smog.data.prepare.sources import open_source
+from scale_smog.data.prepare.writer import BadImage, ShardJob, ShardRecord, finish_shard
+from scale_smog.data.workers import default_workers, prepare_processes, run_in_processes
+from scale_smog.errors import UserError
+from scale_smog.runtime.files import write_atomically
+
+_MIB = 2**20
+
+
+# --------------------------------------------------------------------------------------- the plan
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Plan(_Model):
+    """All that decides a split's bytes. Two runs with equal plans write equal files."""
+
+    seed: int
+    options: dict[str, int | None]
+    source_fingerprint: str
+
+    def difference(self, other: "_Plan | SplitManifest") -> str:
+        """What `other` was made with, where that is not as here; empty if they agree."""
+        mine = {"seed": self.seed, **self.options}
+        theirs = {"seed": other.seed, **other.options}
+        changed = [f"{key} {value}" for key, value in theirs.items() if mine.get(key) != value]
+        if self.source_fingerprint != other.source_fingerprint:
+            changed.append("other images")
+        return ", ".join(changed)
+
+
+def shuffled(num_images: int, seed: int) -> np.ndarray:
+    """A permutation of 0..num_images - 1, int64 [num_images], the same with any numpy version."""
+    # numpy may change what permutation() returns; the raw stream of a named generator is fixed.
+    return np.argsort(np.random.Philox(key=seed).random_raw(num_images), kind="stable")
+
+
+def cut_into_shards(sizes: Sequence[int], shard_mib: int, shard_samples: int) -> list[slice]:
+    """Cuts a sequence of images so that no shard exceeds either limit, one image excepted.
+
+    Args:
+        sizes: encoded sizes, bytes, in the order of the shards.
+        shard_mib: largest tar, MiB.
+        shard_samples: most images in a tar.
+    """
+    cuts, tar_bytes = [0], 0
+    for position, size in enumerate(sizes):
+        # Image and label, each rounded up to whole blocks behind a header block.
+        sample_bytes = tarfile.BLOCKSIZE * (3 + -(-size // tarfile.BLOCKSIZE))
+        is_full = tar_bytes + sample_bytes > shard_mib * _MIB
+        if position > cuts[-1] and (is_full or position - cuts[-1] == shard_samples):
+            cuts.append(position)
+            tar_bytes = 0
+        tar_bytes += sample_bytes
+    return [slice(*ends) for ends in pairwise([*cuts, len(sizes)])]
+
+
+# ------------------------------------------------------------------------------------ whole split
+
+
+def shard_folder(source: str | Path, out: str | Path, **options: Any) -> SplitManifest:
+    """Writes what `open_source` finds at `source` as a split of the dataset `out`.
+
+    The options, errors and guarantees are those of `shard_source`.
+    """
+    if Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"OUT {out} lies inside SRC {source}: choose a folder beside it")
+    if options.get("workers") != 1:
+        prepare_processes(finish_shard.__module__)  # imports what workers need while we list
+    return shard_source(open_source(source), out, **options)
+
+
+def shard_source(
+    source: Source,
+    out: str | Path,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    shard_mib: int = 256,
+    shard_samples: int = 2000,
+    workers: int | None = None,
+    resize_shorter: int | None = None,
+    reencode: int | None = None,
+    full_check: bool = True,
+    max_bad: float = 0.05,
+) -> SplitManifest:
+    """Writes `source` as the split `split` of the dataset folder `out`.
+
+    The same source, seed, limits and treatment give the same bytes, whatever the number of
+    workers and however often the run was interrupted: the same call continues it. A split that
+    is there already is left as it is. Bad images go to `{split}-quarantine.jsonl`.
+
+    Args:
+        source: the images.
+        out: dataset folder; made if missing. Other splits in it stay.
+        split: name of the split; letters, digits and underscores.
+        seed: of the shuffle.
+        shard_mib: largest shard, MiB.
+        shard_samples: most samples in a shard.
+        workers: number of processes; default: all cores.
+        resize_shorter: shrink images to this shorter side, px; default: never.
+        reencode: make JPEGs of this quality of all images; default: only where needed.
+        full_check: decode every image; else only read its header.
+        max_bad: largest share of bad images, 0 to 1.
+
+    Raises:
+        UserError: an argument is out of range, `out` holds something else under this split's
+            name, its classes are others, or too many images are bad.
+    """
+    _check_split_name(split)
+    counts = {"shard_mib": shard_mib, "shard_samples": shard_samples, "workers": workers}
+    counts |= {"resize_shorter": resize_shorter, "reencode": reencode}
+    _check_arguments(seed, counts, max_bad)
+    treatment = Treatment(full_check, resize_shorter, reencode)
+    out = Path(out)
+    work = out / f".sharding-{split}"
+    plan = _Plan(
+        seed=seed,
+        options={
+            "shard_mib": shard_mib,
+            "shard_samples": shard_samples,
+            **vars(treatment),
+        },
+        source_fingerprint=source.fingerprint(),
+    )
+    done = _existing_split(out, split, source.classes, plan)
+    if done is None:
+        _make_work_folder(out, work, split)
+        with _locked(work):
+            _start_or_continue(work, split, plan)
+            images = [source.images[index] for index in shuffled(len(source.images), seed)]
+            cuts = cut_into_shards([i.num_bytes for i in images], shard_mib, shard_samples)
+            jobs = [
+                ShardJob(
+                    name=f"{split}-{number:06d}",
+                    first_key=cut.start,
+                    images=tuple(images[cut]),
+                    read=source.read,
+                    treatment=treatment,
+                    out=out,
+                    work=work,
+                )
+                for number, cut in enumerate(cuts)
+            ]
+            records = _run(jobs, split, workers or default_workers())
+            bad = [BadImage(file=name, reason=reason) for name, reason in source.refused]
+            bad += [image for record in records for image in record.bad]
+            _write_quarantine(out, split, bad, len(source.images) + len(source.refused), max_bad)
+            done = _publish(out, split, source.classes, plan, records)
+    shutil.rmtree(work, ignore_errors=True)
+    return done
+
+
+def _check_split_name(split: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_]+", split):
+        raise UserError(f"split is {split!r}; use letters, digits and underscores, such as train")
+
+
+def _check_arguments(seed: int, counts: dict[str, int | None], max_bad: float) -> None:
+    if seed < 0:
+        raise UserError(f"seed is {seed}; it must be 0 or more")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more")
+    if (counts["reencode"] or 0) > 95:
+        raise UserError(f"reencode is {counts['reencode']}; a JPEG's quality is 1 to 95")
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"max_bad is {max_bad}; it is a share, 0 to 1")
+
+
+def _existing_split(
+    out: Path, split: str, classes: tuple[str, ...], plan: _Plan
+) -> SplitManifest | None:
+    """The split if `out` has it complete and made by the same plan, None if it has none."""
+    if not (out / MANIFEST_NAME).exists():
+        return None
+    manifest = load_manifest(out)
+    if manifest.classes != classes:
+        raise UserError(
+            f"{out} has {_first_difference(manifest.classes, classes)}; "
+            "all splits of a dataset have the same classes: write to another folder"
+        )
+    existing = manifest.splits.get(split)
+    if existing is None:
+        return None
+    if difference := plan.difference(existing):
+        raise UserError(
+            f"{out} has a split {split!r} made with {difference}; "
+            "write to another folder or under another split name"
+        )
+    print(f"{out} has the split {split!r} already: {_summary(existing)}", file=sys.stderr)
+    return existing
+
+
+def _first_difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
+    if len(old) != len(new):
+        return f"{len(old)} classes, the source {len(new)}"
+    index = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+    return f"class {index} {old[index]!r}, the source {new[index]!r}"
+
+
+def _make_work_folder(out: Path, work: Path, split: str) -> None:
+    if not work.exists() and (foreign := sorted(out.glob(f"{split}-*.tar"))):
+        raise UserError(
+            f"{out} has {foreign[0].name}, which is not from this program: "
+            "write to another folder or move it away"
+        )
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {work}: {error.strerror}") from None
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Keeps a second run from writing the same split; the lock dies with its process."""
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {work.parent}") from None
+        except OSError:
+            pass  # some network filesystems have no locks
+        yield
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time, of those that finish a split of this folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network filesystems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _start_or_continue(work: Path, split: str, plan: _Plan) -> None:
+    plan_path = work / "plan.json"
+    if not plan_path.exists():
+        write_atomically(plan_path, plan.model_dump_json().encode())
+        return
+    if difference := plan.difference(_Plan.model_validate_json(plan_path.read_bytes())):
+        raise UserError(
+            f"{work.parent} has an unfinished split {split!r} made with {difference}; finish it "
+            f"with these, or remove {work} and {split}-* to start again"
+        )
+
+
+def _run(jobs: Sequence[ShardJob], split: str, workers: int) -> list[ShardRecord]:
+    """Finishes all shards; their records in the order of the jobs."""
+    records = {}
+    num_images = sum(len(job.images) for job in jobs)
+    # Shards finish in bursts, so the ETA is from the mean rate; no bar where nobody watches.
+    with tqdm(total=num_images, desc=split, unit="img", smoothing=0, disable=None) as bar:
+        for index, record in run_in_processes(finish_shard, jobs, workers):
+            records[index] = record
+            bar.update(len(jobs[index].images))
+            for bad in record.bad:
+                tqdm.write(f"put aside: {bad.file}: {bad.reason}", file=sys.stderr)
+    return [records[index] for index in range(len(jobs))]
+
+
+def _write_quarantine(
+    out: Path, split: str, bad: Sequence[BadImage], num_images: int, max_bad: float
+) -> None:
+    path = out / f"{split}-quarantine.jsonl"
+    write_atomically(path, "".join(f"{image.model_dump_json()}\n" for image in bad).encode())
+    if len(bad) > max_bad * num_images or len(bad) == num_images:
+        raise UserError(
+            f"{len(bad):,} of {num_images:,} images are bad, more than max_bad = {max_bad:g} "
+            f"allows; see {path}, mend the source or raise --max-bad"
+        )
+
+
+def _publish(
+    out: Path,
+    split: str,
+    classes: tuple[str, ...],
+    plan: _Plan,
+    records: Sequence[ShardRecord],
+) -> SplitManifest:
+    shards = tuple(record.entry for record in records if record.entry is not None)
+    written = SplitManifest(
+        seed=plan.seed,
+        options=plan.options,
+        source_fingerprint=plan.source_fingerprint,
+        num_samples=sum(entry.num_samples for entry in shards),
+        shards=shards,
+    )
+    with _alone_in(out):
+        # Read again: another split may have been finished meanwhile.
+        others = load_manifest(out).splits if (out / MANIFEST_NAME).exists() else {}
+        splits = dict(sorted({**others, split: written}.items()))
+        manifest = Manifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
+        write_manifest(out, manifest)
+    print(f"{out}: wrote the split {split!r}: {_summary(written)}", file=sys.stderr)
+    return written
+
+
+def _summary(split: SplitManifest) -> str:
+    num_mib = sum(entry.bytes for entry in split.shards) / _MIB
+    return f"{split.num_samples:,} samples in {len(split.shards):,} shards, {num_mib:,.1f} MiB"

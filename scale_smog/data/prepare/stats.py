@@ -1,0 +1,91 @@
+"""What a dataset folder holds, in words and in a picture."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scale_smog.config import AugmentConfig, DataConfig
+from scale_smog.data.augment import MEAN, STD, training_views
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.torch import TorchLoader
+from scale_smog.data.manifest import TarDataset, load_manifest
+from scale_smog.data.plan import EpochPlan
+from scale_smog.errors import UserError
+
+_BAR = 40  # characters of the longest bar
+_EDGES_PX = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+_GAP_PX = 4
+
+
+def describe(out: str | Path) -> str:
+    """Counts, bytes, classes and a histogram of the shorter side, split by split.
+
+    Raises:
+        UserError: the folder has no manifest, or a file of it is missing.
+    """
+    lines = []
+    for name, split in load_manifest(out).splits.items():
+        dataset = TarDataset(out, name)
+        num_mib = sum(entry.bytes for entry in split.shards) / 2**20
+        lines += [
+            f"split {name}: {split.num_samples:,} images in {len(split.shards):,} shards, "
+            f"{num_mib:,.1f} MiB, {num_mib * 1024 / split.num_samples:,.1f} KiB an image"
+        ]
+        lines += _class_lines(dataset) + _side_lines(dataset)
+    return "\n".join(lines)
+
+
+def _class_lines(dataset: TarDataset) -> list[str]:
+    labelled = dataset.labels[dataset.labels >= 0]
+    if not len(labelled):
+        return ["  unlabelled"]
+    counts = np.bincount(labelled, minlength=dataset.num_classes)
+    most, least = int(counts.argmax()), int(counts.argmin())
+    return [
+        f"  {dataset.num_classes:,} classes; most images: {dataset.classes[most]} "
+        f"({counts[most]:,}), fewest: {dataset.classes[least]} ({counts[least]:,}); "
+        f"{dataset.num_samples - len(labelled):,} images without a label"
+    ]
+
+
+def _side_lines(dataset: TarDataset) -> list[str]:
+    shorter = np.minimum(dataset.widths, dataset.heights)
+    counts, _ = np.histogram(shorter, bins=[*_EDGES_PX, np.inf])
+    lines = [f"  shorter side, px: median {np.median(shorter):g}, {shorter.min()}-{shorter.max()}"]
+    for low, count in zip(_EDGES_PX, counts, strict=True):
+        if count:
+            bar = "#" * max(1, round(_BAR * count / counts.max()))
+            lines.append(f"    from {low:>4} {count:>10,} {bar}")
+    return lines
+
+
+def draw_samples(out: str | Path, path: str | Path, num_images: int = 8, seed: int = 0) -> None:
+    """Saves a sheet of augmented views: a row an image, two large views and four small ones.
+
+    Raises:
+        UserError: the folder has no manifest, or a file of it is missing.
+    """
+    split = next(iter(load_manifest(out).splits))
+    dataset = TarDataset(out, "train" if "train" in load_manifest(out).splits else split)
+    data = DataConfig(path=str(out), num_small_crops=4)
+    views = training_views(data, AugmentConfig())
+    plan = EpochPlan(dataset.num_samples, min(num_images, dataset.num_samples), seed)
+    source = BatchSource(dataset, plan, views, seed, 0, 1)
+    (batch,) = TorchLoader(source, range(1), 0, torch.device("cpu"))
+    rows = list(zip(*batch.large, *batch.small, strict=True))  # of views [3, px, px]
+    width = sum(view.px + _GAP_PX for view in views)
+    height = data.large_px + _GAP_PX
+    sheet = Image.new("RGB", (width, height * len(rows)), "white")
+    for number, row in enumerate(rows):
+        left = 0
+        for view in row:
+            pixels = view.permute(1, 2, 0).numpy() * STD + MEAN  # [px, px, 3], 0 to 255
+            image = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+            sheet.paste(image, (left, number * height))
+            left += image.width + _GAP_PX
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:  # a folder that is not there, or no image's name
+        raise UserError(f"cannot write {path}: {error}") from None

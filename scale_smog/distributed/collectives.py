@@ -1,0 +1,123 @@
+"""Collectives over all ranks, the differentiable all-reduce among them."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scale_smog.distributed.process_group import rank, rank_and_host, world_size
+from scale_smog.errors import UserError
+
+T = TypeVar("T")
+
+
+def barrier() -> None:
+    """Waits for all ranks (on the CPU: no GPU work is synchronised)."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sums `x` in place over the ranks of `group` and returns it. No gradient."""
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks whose gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format))
+
+
+def differentiable_all_reduce(x: Tensor) -> Tensor:
+    """Sum of `x` over all ranks, with the gradient of the sum of all ranks' losses.
+
+    An engine that averages parameter gradients over ranks then has exactly the gradient of the
+    mean loss, as if one rank had held the whole batch. Every rank must run forward and backward.
+    """
+    return _AllReduceSum.apply(x) if world_size() > 1 else x
+
+
+def differentiable_all_gather(x: Tensor) -> Tensor:
+    """`x` of all ranks [W, ...], in rank order; gradients as of `differentiable_all_reduce`."""
+    if world_size() == 1:
+        return x[None]
+    own = torch.arange(world_size(), device=x.device) == rank()
+    return differentiable_all_reduce(own.view(-1, *[1] * x.dim()) * x)  # one rank's x, and zeros
+
+
+def broadcast_module(module: nn.Module) -> None:
+    """Gives every rank rank 0's parameters and buffers."""
+    if world_size() > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's picklable `value` on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's picklable value, in rank order, on every rank."""
+    everyone = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(everyone, value, group=group)
+    return everyone
+
+
+def call_on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Calls a function on every rank; what it returned there, in rank order; a collective.
+
+    Raises:
+        OSError: on every rank, if it did so on one; with the rank's name.
+        UserError: likewise.
+    """
+    outcome: tuple[T | None, Exception | None]
+    try:
+        outcome = function(), None
+    except UserError as error:
+        outcome = None, error
+    except OSError as error:
+        outcome = None, OSError(_where(error))
+    outcomes = gather_objects(outcome, group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]  # pyright: ignore[reportReturnType]
+
+
+def _where(error: OSError) -> str:
+    where = f"{rank_and_host()}: " if world_size() > 1 else ""
+    words = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return where + (words or str(error))
+
+
+def gather_columns(x: Tensor) -> Tensor:
+    """Joins `x` of all ranks along dimension 1, in rank order; shapes may differ there only.
+
+    Args:
+        x: [S, B, ...] on the CPU or this rank's device.
+
+    Returns:
+        [S, sum of B, ...] on every rank.
+    """
+    if world_size() == 1:
+        return x
+    widths: list[int] = [0] * world_size()
+    dist.all_gather_object(widths, x.shape[1])
+    partitions = [x.new_empty(x.shape[0], width, *x.shape[2:]) for width in widths]
+    dist.all_gather(partitions, x.contiguous())
+    return torch.cat(partitions, dim=1)

@@ -1,0 +1,195 @@
+"""Joins and leaves the process group, and says which rank this is."""
+
+import os
+import re
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from scale_smog.distributed.rendezvous import rendezvous
+from scale_smog.errors import RankError, UserError
+
+FAILING_TOGETHER_S, POLL_S = 10.0, 0.1
+_store: dist.Store | None = None  # of the rendezvous
+
+
+def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 600) -> torch.device:
+    """Joins the process group and returns this rank's device.
+
+    Works alike under plain python (a group of one), torchrun, deepspeed and srun. CPU tensors
+    travel through gloo, CUDA tensors through NCCL.
+
+    Raises:
+        UserError: ranks have not come within `rendezvous_timeout_s`, named; or more ranks than
+            GPUs here.
+    """
+    env = _rank_environment()
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        num_gpus = torch.cuda.device_count()
+        if env["LOCAL_RANK"] >= num_gpus:
+            raise RankError(f"local rank {env['LOCAL_RANK']} has no GPU: start {num_gpus} here")
+        device = torch.device("cuda", env["LOCAL_RANK"])
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # Ranks of one machine share its cores; more threads than cores slow all of them down.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, (cores or 1) // env["LOCAL_WORLD_SIZE"]))
+    global _store
+    _store = rendezvous(env["RANK"], env["WORLD_SIZE"], rendezvous_timeout_s)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+        rank=env["RANK"],
+        world_size=env["WORLD_SIZE"],
+        store=_store,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if has_gpu else None,
+    )
+    return device
+
+
+def _rank_environment() -> dict[str, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE from the launcher, or SLURM, or 0 of 1.
+
+    deepspeed asks for them in the environment too, so they are put there.
+    """
+    others = {"LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE")}  # deepspeed's name for it
+    # Inside an allocation but outside srun SLURM_PROCID may be set for one task: not a launcher.
+    if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
+        tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # as "8(x2)"
+        others = {
+            "RANK": os.environ.get("SLURM_PROCID"),
+            "WORLD_SIZE": os.environ.get("SLURM_NTASKS"),
+            "LOCAL_RANK": os.environ.get("SLURM_LOCALID"),
+            "LOCAL_WORLD_SIZE": tasks.group() if tasks else None,
+        }
+    facts = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        default = "1" if "WORLD" in name else "0"
+        facts[name] = os.environ.get(name) or others.get(name) or default
+    if facts["WORLD_SIZE"] != "1" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, deepspeed or "
+            "launcher/slurm.sbatch"
+        )
+    os.environ.update(facts)
+    return {name: int(value) for name, value in facts.items()}
+
+
+@contextmanager
+def process_group(rendezvous_timeout_s: float = 600) -> Iterator[torch.device]:
+    """The process group from its start to its end (`with`); gives this rank's device.
+
+    A rank that fails alone does not wait for the others, who wait for it: NCCL leaves a group
+    together. Its process ends, and with it the group.
+
+    Raises:
+        UserError: as `init_process_group`.
+        RankError: in place of a UserError that only this rank has met.
+    """
+    device = init_process_group(rendezvous_timeout_s=rendezvous_timeout_s)
+    try:
+        yield device
+    except BaseException as error:
+        may_be_common = isinstance(error, UserError) and not isinstance(error, RankError)
+        is_common = may_be_common and _all_ranks_fail()
+        if is_common or device.type == "cpu":
+            destroy_process_group()
+        if may_be_common and not is_common:
+            raise RankError(f"{rank_and_host()}: {error}") from error
+        raise
+    destroy_process_group()
+
+
+def _all_ranks_fail() -> bool:
+    """Whether all ranks come here, soon after one another."""
+    assert _store is not None
+    end = time.monotonic() + FAILING_TOGETHER_S
+    try:
+        num_failed = _store.add("failed", 1)
+        while num_failed < world_size():
+            if time.monotonic() > end:
+                return False
+            time.sleep(POLL_S)
+            num_failed = _store.add("failed", 0)
+        num_seen = _store.add("seen", 1)
+        # Rank 0, whose store it is and who will say the error, goes when all have seen it, the
+        # others after it: a launcher ends the rest with the first that ends.
+        while is_main() and num_seen < world_size() and time.monotonic() < end + 10 * POLL_S:
+            time.sleep(POLL_S)
+            num_seen = _store.add("seen", 0)
+    except RuntimeError:  # rank 0 is gone, and the store with it
+        return False
+    if not is_main():
+        time.sleep(10 * POLL_S)
+    return True
+
+
+def destroy_process_group() -> None:
+    """Leaves the process group; a rank that just exits makes the others' shutdown noisy."""
+    global _store
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _store = None  # rank 0's port is free again
+
+
+def end_process(status: int = 0) -> None:
+    """Ends one of several ranks at once, its output flushed; call it last of all.
+
+    DeepSpeed holds on to the process groups. Their threads then live on while the interpreter
+    shuts down, and now and then abort it: a finished run would report a failure.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank_and_host() -> str:
+    """This rank as messages name it: "rank 3 on node1"."""
+    return f"rank {rank()} on {socket.gethostname()}"
+
+
+def ranks_per_node() -> int:
+    """Processes of this machine, as the launcher counted them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the one rank that writes files and talks to the console."""
+    return rank() == 0
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """All ranks once more, on the CPU, for a thread that talks beside the training; else None."""
+    if world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def peak_memory_mib() -> float:
+    """Most memory this process has held: of its GPU where it has one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB

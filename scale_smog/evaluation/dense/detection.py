@@ -1,0 +1,209 @@
+"""Mask R-CNN with a feature pyramid on the checkpoint's ResNet: COCO (SMoG Table 6)."""
+
+import contextlib
+import io
+import json
+from bisect import bisect_right
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import all_gather_object
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+from scale_smog import distributed
+from scale_smog.data import EpochPlan
+from scale_smog.errors import UserError
+from scale_smog.evaluation.dense.detection_data import (
+    DetectionImages,
+    TrainingSamples,
+    import_pycocotools,
+    open_detection,
+)
+from scale_smog.evaluation.dense.training import (
+    feature_net,
+    own_samples,
+    stage_channels,
+    stage_names,
+    training_batches,
+)
+from scale_smog.evaluation.job import Job
+from scale_smog.evaluation.protocols import DetectionConfig
+from scale_smog.evaluation.supervised.training import Training, train
+from scale_smog.models import process_group_for, synchronise_batch_norm
+from scale_smog.models.resnet import ResNet
+from scale_smog.runtime.files import write_atomically
+
+PYRAMID_CHANNELS = 256
+BOX_FEATURES = 1024
+STEP_FACTOR = 0.1
+DETECTIONS_FILE = "detections.json"
+
+
+def build_mask_rcnn(net: ResNet, num_categories: int, config: DetectionConfig) -> MaskRCNN:
+    """torchvision's Mask R-CNN with batch norm in pyramid and heads, every layer trained."""
+    names, width = stage_names(net)[-4:], PYRAMID_CHANNELS
+    pyramid = BackboneWithFPN(
+        net,
+        {name: str(i) for i, name in enumerate(names)},
+        stage_channels(net)[-4:],
+        width,
+        norm_layer=nn.BatchNorm2d,
+    )
+    convs = [width] * 4
+    return MaskRCNN(
+        pyramid,
+        min_size=config.shorter_px,  # pyright: ignore[reportArgumentType]  # or a sequence
+        max_size=config.longer_px,
+        box_head=FastRCNNConvFCHead((width, 7, 7), convs, [BOX_FEATURES], nn.BatchNorm2d),
+        box_predictor=FastRCNNPredictor(BOX_FEATURES, 1 + num_categories),
+        mask_head=MaskRCNNHeads(width, convs, 1, nn.BatchNorm2d),
+        mask_predictor=MaskRCNNPredictor(width, width, 1 + num_categories),
+        **_anchors(len(names)),
+    )
+
+
+def detection_hashes(job: Job) -> dict[str, str]:
+    """Of the two splits in use."""
+    config = job.protocols.detection
+    splits = (config.train_split, config.val_split)
+    return {split: open_detection(config, split).sha256 for split in splits}
+
+
+def evaluate_detection(job: Job) -> dict[str, float]:
+    """Trains on the training split; AP of boxes and masks on the other; a collective.
+
+    Raises:
+        UserError: the dataset is incomplete, its splits differ in categories, pycocotools is
+            missing, or the net is no ResNet.
+    """
+    config = job.protocols.detection
+    train_set = open_detection(config, config.train_split).with_objects()
+    val_set = open_detection(config, config.val_split)
+    if train_set.names != val_set.names or train_set.categories != val_set.categories:
+        odd = set(train_set.names) ^ set(val_set.names) or {"their ids"}
+        raise UserError(
+            f"{config.path}: the categories of {config.train_split} and {config.val_split} do not "
+            f"match: {', '.join(sorted(odd)[:3])}"
+        )
+    torch.manual_seed(config.seed)  # of pyramid and heads
+    net = build_mask_rcnn(feature_net(job), len(train_set.names), config).to(job.device).train()
+    synchronise_batch_norm(net, process_group_for("global"))
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        lr=config.rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+    def loss(wrapped: nn.Module, batch: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
+        images = [image.to(job.device) for image, _ in batch]
+        targets = [{k: v.to(job.device) for k, v in target.items()} for _, target in batch]
+        with _autocast(job):
+            losses: dict[str, Tensor] = wrapped(images, targets)
+        return torch.stack([value.float() for value in losses.values()]).sum()
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / (config.warmup + 1)) * STEP_FACTOR ** bisect_right(
+            config.milestones, step
+        )
+
+    plan = EpochPlan(len(train_set.ids), config.batch, config.seed)
+    batches = training_batches(plan, TrainingSamples(train_set), config.workers)
+    steps = config.steps
+    training = Training(net, optimizer, rate, loss, steps, config.checkpoint_every)
+    train(job, "mask_rcnn", training, batches)
+    setattr(net.transform, "min_size", (config.test_px,))  # noqa: B010  # for pyright a module
+    found = _detect(job, net.eval(), val_set)
+    if distributed.is_main():
+        write_atomically(job.made_folder() / DETECTIONS_FILE, json.dumps(found).encode())
+    return {
+        f"{kind}_{name}": value
+        for kind, iou_type in (("box", "bbox"), ("mask", "segm"))
+        for name, value in average_precision(val_set, found, iou_type).items()
+    }
+
+
+def average_precision(
+    images: DetectionImages, found: list[dict[str, Any]], iou_type: str
+) -> dict[str, float]:
+    """AP, AP50 and AP75 by pycocotools.
+
+    Args:
+        images: with the truth.
+        found: detections in COCO's result format.
+        iou_type: "bbox" or "segm".
+    """
+    if not found:
+        return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
+    _, cocoeval, _ = import_pycocotools()
+    with contextlib.redirect_stdout(io.StringIO()):  # its own tables
+        evaluation = cocoeval.COCOeval(images.coco, images.coco.loadRes(found), iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(("ap", "ap50", "ap75"), map(float, evaluation.stats[:3]), strict=True))
+
+
+@torch.no_grad()
+def _detect(job: Job, net: nn.Module, images: DetectionImages) -> list[dict[str, Any]]:
+    """Detections of all images in COCO's result format, on every rank."""
+    own = []
+    for index in own_samples(len(images.ids)):
+        image = images.image(index).to(job.device).float() / 255
+        with _autocast(job):
+            (output,) = net([image])
+        own += as_results(images, images.ids[index], output)
+    all_votes = [own]
+    if distributed.world_size() > 1:
+        all_votes = [own] * distributed.world_size()
+        all_gather_object(all_votes, own)
+    return sorted((x for results in all_votes for x in results), key=lambda x: x["image_id"])
+
+
+def as_results(
+    images: DetectionImages, image_id: int, output: dict[str, Tensor]
+) -> list[dict[str, Any]]:
+    """torchvision's output for an image in COCO's result format."""
+    _, _, mask_tools = import_pycocotools()
+    boxes = output["boxes"].float().cpu()
+    boxes[:, 2:] -= boxes[:, :2]  # left, top, width, height
+    masks = (output["masks"][:, 0] > 0.5).cpu().to(torch.uint8).numpy()  # [N, H, W]
+    results = []
+    for box, score, label, mask in zip(
+        boxes.tolist(), output["scores"].tolist(), output["labels"].tolist(), masks, strict=True
+    ):
+        encoded = mask_tools.encode(mask.copy(order="F"))
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": images.categories[label - 1],
+                "bbox": box,
+                "score": score,
+                "segmentation": {**encoded, "counts": encoded["counts"].decode()},
+            }
+        )
+    return results
+
+
+def _autocast(job: Job) -> torch.autocast:
+    """bf16 on a GPU only: torchvision's operators on boxes know no autocast on a CPU."""
+    is_on = job.device.type == "cuda" and job.recipe.engine.precision == "bf16"
+    return torch.autocast(job.device.type, torch.bfloat16, enabled=is_on)
+
+
+def _anchors(num_maps: int) -> dict[str, Any]:
+    """torchvision expects four maps and a pooled one; nets with fewer stages have fewer sizes."""
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.ops import MultiScaleRoIAlign
+
+    sizes = tuple((32 * 2**i,) for i in range(num_maps + 1))
+    names = [str(i) for i in range(num_maps)]
+    return {
+        "rpn_anchor_generator": AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        "box_roi_pool": MultiScaleRoIAlign(names, 7, 2),
+        "mask_roi_pool": MultiScaleRoIAlign(names, 14, 2),
+    }

@@ -1,0 +1,1 @@
+"""How pure the groups are, and pictures of them (SMoG Figure 5)."""

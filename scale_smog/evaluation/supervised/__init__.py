@@ -1,0 +1,1 @@
+"""Evaluations that train a classifier: linear, logistic, fine-tuning."""

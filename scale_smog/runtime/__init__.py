@@ -1,0 +1,1 @@
+"""What keeps a rank alive and heard: phases, signals, deadlines, logs, retries, durable files."""

@@ -1,0 +1,62 @@
+"""What this rank is doing, by name, and the points at which long work may be given up.
+
+Long work does not know who listens: preemption stops it, deadlines watch it.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # end a run with a checkpoint
+
+START, DATA, STEP, KMEANS, EVALUATION, SAVING = (
+    "start",
+    "data",
+    "step",
+    "k-means",
+    "evaluation",
+    "saving",
+)
+
+
+class StopRequested(Exception):
+    """All ranks have agreed to stop at this pause point."""
+
+
+on_enter: list[Callable[[str], None]] = []
+on_check: list[Callable[[], None]] = []
+_current = START
+
+
+def current() -> str:
+    """The phase that this rank is in."""
+    return _current
+
+
+def enter(phase: str) -> None:
+    """This rank begins a phase; every rank enters the same ones in the same order."""
+    global _current
+    _current = phase
+    for listener in on_enter:
+        listener(phase)
+
+
+@contextmanager
+def during(phase: str) -> Iterator[None]:
+    """A phase within another one."""
+    before = _current
+    enter(phase)
+    try:
+        yield
+    finally:
+        enter(before)
+
+
+def check_for_stop() -> None:
+    """Every rank calls this at the same places, now and then; nothing is half done there.
+
+    Raises:
+        StopRequested: on all ranks alike.
+    """
+    for listener in on_check:
+        listener()

@@ -1,0 +1,83 @@
+"""Who a rank is, by the names of each launcher, and what becomes of one that fails."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from scale_smog import distributed
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in (*NAMES, "MASTER_PORT", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_plain_python_is_one_rank():
+    assert distributed._rank_environment() == {
+        "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+    }  # fmt: skip
+
+
+def test_deepspeeds_name_for_the_ranks_of_a_host_is_understood(monkeypatch):
+    of_deepspeed = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}
+    for name, value in {**of_deepspeed, "MASTER_ADDR": "host-a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._rank_environment()["LOCAL_WORLD_SIZE"] == 2
+    assert distributed.ranks_per_node() == 2
+
+
+def test_srun_s_names_are_understood(monkeypatch):
+    of_srun = {"STEP_ID": "0", "PROCID": "9", "NTASKS": "16", "LOCALID": "1"}
+    for name, value in {**of_srun, "STEP_TASKS_PER_NODE": "8(x2)"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "host-a")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert distributed._rank_environment() == {
+        "RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 8,
+    }  # fmt: skip
+
+
+FAILING = """
+import sys
+from scale_smog import distributed
+from scale_smog.errors import UserError, exits_on_user_error
+distributed.FAILING_TOGETHER_S = 2.0
+with exits_on_user_error(), distributed.process_group():
+    if str(distributed.rank()) in sys.argv[1]:
+        raise UserError("a file is missing")
+    distributed.barrier()
+"""
+
+
+@pytest.mark.parametrize("who", ["01", "1"])
+def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(who):
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common["CUDA_VISIBLE_DEVICES"] = ""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, who],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
+    assert ranks[1].returncode == 2 and ranks[0].returncode != 0
+    if who == "01":
+        assert said == [["error: a file is missing"], []]
+    else:
+        assert len(said[1]) == 1 and said[1][0].startswith("error: rank 1 on ")
+        assert said[1][0].endswith(": a file is missing")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

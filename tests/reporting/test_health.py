@@ -1,0 +1,137 @@
+"""A step that is not finite on some rank leaves nothing behind on any; slow ranks are named."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import engine_runs as runs
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+
+from scale_smog import UserError, distributed
+from scale_smog.checkpoint import Checkpoints
+from scale_smog.config import Recipe
+from scale_smog.data.batch import Batch
+from scale_smog.loop import TrainState, train, train_step
+from scale_smog.reporting.health import Stragglers
+
+POISONED = 3  # the step whose batch is not finite on the last rank
+ENGINES = ("ddp", "zero1", "zero3", "fsdp")  # zero2 and hsdp share what is at stake with these
+
+
+def poison(batch: Batch, value: float) -> Batch:
+    """One pixel of one image of the last rank."""
+    if distributed.rank() == distributed.world_size() - 1:
+        batch.large[0][1, 0, 2, 2] = value
+    return batch
+
+
+def values_of(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: partition.values.clone() for name, partition in state.state_dict().items()}
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def skip_a_step(folder: Path, engine: str, value: float, **settings: object) -> dict[str, list]:
+    """What a poisoned step changed, and what the run that goes on has other than one without it."""
+    recipe = runs.recipe_of(folder / engine, kind=engine, **settings)
+    poisoned, clean = runs.build_state(recipe), runs.build_state(recipe)
+    schedules, changed = runs.schedules_of(recipe, runs.NUM_STEPS), []
+    for step, batch in enumerate(runs.batches(0)):
+        now = schedules.at(step)
+        if step == POISONED:
+            before = values_of(poisoned)
+            report = train_step(recipe, poisoned, poison(batch, value), now)
+            assert not report.is_applied
+            changed = differing(before, values_of(poisoned))
+            clean.step += 1  # as if there had been no such batch
+        else:
+            for state in (poisoned, clean):
+                assert train_step(recipe, state, batch, now).is_applied
+    return {"changed": changed, "later": differing(values_of(poisoned), values_of(clean))}
+
+
+def skip_on_every_engine(folder: Path) -> dict[str, dict[str, list]]:
+    results = {engine: skip_a_step(folder, engine, float("nan")) for engine in ENGINES}
+    results["inf"] = skip_a_step(folder, "ddp", float("inf"), optimizer="adamw")
+    results["accumulate"] = skip_a_step(folder, "ddp", float("nan"), accumulate=2)
+    return results
+
+
+def test_a_batch_that_is_not_finite_on_one_rank_leaves_every_bit_as_it_was(tmp_path):
+    nothing = {"changed": [], "later": []}
+    for rank in run_on_ranks(2, skip_on_every_engine, tmp_path):
+        assert rank == dict.fromkeys([*ENGINES, "inf", "accumulate"], nothing)
+
+
+def test_a_gradient_that_is_not_finite_leaves_every_bit_as_it_was(tmp_path):
+    recipe = runs.recipe_of(tmp_path)
+    state, schedules = runs.build_state(recipe), runs.schedules_of(recipe, 3)
+    batches = runs.batches(0)
+    train_step(recipe, state, next(batches), schedules.at(0))
+    before, weight = values_of(state), state.engine.online.backbone.gate.weight
+    handle = weight.register_hook(lambda grad: grad * float("inf"))
+    report = train_step(recipe, state, next(batches), schedules.at(1))
+    assert report.loss.isfinite() and not report.is_applied
+    assert not differing(before, values_of(state))
+    handle.remove()
+    assert train_step(recipe, state, next(batches), schedules.at(2)).is_applied
+
+
+def train_on_poison(recipe: Recipe) -> tuple[str, list[str]]:
+    def batches() -> Iterator[Batch]:
+        for step, batch in enumerate(runs.batches(0)):
+            yield poison(batch, float("nan")) if step != 2 else batch
+
+    said: list[str] = []
+    metrics = runs.Silence()
+    metrics.say = said.append
+    state, schedules = runs.build_state(recipe), runs.schedules_of(recipe, runs.NUM_STEPS)
+    checkpoints = Checkpoints(recipe.run, {})
+    try:
+        train(recipe, state, batches(), schedules, metrics, lambda step: None, checkpoints)
+    except UserError as error:
+        return str(error), said
+    return "", said
+
+
+def test_after_too_many_steps_in_a_row_the_run_ends_and_names_rank_and_samples(tmp_path):
+    recipe = runs.recipe_of(tmp_path)
+    run = recipe.run.model_copy(update={"max_skipped": 3})
+    recipe = recipe.model_copy(update={"run": run})
+    for error, said in run_on_ranks(2, train_on_poison, recipe):
+        assert "3 steps in a row were not finite, the last one 6" in error  # step 3 was good
+        assert "(rank 1: images of samples" in error
+        assert [line.split(" left out")[0] for line in said] == [
+            f"warning: step {step}" for step in (1, 2, 4, 5, 6)
+        ]
+    folder = tmp_path / "not_finite" / "step-00000006"
+    assert not load_file(folder / "rank-1.safetensors")["large_0"].isfinite().all()
+    assert load_file(folder / "rank-0.safetensors")["large_0"].isfinite().all()
+    assert json.loads((folder / "rank-1.json").read_text())["step"] == 6
+
+
+def name_stragglers(kind: str) -> list[str | None]:
+    is_slow = distributed.rank() == 1
+    stragglers = Stragglers(torch.device("cpu"))
+    real = stragglers._probe_s
+    delay = 0.02 if kind == "computes" and is_slow else 0.0
+    with mock.patch.object(stragglers, "_probe_s", lambda: real() + delay):
+        waits = [0.6 if kind == "waits" and is_slow else 0.05] * 3
+        return [stragglers.found(wait) for wait in waits]
+
+
+@pytest.mark.parametrize("kind", ["waits", "computes"])
+def test_a_straggling_rank_is_named_at_the_second_report(kind):
+    for first, *later in run_on_ranks(3, name_stragglers, kind):
+        assert first is None or "rank 1" not in first
+        assert all(text is not None and "rank 1 on" in text and kind in text for text in later)
+
+
+def test_one_rank_has_no_stragglers():
+    assert Stragglers(torch.device("cpu")).found(0.9) is None
