@@ -21,10 +21,16 @@ from scale_smog.evaluation.splits import (
 )
 
 CHUNK_ROWS = 512
+DEFAULTS = EvaluationConfig()  # of k and the temperature
 
 
 def knn_votes(
-    train_z: Tensor, train_y: Tensor, test_z: Tensor, *, k: int, temperature: float
+    train_z: Tensor,
+    train_y: Tensor,
+    test_z: Tensor,
+    *,
+    k: int = DEFAULTS.k,
+    temperature: float = DEFAULTS.temperature,
 ) -> Tensor:
     """Votes for each class by the k most similar training images.
 
@@ -55,7 +61,12 @@ def knn_votes(
 
 
 def knn_predict(
-    train_z: Tensor, train_y: Tensor, test_z: Tensor, *, k: int, temperature: float
+    train_z: Tensor,
+    train_y: Tensor,
+    test_z: Tensor,
+    *,
+    k: int = DEFAULTS.k,
+    temperature: float = DEFAULTS.temperature,
 ) -> Tensor:
     """Classes [M] int64 with the most votes; arguments as of `knn_votes`."""
     return knn_votes(train_z, train_y, test_z, k=k, temperature=temperature).argmax(dim=1)
@@ -66,8 +77,8 @@ def knn_accuracy(
     train_y: Tensor,
     test_z: Tensor,
     test_y: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
+    k: int = DEFAULTS.k,
+    temperature: float = DEFAULTS.temperature,
 ) -> float:
     """Share of the test images [M] that `knn_predict` puts into their class, 0 to 1."""
     predicted = knn_predict(train_z, train_y, test_z, k=k, temperature=temperature)
