@@ -75,7 +75,7 @@ class Bare:
         with torch.no_grad():
             torch._foreach_lerp_(self.followers, self.leaders, 1 - ALPHA)
             momentum_z = self.momentum(other)
-        z, p = self.online(view)
+        z, p, _ = self.online(view)
         target, new_groups = self.groups.assign(momentum_z), self.groups.updated_by(z, BETA)
         group_contrastive_loss(p, new_groups, target, 0.1).backward()
         self.optimizer.step()

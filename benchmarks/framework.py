@@ -25,7 +25,7 @@ from lightly.models.modules import SMoGPredictionHead, SMoGProjectionHead, SMoGP
 from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.transforms import SMoGTransform
 from sklearn.cluster import KMeans
-from step import one_rank, wait
+from step import one_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -35,7 +35,8 @@ from scale_smog.config import Recipe
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.loop import train_step
 from scale_smog.pretrain import build_state
-from scale_smog.throughput import NOW, build_batches
+from scale_smog.profiling.timing import synchronize
+from scale_smog.throughput import FIXED_VALUES, build_batches
 
 PX, DIM, RESET_EVERY = 32, 128, 300
 FLOOR_EQUAL, FLOOR_BEST = 1.3, 1.5
@@ -83,15 +84,15 @@ class Ours:
     def steps(self, num: int) -> Iterator[None]:
         """Trains on batches as they come."""
         for batch in build_batches(self.recipe, self.batch, num, False, self.device):
-            train_step(self.recipe, self.state, batch, NOW)
-            wait(self.device)
+            train_step(self.recipe, self.state, batch, FIXED_VALUES)
+            synchronize(self.device)
             yield
 
     def reset(self) -> None:
         """Groups by k-means, momentum net from the online one."""
         self.state.groups.reseed_from(self.state.bank)
         self.state.engine.reset_momentum()
-        wait(self.device)
+        synchronize(self.device)
 
 
 class LightlyExample(nn.Module):
@@ -149,7 +150,7 @@ class LightlyExample(nn.Module):
         for step, (views, _) in zip(range(num), loader, strict=False):
             x0, x1 = (x.to(self.device, memory_format=self.format) for x in views)
             self._train(*(x1, x0) if step % 2 else (x0, x1))
-            wait(self.device)
+            synchronize(self.device)
             yield
 
     def _train(self, x0: Tensor, x1: Tensor) -> None:

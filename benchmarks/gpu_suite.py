@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from compare import interleaved, interleaved_streams
 from PIL import Image
-from step import STEPS_A_TURN, Bare, Ours, one_rank, step_recipe, turn, wait
+from step import STEPS_A_TURN, Bare, Ours, one_rank, step_recipe, turn
 
 from scale_smog import distributed
 from scale_smog.config import Recipe
@@ -34,7 +34,8 @@ from scale_smog.profiling.flops import count_step, roof_s
 from scale_smog.profiling.hardware import hardware_name, load_hardware
 from scale_smog.profiling.peaks import measure_peaks
 from scale_smog.profiling.step_profile import StepProfile, Timeline, timed
-from scale_smog.throughput import NOW, build_batches, timed_methods
+from scale_smog.profiling.timing import synchronize
+from scale_smog.throughput import FIXED_VALUES, build_batches, timed_methods
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 CLUSTERED, GROUPS, ITERATIONS, RESET_EVERY, CLUSTER_GPUS = 1_228_800, 3000, 10, 300, 64
@@ -210,7 +211,7 @@ class Suite:
         try:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                train_step(ours.recipe, ours.state, ours.batch, NOW)
+                train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         num = sum("synchroniz" in str(x.message) for x in said)
@@ -230,7 +231,7 @@ class Suite:
                 with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
                     for _ in range(num_passes):
                         net(images)
-                wait(DEVICE)
+                synchronize(DEVICE)
 
             seconds = interleaved({f"forward, {name} x{width}": run}, self.rounds)
             rate = num_passes * self.batch / next(iter(seconds.values()))
@@ -251,7 +252,7 @@ class Suite:
         with timed(timeline, timed_methods(ours.state)):
             for _ in range(20):
                 with timeline.step():
-                    train_step(ours.recipe, ours.state, ours.batch, NOW)
+                    train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
         return StepProfile.of(timeline.durations())
 
     def _train(self, ours: Ours, tars: Path | None) -> Iterator[None]:
@@ -259,8 +260,8 @@ class Suite:
         data = ours.recipe.data.model_copy(update=changes)
         recipe = ours.recipe.model_copy(update={"data": data})
         for batch in build_batches(recipe, self.batch, 16, tars is None, DEVICE):
-            train_step(recipe, ours.state, batch, NOW)
-            wait(DEVICE)
+            train_step(recipe, ours.state, batch, FIXED_VALUES)
+            synchronize(DEVICE)
             yield
 
 

@@ -30,9 +30,11 @@ import torch.multiprocessing as mp
 from compare import claim, parse_arguments
 
 from scale_smog.config import Recipe
+from scale_smog.profiling.communication_model import exposed_s
 from scale_smog.profiling.hardware import Hardware, load_hardware
 from scale_smog.profiling.link_benchmark import calibrated
-from scale_smog.profiling.scaling_model import Workload, exposed_s, predict_step
+from scale_smog.profiling.scaling_model import ESTIMATES, predict_step
+from scale_smog.profiling.workload import Workload, estimate_parts
 
 KINDS = ("ddp", "zero1", "fsdp")
 RANKS = 2
@@ -165,7 +167,7 @@ def published() -> dict[str, tuple[float, float, float]]:
     machine = load_hardware("a100")
     figures = {
         "ResNet-50, 8 A100": supervised(machine, "resnet50", 256, 8, alone=2470.0),
-        "ResNet-152, 8 A100": supervised(_without_loader(machine), "resnet152", 64, 8),
+        "ResNet-152, 8 A100": supervised(without_loader(machine), "resnet152", 64, 8),
     }
     results = {}
     for (name, (low, nominal, high)), measured in zip(figures.items(), (0.84, 0.974), strict=True):
@@ -177,7 +179,7 @@ def published() -> dict[str, tuple[float, float, float]]:
         )
         results[f"efficiency of {name}"] = (nominal, measured, PUBLISHED_TOLERANCE)
     print("  MLPerf 3.0, H100, images/s by an assumed 36 epochs, against the model's range:")
-    h100 = _without_loader(load_hardware("h100"))
+    h100 = without_loader(load_hardware("h100"))
     for gpus, minutes in MLPERF_MINUTES.items():
         rate = MLPERF_EPOCHS * IMAGENET / minutes / 60
         low, nominal, high = supervised(h100, "resnet50", max(8, 12_000 // gpus), gpus, rates=True)
@@ -199,8 +201,6 @@ def supervised(
         alone: images/s of one GPU where that is known; else the machine's roof says.
         rates: images/s, not efficiency.
     """
-    from scale_smog.profiling.scaling_model import ESTIMATES, estimate_parts
-
     recipe = Recipe.model_validate(
         {
             "run": {"epochs": 1},
@@ -226,7 +226,7 @@ def supervised(
     return low, nominal, high
 
 
-def _without_loader(machine: Hardware) -> Hardware:
+def without_loader(machine: Hardware) -> Hardware:
     changes: dict[str, Any] = {"loader_images_per_s": (1e9, 1e9, 1e9)}
     return machine.model_copy(update=changes)
 

@@ -24,9 +24,10 @@ from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.loop import train_step
 from scale_smog.models import build_nets
-from scale_smog.pretrain import build_state
 from scale_smog.profiling.step_profile import PARTS, StepProfile, Timeline, timed
-from scale_smog.throughput import NOW, build_batches, timed_methods
+from scale_smog.profiling.timing import synchronize
+from scale_smog.state import build_state
+from scale_smog.throughput import FIXED_VALUES, build_batches, timed_methods
 
 FLOOR = 0.92
 STEPS_A_TURN = {"cpu": 1, "cuda": 10}
@@ -84,19 +85,13 @@ def views_of(recipe: Recipe, device: torch.device) -> Batch:
     return next(iter(build_batches(recipe, batch, 1, True, device)))
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def turn(side: "Ours | Bare") -> Callable[[], None]:
     """Steps that wait for the device at their end only: the host may run ahead, as in training."""
 
     def run() -> None:
         for _ in range(STEPS_A_TURN[side.device.type]):
             side.step()
-        wait(side.device)
+        synchronize(side.device)
 
     return run
 
@@ -111,7 +106,7 @@ class Ours:
 
     def step(self) -> None:
         """One of training."""
-        train_step(self.recipe, self.state, self.batch, NOW)
+        train_step(self.recipe, self.state, self.batch, FIXED_VALUES)
 
 
 class Bare:
@@ -158,7 +153,7 @@ class Bare:
         self.follow()
         autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast if self.is_bf16 else nullcontext():
-            _, p = self.online(view)  # [1, B, D]
+            _, p, _ = self.online(view)  # [1, B, D]
             with torch.no_grad():
                 target: Tensor = self.momentum(other)  # [B, D]
         loss = -(p[0] * target).sum(dim=1).mean()
@@ -187,7 +182,7 @@ def print_parts(ours: Ours, num_steps: int = 5) -> None:
     with timed(timeline, timed_methods(ours.state)):
         for _ in range(num_steps):
             with timeline.step():
-                train_step(ours.recipe, ours.state, ours.batch, NOW)
+                train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
     measured = StepProfile.of(timeline.durations())
     for name in PARTS:
         if measured.parts[name]:

@@ -20,23 +20,25 @@ from scale_smog.data.loaders.build import build_plan, build_training_loader
 from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.errors import UserError
 from scale_smog.grouping import spherical_kmeans
-from scale_smog.loop import TrainState, train_step
-from scale_smog.pretrain import build_state
+from scale_smog.loop import train_step
 from scale_smog.profiling import report
 from scale_smog.profiling.hardware import Hardware, hardware_name, load_hardware
-from scale_smog.profiling.link_benchmark import calibrated, wait_for
+from scale_smog.profiling.link_benchmark import calibrated
 from scale_smog.profiling.peaks import measure_peaks
-from scale_smog.profiling.scaling_model import Measured, Workload, whole_parts
+from scale_smog.profiling.scaling_model import Measured, whole_parts
 from scale_smog.profiling.step_profile import StepProfile, TimedMethod, Timeline, timed
+from scale_smog.profiling.timing import synchronize
 from scale_smog.profiling.traces import communication, tracing, write_trace
-from scale_smog.schedules import Now
+from scale_smog.profiling.workload import Workload
+from scale_smog.schedules import ScheduledValues
 from scale_smog.small_data import fit_to_data
+from scale_smog.state import TrainState, build_state
 
 DEFAULT_TARGET = "h200"
 NUM_TRACED = 2
 LINKS = {"gpus_per_node", "node", "network", "collective_shares"}  # what calibration changes
 KMEANS_ROWS_ON_CPU = 4096  # more would take long; the time grows with the rows
-NOW = Now(epoch=0.0, lr=1e-3, weight_decay=1e-6, beta=0.99)
+FIXED_VALUES = ScheduledValues(epoch=0.0, lr=1e-3, weight_decay=1e-6, beta=0.99)
 
 
 @dataclass(frozen=True)
@@ -59,58 +61,84 @@ def profile(recipe: Recipe, options: Options) -> dict[str, Any]:
         UserError: the dataset, the hardware file or the number of ranks does not fit.
     """
     with distributed.process_group() as device:
-        return _profile(recipe, options, device)
+        return profile_on(device, recipe, options)
 
 
-def _profile(recipe: Recipe, options: Options, device: torch.device) -> dict[str, Any]:
+def profile_on(device: torch.device, recipe: Recipe, options: Options) -> dict[str, Any]:
+    """As `profile`, on a rank whose process group is there."""
     target = load_hardware(options.hardware or hardware_name(device) or DEFAULT_TARGET)
     if recipe.run.small_data:
         recipe, _ = fit_to_data(recipe, TarDataset(recipe.data.path, "train").num_samples)
+    measure = profile_loader if options.loader_only else profile_step
+    facts, text = measure(recipe, options, device, target)
+    _write(facts, text, Path(recipe.run.dir))
+    return facts
+
+
+def profile_loader(
+    recipe: Recipe, options: Options, device: torch.device, _target: Hardware
+) -> tuple[dict[str, Any], str]:
+    """Figures of the loader alone, and the same as text."""
+    num_batches = options.num_warm_up + options.num_steps
     batch = images_of_a_rank(recipe)
+    iterator = iter(build_batches(recipe, batch, num_batches, options.synthetic, device))
+    for _ in islice(iterator, options.num_warm_up):
+        pass
+    synchronize(device)
+    start = time.perf_counter()
+    num = sum(1 for _ in islice(iterator, options.num_steps))
+    synchronize(device)  # a loader on the GPU has only asked for its last batches
+    seconds = (time.perf_counter() - start) / max(1, num)
+    facts: dict[str, Any] = {
+        "loader": recipe.data.loader,
+        "images_per_s": recipe.data.global_batch / seconds,
+        "batch_s": seconds,
+    }
+    return facts, report.loader_text(facts)
+
+
+def profile_step(
+    recipe: Recipe, options: Options, device: torch.device, target: Hardware
+) -> tuple[dict[str, Any], str]:
+    """Figures of the loop's step and what they predict for the target, and the same as text."""
+    batch, folder = images_of_a_rank(recipe), Path(recipe.run.dir)
     num_batches = options.num_warm_up + options.num_steps + NUM_TRACED
-    batches = build_batches(recipe, batch, num_batches, options.synthetic, device)
-    folder = Path(recipe.run.dir)
-    if options.loader_only:
-        facts = _loader_facts(recipe, batches, options, device)
-        return _finish(facts, report.loader_text(facts), folder)
+    batches = iter(build_batches(recipe, batch, num_batches, options.synthetic, device))
     state = build_state(recipe, batch, device)
-    measured = measure_steps(recipe, state, iter(batches), options, device, folder)
+    measured = measure_steps(recipe, state, batches, options, device, folder)
     measured = measured.with_kmeans(kmeans_s(recipe, batch, device))
     work = Workload.of(recipe, batch)
     if options.calibrate:
         target = calibrated(target, device)
-    flops_per_s, bytes_per_s = _peaks(recipe, device)
-    facts = report.facts(
-        recipe,
-        measured,
-        work,
-        device=str(_device_name(device)),
-        num_ranks=distributed.world_size(),
-        flops_per_s=flops_per_s,
-        bytes_per_s=bytes_per_s,
-        memory_mib=distributed.peak_memory_mib(),
-        memory_share=_memory_share(device),
-    )
-    # Parts measured on a CPU, or on a GPU that no file describes, say nothing of another machine:
-    # its own are estimated from the roof.
-    basis = None
-    if name := hardware_name(device):
-        ranks, per_node = distributed.world_size(), distributed.ranks_per_node()
-        parts = whole_parts(measured.parts, recipe.engine.kind, ranks, per_node)
-        basis = Measured(work, parts, load_hardware(name))
+    facts = report.facts(recipe, measured, work, _device_facts(recipe, device))
     if distributed.is_main():
+        basis = _basis(recipe, measured, work, device)
         facts |= report.predictions(recipe, target, batch, basis, folder)
         if options.calibrate:
             facts["measured_links"] = target.model_dump(include=LINKS)
-    return _finish(facts, report.text(facts), folder)
+    return facts, report.text(facts)
 
 
-def _finish(facts: dict[str, Any], text: str, folder: Path) -> dict[str, Any]:
+def _basis(
+    recipe: Recipe, measured: StepProfile, work: Workload, device: torch.device
+) -> Measured | None:
+    """What predictions start from; None: the roof.
+
+    Parts measured on a CPU, or on a GPU that no file describes, say nothing of another machine.
+    """
+    name = hardware_name(device)
+    if name is None:
+        return None
+    ranks, per_node = distributed.world_size(), distributed.ranks_per_node()
+    parts = whole_parts(measured.parts, recipe.engine.kind, ranks, per_node)
+    return Measured(work, parts, load_hardware(name))
+
+
+def _write(facts: dict[str, Any], text: str, folder: Path) -> None:
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "profile.json").write_text(json.dumps(facts, indent=1) + "\n")
         print(text + f"\nwritten to {folder / 'profile.json'}", flush=True)
-    return facts
 
 
 def images_of_a_rank(recipe: Recipe) -> int:
@@ -140,7 +168,7 @@ def build_batches(
 def timed_methods(state: TrainState) -> list[TimedMethod]:
     """What the loop calls at a step, and which part it belongs to."""
     return [
-        TimedMethod(state.engine, "ema", "ema"),
+        TimedMethod(state.engine, "update_ema", "ema"),
         TimedMethod(state.engine, "reset_momentum", "ema"),
         TimedMethod(state.engine, "forward_online", "online_forward"),
         TimedMethod(state.engine, "forward_momentum", "momentum_forward"),
@@ -164,10 +192,10 @@ def measure_steps(
     device: torch.device,
     folder: Path,
 ) -> StepProfile:
-    """Runs the loop's own step: warm-up, then marked steps, then a few traced ones."""
+    """Runs the loop's own step: warm-up, then timed steps, then a few traced ones."""
     recipe = without_resets(recipe)
     for batch in islice(batches, options.num_warm_up):
-        train_step(recipe, state, batch, NOW)
+        train_step(recipe, state, batch, FIXED_VALUES)
     timeline = Timeline(device)
     with timed(timeline, timed_methods(state)):
         _run(recipe, state, batches, options.num_steps, timeline)
@@ -197,7 +225,7 @@ def _run(
         with timeline.step():
             with timeline.part("data_wait"):
                 batch = next(batches)
-            train_step(recipe, state, batch, NOW)
+            train_step(recipe, state, batch, FIXED_VALUES)
 
 
 def kmeans_s(recipe: Recipe, batch: int, device: torch.device) -> float:
@@ -223,22 +251,16 @@ def kmeans_s(recipe: Recipe, batch: int, device: torch.device) -> float:
     return seconds[-1] * bank_rows / rows / grouping.reset_every
 
 
-def _loader_facts(
-    recipe: Recipe, batches: Iterable[Batch], options: Options, device: torch.device
-) -> dict[str, Any]:
-    iterator = iter(batches)
-    for _ in islice(iterator, options.num_warm_up):
-        pass
-    wait_for(device)
-    start = time.perf_counter()
-    num = sum(1 for _ in islice(iterator, options.num_steps))
-    wait_for(device)  # a loader on the GPU has only asked for its last batches
-    seconds = (time.perf_counter() - start) / max(1, num)
-    return {
-        "loader": recipe.data.loader,
-        "images_per_s": recipe.data.global_batch / seconds,
-        "batch_s": seconds,
-    }
+def _device_facts(recipe: Recipe, device: torch.device) -> report.DeviceFacts:
+    flops_per_s, bytes_per_s = _peaks(recipe, device)
+    return report.DeviceFacts(
+        name=_device_name(device),
+        num_ranks=distributed.world_size(),
+        flops_per_s=flops_per_s,
+        bytes_per_s=bytes_per_s,
+        memory_mib=distributed.peak_memory_mib(),
+        memory_share=_memory_share(device),
+    )
 
 
 def _device_name(device: torch.device) -> str:

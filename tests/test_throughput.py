@@ -12,10 +12,10 @@ from ranks import run_on_ranks
 from small_recipe import small_recipe, write_small_recipe
 
 from scale_smog.loop import train_step
-from scale_smog.pretrain import build_state
 from scale_smog.profiling.step_profile import PARTS, Timeline, timed
 from scale_smog.reporting import run_folder
-from scale_smog.throughput import NOW, Options, _profile, build_batches, timed_methods
+from scale_smog.state import build_state
+from scale_smog.throughput import FIXED_VALUES, Options, build_batches, profile_on, timed_methods
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -61,14 +61,14 @@ def test_the_program_writes_profile_trace_and_plot(tmp_path, tars, monkeypatch, 
 
 def test_a_profiled_folder_can_still_be_trained_in(tmp_path, tars):
     recipe = small_recipe(tmp_path, tars)
-    _profile(recipe, Options(num_steps=1, num_warm_up=1, trace=False), CPU)
+    profile_on(CPU, recipe, Options(num_steps=1, num_warm_up=1, trace=False))
     assert (tmp_path / "run" / "profile.json").exists()
     assert run_folder.claim(recipe, "hash") == []
 
 
 def test_parts_add_up_and_what_belongs_to_none_is_small(tmp_path):
     options = Options(num_steps=8, synthetic=True, trace=False)
-    facts = _profile(small_recipe(tmp_path, "", *NET), options, CPU)
+    facts = profile_on(CPU, small_recipe(tmp_path, "", *NET), options)
     parts = facts["parts"]
     assert sum(parts.values()) == pytest.approx(facts["step_s"], rel=0.03)
     assert parts["other"] <= 0.05 * facts["step_s"]
@@ -86,7 +86,7 @@ def test_twice_the_batch_takes_about_twice_as_long_forward(tmp_path):
         for batch, (recipe, state, images) in sides.items():
             timeline = timelines[batch]
             with timed(timeline, timed_methods(state)), timeline.step():
-                train_step(recipe, state, images, NOW)
+                train_step(recipe, state, images, FIXED_VALUES)
     fastest = {
         batch: min(step["online_forward"] for step in timeline.durations())
         for batch, timeline in timelines.items()
@@ -114,7 +114,7 @@ def test_mistakes_get_one_line(tmp_path, tars, monkeypatch, capsys):
 def _profile_rank(folder: Path) -> dict:
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     recipe = small_recipe(folder, "", *NET, "engine.kind=ddp", "model.batch_norm=global")
-    return _profile(recipe, Options(num_steps=6, synthetic=True, calibrate=True), CPU)
+    return profile_on(CPU, recipe, Options(num_steps=6, synthetic=True, calibrate=True))
 
 
 def test_two_ranks_report_the_communication_that_they_waited_for(tmp_path):

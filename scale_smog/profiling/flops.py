@@ -118,7 +118,7 @@ def count_step(model: ModelConfig, data: DataConfig, batch: int, precision: str)
         momentum(large)
     momentum_forward = counter.take()
     with counter:
-        z, p = online(large, small)
+        z, p, _ = online(large, small)
     online_forward = counter.take()
     ready: list[Ready] = []
     for parameter in online.parameters():

@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scale_smog import distributed
+from scale_smog.profiling.communication_model import Points, fit_alpha_beta
 from scale_smog.profiling.hardware import MICRO, Hardware, Link, Range
+from scale_smog.profiling.timing import synchronize
 
 SIZES = tuple(4**i for i in range(5, 13))  # bytes of a whole tensor: 1 KiB to 16 MiB
 WORK_SIDE, WORKS = 768, 10  # of a matrix product: 10 ms of a CPU's core, 20 us of a GPU
 LATENCY_SPREAD, BANDWIDTH_SPREAD = (0.8, 1.0, 1.5), (1.15, 1.0, 0.8)
-Points = list[tuple[int, float]]  # bytes, seconds
+Group = dist.ProcessGroup | None
 
 
 def calibrated(machine: Hardware, device: torch.device) -> Hardware:
@@ -41,23 +43,21 @@ def calibrated(machine: Hardware, device: torch.device) -> Hardware:
 
 
 def measure_link(
-    device: torch.device, ranks: int, group: dist.ProcessGroup | None
+    device: torch.device, ranks: int, group: Group
 ) -> tuple[float, float, dict[str, float]]:
     """Latency [s] and bandwidth [bytes/s] of a ring all-reduce, and the other kinds' shares of it.
 
     The same on every rank: the slowest one's.
     """
     points = {kind: measure(kind, device, ranks, group) for kind in COLLECTIVES}
-    at_a_barrier_s, seconds_per_byte = fit_line(points["all_reduce"])
+    at_a_barrier_s, seconds_per_byte = fit_alpha_beta(points["all_reduce"])
     latency_s = max(at_a_barrier_s, latency_between_work(device, ranks, group))
     largest = {kind: seconds[-1][1] for kind, seconds in points.items()}
     shares = {kind: seconds / largest["all_reduce"] for kind, seconds in largest.items()}
     return latency_s, 2 * (ranks - 1) / ranks / seconds_per_byte, shares
 
 
-def measure(
-    kind: str, device: torch.device, ranks: int, group: dist.ProcessGroup | None, repeats: int = 7
-) -> Points:
+def measure(kind: str, device: torch.device, ranks: int, group: Group, repeats: int = 7) -> Points:
     """Median seconds of a collective for each of SIZES."""
     points = []
     for size in SIZES:
@@ -66,10 +66,10 @@ def measure(
         seconds = []
         for _ in range(repeats + 1):  # the first sets up connections
             dist.barrier(group)
-            wait_for(device)
+            synchronize(device)
             start = time.perf_counter()
             call()
-            wait_for(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - start)
         slowest = torch.tensor(statistics.median(seconds[1:]), device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -77,9 +77,7 @@ def measure(
     return points
 
 
-def latency_between_work(
-    device: torch.device, ranks: int, group: dist.ProcessGroup | None, rounds: int = 9
-) -> float:
+def latency_between_work(device: torch.device, ranks: int, group: Group, rounds: int = 9) -> float:
     """Median seconds that a small all-reduce adds to what ranks compute between two of them.
 
     More than after a barrier: they do not arrive together, and find other things in the caches.
@@ -87,12 +85,12 @@ def latency_between_work(
     matrix = torch.randn(WORK_SIDE, WORK_SIDE, device=device)
     product, small = torch.empty_like(matrix), torch.zeros(256, device=device)
 
-    def seconds_of(meet: Callable[[], object]) -> float:
+    def seconds_of(between: Callable[[], object]) -> float:
         start = time.perf_counter()
         for _ in range(WORKS):
             torch.mm(matrix, matrix, out=product)
-            meet()
-        wait_for(device)
+            between()
+        synchronize(device)
         return (time.perf_counter() - start) / WORKS
 
     call = COLLECTIVES["all_reduce"](small, ranks, group)
@@ -105,19 +103,6 @@ def latency_between_work(
     slowest = torch.tensor(statistics.median(added[1:]), device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return slowest.item()
-
-
-def fit_line(points: Points) -> tuple[float, float]:
-    """alpha [s] and beta [s/byte] of alpha + beta x bytes, least squares of the relative error."""
-    # With weights 1 / t^2 the normal equations of two unknowns; neither may become negative.
-    weights = [1 / t**2 for _, t in points]
-    w, wx = sum(weights), sum(k * x for k, (x, _) in zip(weights, points, strict=True))
-    wxx = sum(k * x * x for k, (x, _) in zip(weights, points, strict=True))
-    wt = sum(k * t for k, (_, t) in zip(weights, points, strict=True))
-    wxt = sum(k * x * t for k, (x, t) in zip(weights, points, strict=True))
-    beta = (w * wxt - wx * wt) / (w * wxx - wx * wx)
-    alpha = (wt - beta * wx) / w
-    return max(alpha, 1e-7), max(beta, 1e-13)
 
 
 def _link(latency_s: float, bytes_per_s: float) -> Link:
@@ -139,15 +124,6 @@ def _across_nodes(per_node: int) -> dist.ProcessGroup | None:
         if isinstance(group, dist.ProcessGroup):
             own = group
     return own
-
-
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was asked to; a CPU has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-Group = dist.ProcessGroup | None
 
 
 def _all_reduce(whole: Tensor, ranks: int, group: Group) -> Callable[[], object]:

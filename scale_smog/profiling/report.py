@@ -1,6 +1,7 @@
 """What a profile says: the figures of profile.json, the table, the plot."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,35 @@ from scale_smog.profiling.hardware import Hardware
 from scale_smog.profiling.scaling_model import (
     Measured,
     Prediction,
-    Workload,
     strong_scaling,
     weak_scaling,
 )
 from scale_smog.profiling.step_profile import PARTS, StepProfile
+from scale_smog.profiling.workload import Workload
 
 PLOT_FILE = "scaling.png"
 SHOWN = (8, 64, 256, 1024)
 
 
+@dataclass(frozen=True)
+class DeviceFacts:
+    """The devices that a step was measured on."""
+
+    name: str  # `cpu` where there is no GPU
+    num_ranks: int
+    flops_per_s: float  # peak in the step's precision
+    bytes_per_s: float  # of the memory
+    memory_mib: float  # peak in use
+    memory_share: float  # of all there is; 0: not known
+
+
 def facts(
-    recipe: Recipe,
-    measured: StepProfile,
-    work: Workload,
-    *,
-    device: str,
-    num_ranks: int,
-    flops_per_s: float,
-    bytes_per_s: float,
-    memory_mib: float,
-    memory_share: float,
+    recipe: Recipe, measured: StepProfile, work: Workload, device: DeviceFacts
 ) -> dict[str, Any]:
     """The figures of the ranks at hand."""
     step_s, cost = measured.step_s, work.cost
     roofs = {
-        name: roof_s(cost.ops, flops_per_s, bytes_per_s, folded)
+        name: roof_s(cost.ops, device.flops_per_s, device.bytes_per_s, folded)
         for name, folded in (("roofline_fraction", True), ("eager_roofline_fraction", False))
     }
     return {
@@ -48,13 +52,13 @@ def facts(
             "hidden_s": measured.hidden_communication_s,
         },
         "percentiles_s": measured.percentiles_s,
-        "peak_memory_mib": memory_mib,
+        "peak_memory_mib": device.memory_mib,
         "gflop_per_image": cost.flops / work.batch / 1e9,
-        "mfu": cost.flops / step_s / flops_per_s,
+        "mfu": cost.flops / step_s / device.flops_per_s,
         **{name: roof / step_s for name, roof in roofs.items()},
-        "bottleneck": bottleneck(recipe, measured.parts, device != "cpu", memory_share),
-        "device": device,
-        "ranks": num_ranks,
+        "bottleneck": bottleneck(recipe, measured.parts, device.name != "cpu", device.memory_share),
+        "device": device.name,
+        "ranks": device.num_ranks,
         "batch_per_rank": work.batch,
         "backbone": f"{recipe.model.backbone} x{recipe.model.width}",
         "engine": recipe.engine.kind,

@@ -1,8 +1,8 @@
-"""Where a step's time goes: marks at the borders of its parts, and nothing in the loop itself.
+"""Where a step's time goes: the methods that the loop calls are timed, and the loop knows nothing.
 
-For the time of a profile, the methods that the loop calls are replaced by ones that mark when they
-begin and end; afterwards the loop is as before, so not profiling costs nothing. On a GPU a mark is
-an event in its stream: parts are measured where they run, and no mark waits for the device.
+For the time of a profile these methods are replaced by ones that note when they begin and end;
+afterwards the loop is as before, so not profiling costs nothing. On a GPU a timestamp is an event
+in its stream: parts are measured where they run, and none waits for the device.
 """
 
 import statistics
@@ -32,7 +32,7 @@ RANGE = "part: "  # begins the names of a part's ranges in traces
 
 
 class TimedMethod(NamedTuple):
-    """A function whose time belongs to a part."""
+    """A method, or a function of a module, whose time belongs to a part."""
 
     owner: Any  # object or module
     name: str  # of its attribute
@@ -40,7 +40,7 @@ class TimedMethod(NamedTuple):
 
 
 class Timeline:
-    """Marks the borders of parts while steps run.
+    """Notes when parts begin and end while steps run.
 
     A part that begins inside another interrupts it: every moment of a step belongs to one part,
     and what belongs to none is `other`. Parts therefore add up to the step.
@@ -50,7 +50,7 @@ class Timeline:
         self._on_gpu = device.type == "cuda"
         self._device = device
         self._open: list[str] = []
-        self._steps: list[list[tuple[Any, str]]] = []  # (mark, part from there on)
+        self._steps: list[list[tuple[Any, str]]] = []  # (timestamp, part from there on)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -58,7 +58,7 @@ class Timeline:
         self._steps.append([])
         with self.part("other"):
             yield
-        self._mark("")
+        self._note("")
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -67,34 +67,34 @@ class Timeline:
             yield
             return
         self._open.append(name)
-        self._mark(name)
+        self._note(name)
         try:
             with torch.profiler.record_function(RANGE + name), self._nvtx(name):
                 yield
         finally:
             self._open.pop()
             if self._open:
-                self._mark(self._open[-1])
+                self._note(self._open[-1])
 
     def durations(self) -> list[dict[str, float]]:
         """Seconds of the parts of every step so far; waits for the device."""
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
-        return [self._resolve(marks) for marks in self._steps]
+        return [self._resolve(timestamps) for timestamps in self._steps]
 
-    def _resolve(self, marks: Sequence[tuple[Any, str]]) -> dict[str, float]:
+    def _resolve(self, timestamps: Sequence[tuple[Any, str]]) -> dict[str, float]:
         seconds: dict[str, float] = defaultdict(float)
-        for (start, part), (end, _) in pairwise(marks):
+        for (start, part), (end, _) in pairwise(timestamps):
             seconds[part] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
         return seconds
 
-    def _mark(self, part: str) -> None:
+    def _note(self, part: str) -> None:
         if self._on_gpu:
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
+            timestamp = torch.cuda.Event(enable_timing=True)
+            timestamp.record()
         else:
-            mark = time.perf_counter()
-        self._steps[-1].append((mark, part))
+            timestamp = time.perf_counter()
+        self._steps[-1].append((timestamp, part))
 
     @contextmanager
     def _nvtx(self, name: str) -> Iterator[None]:
@@ -106,13 +106,13 @@ class Timeline:
 
 
 @contextmanager
-def timed(timeline: Timeline, timed_methods: Iterable[TimedMethod]) -> Iterator[None]:
-    """Has every border's function mark its begin and end; on leaving, all are as they were."""
+def timed(timeline: Timeline, methods: Iterable[TimedMethod]) -> Iterator[None]:
+    """Times every call of the methods; on leaving, all are as they were."""
     with ExitStack() as undo:
-        for owner, name, part in timed_methods:
+        for owner, name, part in methods:
             own = name in vars(owner)
             function = getattr(owner, name)
-            setattr(owner, name, _marking(timeline, part, function))
+            setattr(owner, name, _timing(timeline, part, function))
             if own:
                 undo.callback(setattr, owner, name, function)
             else:
@@ -120,7 +120,7 @@ def timed(timeline: Timeline, timed_methods: Iterable[TimedMethod]) -> Iterator[
         yield
 
 
-def _marking(timeline: Timeline, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _timing(timeline: Timeline, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         with timeline.part(part):
             return function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Two hosts, and all that happens to them: `launcher_campaign.py {faults,latency,stop,all}`, as root.
+"""Runs over two hosts, with faults: `launcher_campaign.py {faults,latency,stop,all}`, as root.
 
 faults: each fault of a cluster is injected alone; `check.py` must name it with its host, and find
 nothing on a sound one. latency: a step's seconds with 0, 1 and 5 ms more on the link, for batch
@@ -24,8 +24,9 @@ from programs import CHECK, OVERRIDES, PRETRAIN, RECIPE
 
 from scale_smog import load_recipe
 from scale_smog.data.prepare.demo import make_demo
+from scale_smog.profiling.communication_model import exposed_s
 from scale_smog.profiling.hardware import Link, load_hardware
-from scale_smog.profiling.scaling_model import Workload, exposed_s
+from scale_smog.profiling.workload import Workload
 
 ON_HOSTS = (BIN / "python", ROOT / "launcher" / "on_hosts.py")
 Job: TypeAlias = "subprocess.Popen[bytes]"
@@ -50,7 +51,7 @@ def faults(cluster: Cluster, data: Path, folder: Path) -> bool:
             is_good = status == 0 and "ready to train" in said
             line = "ready to train" if is_good else said[-2000:]
         else:
-            found = re.search(FAULTS[name].said, said)
+            found = re.search(FAULTS[name].pattern, said)
             is_good = bool(found) and status != 0 and said.count("FAULT") <= 1
             line = found.group() if found else said[-2000:]
         num_found += is_good
@@ -182,19 +183,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stories = {"faults": faults, "latency": latency, "stop": stop}
-    parser.add_argument("story", choices=[*stories, "all"])
-    story = parser.parse_args().story
+    campaigns = {"faults": faults, "latency": latency, "stop": stop}
+    parser.add_argument("campaign", choices=[*campaigns, "all"])
+    campaign = parser.parse_args().campaign
     if reason := why_not():
         raise SystemExit(f"error: {reason}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if story != "latency":
+        if campaign != "latency":
             make_demo(folder / "demo_data")
         with two_hosts(folder) as hosts:
             cluster = Cluster(folder, hosts)
-            chosen = stories.values() if story == "all" else [stories[story]]
-            good = [tell(cluster, folder / "demo_data", folder) for tell in chosen]
+            chosen = campaigns.values() if campaign == "all" else [campaigns[campaign]]
+            good = [run(cluster, folder / "demo_data", folder) for run in chosen]
     raise SystemExit(not all(good))
 
 

@@ -20,7 +20,7 @@ def test_flops_of_a_step_are_those_of_torchs_counter():
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             momentum(large)
-        z, p = online(large, [small, small])
+        z, p, _ = online(large, [small, small])
         (z.sum() + p.sum()).backward()
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
