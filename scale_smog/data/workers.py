@@ -2,17 +2,14 @@
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from typing import TypeVar
 
 from scale_smog.errors import UserError
-from scale_smog.runtime import phases
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -24,25 +21,9 @@ def default_workers() -> int:
 
 
 def prepare_processes(*modules: str) -> None:
-    """Starts, in the background, the process that workers fork from, with `modules` imported."""
+    """Starts the forkserver of the workers in the background, with `modules` preloaded."""
     multiprocessing.set_forkserver_preload([__name__, *modules])
     forkserver.ensure_running()
-
-
-@contextmanager
-def stop_signals_blocked() -> Iterator[None]:
-    """Processes started within do not hear the signals that stop a run.
-
-    Launchers and terminals send those to a rank's children too, and the rank still needs them for
-    the step that it saves.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, phases.STOP_SIGNALS)  # is inherited
-    resource_tracker.ensure_running()  # it unblocks signals when it starts: hence once more
-    signal.pthread_sigmask(signal.SIG_BLOCK, phases.STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_in_processes(

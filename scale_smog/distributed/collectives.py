@@ -72,10 +72,10 @@ def broadcast_object(value: T) -> T:
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's picklable value, in rank order, on every rank."""
-    everyone = [value] * world_size()
+    values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(everyone, value, group=group)
-    return everyone
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def call_on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:

@@ -1,4 +1,4 @@
-"""Joins and leaves the process group, and says which rank this is."""
+"""Starts and leaves the process group, and says which rank this is."""
 
 import os
 import re
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from scale_smog.distributed.rendezvous import rendezvous
 from scale_smog.errors import RankError, UserError
 
-FAILING_TOGETHER_S, POLL_S = 10.0, 0.1
+COMMON_FAILURE_S, POLL_S = 10.0, 0.1
 _store: dist.Store | None = None  # of the rendezvous
 
 
@@ -30,7 +30,7 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
         UserError: ranks have not come within `rendezvous_timeout_s`, named; or more ranks than
             GPUs here.
     """
-    env = _rank_environment()
+    env = rank_environment()
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         num_gpus = torch.cuda.device_count()
@@ -40,9 +40,7 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        # Ranks of one machine share its cores; more threads than cores slow all of them down.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // env["LOCAL_WORLD_SIZE"]))
+        _share_cores(env["LOCAL_WORLD_SIZE"])
     global _store
     _store = rendezvous(env["RANK"], env["WORLD_SIZE"], rendezvous_timeout_s)
     dist.init_process_group(
@@ -56,39 +54,49 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
     return device
 
 
-def _rank_environment() -> dict[str, int]:
+def _share_cores(num_ranks: int) -> None:
+    """Ranks of one machine share its cores, unless the user or a launcher has set the threads."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, (cores or 1) // num_ranks))
+
+
+def rank_environment() -> dict[str, int]:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE from the launcher, or SLURM, or 0 of 1.
 
     deepspeed asks for them in the environment too, so they are put there.
+
+    Raises:
+        UserError: several ranks, and no MASTER_ADDR and MASTER_PORT.
     """
-    others = {"LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE")}  # deepspeed's name for it
+    fallbacks = {"LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE")}  # deepspeed's name for it
     # Inside an allocation but outside srun SLURM_PROCID may be set for one task: not a launcher.
     if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
         tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # as "8(x2)"
-        others = {
+        fallbacks = {
             "RANK": os.environ.get("SLURM_PROCID"),
             "WORLD_SIZE": os.environ.get("SLURM_NTASKS"),
             "LOCAL_RANK": os.environ.get("SLURM_LOCALID"),
             "LOCAL_WORLD_SIZE": tasks.group() if tasks else None,
         }
-    facts = {}
+    values = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         default = "1" if "WORLD" in name else "0"
-        facts[name] = os.environ.get(name) or others.get(name) or default
-    if facts["WORLD_SIZE"] != "1" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        values[name] = os.environ.get(name) or fallbacks.get(name) or default
+    if values["WORLD_SIZE"] != "1" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
             "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, deepspeed or "
             "launcher/slurm.sbatch"
         )
-    os.environ.update(facts)
-    return {name: int(value) for name, value in facts.items()}
+    os.environ.update(values)
+    return {name: int(value) for name, value in values.items()}
 
 
 @contextmanager
 def process_group(rendezvous_timeout_s: float = 600) -> Iterator[torch.device]:
-    """The process group from its start to its end (`with`); gives this rank's device.
+    """The process group from its start to its end (`with`); yields this rank's device.
 
-    A rank that fails alone does not wait for the others, who wait for it: NCCL leaves a group
+    A rank that fails alone does not wait for the others, who wait for it: NCCL destroys a group
     together. Its process ends, and with it the group.
 
     Raises:
@@ -96,6 +104,7 @@ def process_group(rendezvous_timeout_s: float = 600) -> Iterator[torch.device]:
         RankError: in place of a UserError that only this rank has met.
     """
     device = init_process_group(rendezvous_timeout_s=rendezvous_timeout_s)
+    name = rank_and_host()  # without a group every rank is 0
     try:
         yield device
     except BaseException as error:
@@ -104,7 +113,7 @@ def process_group(rendezvous_timeout_s: float = 600) -> Iterator[torch.device]:
         if is_common or device.type == "cpu":
             destroy_process_group()
         if may_be_common and not is_common:
-            raise RankError(f"{rank_and_host()}: {error}") from error
+            raise RankError(f"{name}: {error}") from error
         raise
     destroy_process_group()
 
@@ -112,7 +121,7 @@ def process_group(rendezvous_timeout_s: float = 600) -> Iterator[torch.device]:
 def _all_ranks_fail() -> bool:
     """Whether all ranks come here, soon after one another."""
     assert _store is not None
-    end = time.monotonic() + FAILING_TOGETHER_S
+    end = time.monotonic() + COMMON_FAILURE_S
     try:
         num_failed = _store.add("failed", 1)
         while num_failed < world_size():
@@ -180,7 +189,10 @@ def is_main() -> bool:
 
 
 def background_group() -> dist.ProcessGroup | None:
-    """All ranks once more, on the CPU, for a thread that talks beside the training; else None."""
+    """A second group of all ranks, on the CPU, for collectives of a background thread.
+
+    None for a single rank.
+    """
     if world_size() == 1:
         return None
     group = dist.new_group(backend="gloo")

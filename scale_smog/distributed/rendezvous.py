@@ -1,19 +1,17 @@
-"""The ranks' rendezvous, which says who did not come, and from which host."""
+"""The rendezvous of all ranks on rank 0's host, which names the ranks that do not come."""
 
-import base64
-import json
 import os
 import socket
-import sys
-import time
+import uuid
+from collections import Counter
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
-from scale_smog.errors import UserError
+from scale_smog.errors import RankError, UserError
 
-POLL_S = 0.05
+MAX_NAMED = 8
+EXTRA_WAIT_S = 10.0  # of the other ranks, so that rank 0 says first who is missing
 
 
 def rendezvous(rank: int, world_size: int, timeout_s: float) -> dist.Store:
@@ -25,58 +23,104 @@ def rendezvous(rank: int, world_size: int, timeout_s: float) -> dist.Store:
         timeout_s: how long to wait for the others.
 
     Raises:
-        UserError: ranks are missing; names them and, where the launcher tells it, their hosts.
+        UserError: ranks are missing; names them and the hosts of those that came.
     """
     if world_size == 1:
         return dist.HashStore()
+    server = _connect(rank, world_size, timeout_s)
+    if rank == 0:
+        return _open_round(server, world_size, timeout_s)
+    return _join_round(server, rank, world_size, timeout_s)
+
+
+def _connect(rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
     is_server = rank == 0 and not is_served
+    timeout = timedelta(seconds=timeout_s)
     try:
-        server = dist.TCPStore(
-            host, port, world_size, is_server, timedelta(seconds=timeout_s), wait_for_workers=False
-        )
+        return dist.TCPStore(host, port, world_size, is_server, timeout, wait_for_workers=False)
     except (RuntimeError, OSError) as error:
-        _tell(rank, _unreachable(host, port, is_server, timeout_s))
-        raise UserError(_unreachable(host, port, is_server, timeout_s)) from error
-    # torchrun's store lives on when it starts the ranks anew.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"meeting-{attempt}", server)
-    store.set(str(rank), socket.gethostname())
-    if rank == 0:
-        _await_all(store, world_size, timeout_s)
-        store.set("all", "here")
-    else:
-        _await_word(store, timeout_s)
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        kind = RankError if is_first_here else UserError
+        raise kind(_unreachable(host, port, is_server, timeout_s)) from error
+
+
+# torchrun's store outlives the ranks, and each of its agents counts restarts for itself. What all
+# ranks share is the store: rank 0 counts the rounds there. A process that finds its own place in a
+# round taken, or the round given up, goes on to the next one.
+
+
+def _open_round(server: dist.Store, world_size: int, timeout_s: float) -> dist.Store:
+    """Rank 0: begins a round and waits for all ranks to come to it."""
+    number = server.add("num_rounds", 1)
+    store = _round(server, number)
+    store.set("open", "")
+    _round(server, number - 1).set("outcome", "given up")
+    _arrive(store, 0, world_size)
+    try:
+        store.wait(["all"], timedelta(seconds=timeout_s))
+    except RuntimeError:
+        raise UserError(_missing(store, world_size, timeout_s)) from None
+    store.set("outcome", "complete")
     return store
 
 
-def _await_all(store: dist.Store, world_size: int, timeout_s: float) -> None:
-    missing = list(range(world_size))
-    end = time.monotonic() + timeout_s
-    while missing := [rank for rank in missing if not store.check([str(rank)])]:
-        if time.monotonic() > end:
-            raise UserError(_absent(missing, timeout_s))
-        time.sleep(POLL_S)
+def _join_round(server: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """Other ranks: come to the newest round that becomes complete."""
+    patience = timedelta(seconds=timeout_s + EXTRA_WAIT_S)
+    number = server.add("num_rounds", 0)
+    while True:
+        store = _round(server, number)
+        try:
+            if number == 0 or not _arrive(store, rank, world_size):
+                number += 1
+                _round(server, number).wait(["open"], patience)
+                continue
+            store.wait(["outcome"], patience)
+        except RuntimeError:
+            kind = RankError if rank == 1 else UserError  # rank 0 has said more, if it has come
+            raise kind(f"rank 0 did not complete the rendezvous in {timeout_s:.0f} s") from None
+        if store.get("outcome") == b"complete":
+            return store
+        number += 1
 
 
-def _await_word(store: dist.Store, timeout_s: float) -> None:
-    try:
-        store.wait(["all"], timedelta(seconds=timeout_s + 10))
-    except RuntimeError:  # rank 0 has said why
-        raise UserError("the ranks did not all come") from None
+def _round(server: dist.Store, number: int) -> dist.Store:
+    return dist.PrefixStore(f"round-{number}", server)
 
 
-def _absent(missing: list[int], timeout_s: float) -> str:
-    hosts = _hosts_of_ranks()
-    names = [f"rank {r} on {hosts[r]}" if r < len(hosts) else f"rank {r}" for r in missing[:8]]
-    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+def _arrive(store: dist.Store, rank: int, world_size: int) -> bool:
+    """Takes a rank's place in a round; False if another process has had it."""
+    name = f"{socket.gethostname()} {uuid.uuid4()}".encode()
+    if store.compare_set(_place(rank), "", name.decode()) != name:
+        return False
+    if store.add("num_arrived", 1) == world_size:
+        store.set("all", "")
+    return True
+
+
+def _place(rank: int) -> str:
+    return f"rank-{rank}"
+
+
+def _missing(store: dist.Store, world_size: int, timeout_s: float) -> str:
+    here = [r for r in range(world_size) if store.check([_place(r)])]
+    absent = sorted(set(range(world_size)) - set(here))
+    hosts = Counter(store.get(_place(r)).decode().split()[0] for r in here)
+    came = [f"{host} ({num})" for host, num in hosts.items()]
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     return (
-        f"{', '.join(names)}{more} did not come within {timeout_s:.0f} s"
-        f"{f' (nodes: {nodes})' if nodes else ''}: is the host up, does ssh reach it, and does it "
-        f"reach {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}?"
+        f"{_first_few([f'rank {r}' for r in absent])} did not come within {timeout_s:.0f} s, "
+        f"ranks came from {_first_few(came)}{f' of {nodes}' if nodes else ''}: is every host up, "
+        "does ssh reach it, and does it reach "
+        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}?"
     )
+
+
+def _first_few(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def _unreachable(host: str, port: int, is_server: bool, timeout_s: float) -> str:
@@ -87,23 +131,3 @@ def _unreachable(host: str, port: int, is_server: bool, timeout_s: float) -> str
         f"{me} has not reached rank 0 at {host}:{port} within {timeout_s:.0f} s: is that the "
         "first host's address, and is the port open?"
     )
-
-
-def _tell(rank: int, text: str) -> None:
-    if rank != 0:  # rank 0 will not hear of it
-        print(f"error: {text}", file=sys.stderr, flush=True)
-
-
-def _hosts_of_ranks() -> list[str]:
-    """Host of every rank, where the launcher's command line holds them: DeepSpeed's; else none."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return []
-    option = "--world_info="
-    encoded = next((w.removeprefix(option) for w in words if w.startswith(option)), "")
-    try:
-        slots = json.loads(base64.urlsafe_b64decode(encoded)) if encoded else {}
-    except ValueError:
-        return []
-    return [host for host, ids in slots.items() for _ in ids]

@@ -1,5 +1,5 @@
-"""What may be wrong with a cluster, found before a run begins."""
+"""Checks of hosts, network, dataset and memory before a run begins."""
 
-from scale_smog.preflight.program import check, require_equal_hosts
+from scale_smog.preflight.checks import check, require_equal_hosts
 
 __all__ = ["check", "require_equal_hosts"]

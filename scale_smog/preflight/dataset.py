@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from scale_smog.data.manifest import ShardEntry, load_manifest, manifest_sha256
 from scale_smog.errors import UserError
-from scale_smog.preflight.rows import Row, most_common
+from scale_smog.preflight.table import Row, most_common
 
 NUM_READERS = 8
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
-class Seen(NamedTuple):
+class DatasetView(NamedTuple):
     """What a host sees of a dataset."""
 
     manifest_sha256: str  # "" where there is none
@@ -21,7 +21,7 @@ class Seen(NamedTuple):
     problems: tuple[str, ...]
 
 
-def look(path: str, thorough: bool) -> Seen:
+def inspect(path: str, thorough: bool) -> DatasetView:
     """Looks at a dataset folder from this host.
 
     Args:
@@ -31,22 +31,22 @@ def look(path: str, thorough: bool) -> Seen:
     try:
         manifest, name = load_manifest(path), manifest_sha256(path)
     except (UserError, OSError) as error:
-        return Seen("", 0, (str(error),))
+        return DatasetView("", 0, (str(error),))
     entries = [entry for split in manifest.splits.values() for entry in split.shards]
     folder = Path(path)
 
     def problems(entry: ShardEntry) -> list[str]:
         try:
-            return _damage(folder, entry) if thorough else _absence(folder, entry)
+            return _changed_files(folder, entry) if thorough else _missing_files(folder, entry)
         except OSError as error:
             return [f"cannot read {error.filename or entry.name}: {error.strerror}"]
 
     with ThreadPoolExecutor(NUM_READERS) as pool:  # hashing releases the interpreter's lock
         found = [text for texts in pool.map(problems, entries) for text in texts]
-    return Seen(name, len(entries), tuple(found))
+    return DatasetView(name, len(entries), tuple(found))
 
 
-def _absence(folder: Path, entry: ShardEntry) -> list[str]:
+def _missing_files(folder: Path, entry: ShardEntry) -> list[str]:
     names = (entry.name, entry.idx_name, entry.npy_name)
     found = [f"{name} is missing" for name in names if not (folder / name).is_file()]
     if not found and (size := (folder / entry.name).stat().st_size) != entry.bytes:
@@ -54,29 +54,29 @@ def _absence(folder: Path, entry: ShardEntry) -> list[str]:
     return found
 
 
-def _damage(folder: Path, entry: ShardEntry) -> list[str]:
+def _changed_files(folder: Path, entry: ShardEntry) -> list[str]:
     return [
         f"{name} is {'changed' if (folder / name).is_file() else 'missing'}"
         for name in entry.mismatched_files(folder)
     ]
 
 
-def compare(hosts: Sequence[str], seen: Sequence[Seen], path: str, thorough: bool) -> Row:
+def compare(hosts: Sequence[str], views: Sequence[DatasetView], path: str, thorough: bool) -> Row:
     """Names every host with another manifest than most, or with shards that are not the manifest's.
 
     Args:
         hosts: names.
-        seen: what each saw.
+        views: what each saw.
         path: of the dataset's folder.
         thorough: whether bytes were read.
     """
-    most = most_common([each.manifest_sha256 for each in seen if each.manifest_sha256] or [""])
+    most = most_common([each.manifest_sha256 for each in views if each.manifest_sha256] or [""])
     faults = []
-    for host, each in zip(hosts, seen, strict=True):
+    for host, each in zip(hosts, views, strict=True):
         if each.manifest_sha256 and each.manifest_sha256 != most:
             faults.append(f"{host} has another dataset in {path}: copy it from {hosts[0]}")
-        faults += [f"{host}: {text} ({path})" for text in each.problems[:MOST_NAMED]]
-        if len(each.problems) > MOST_NAMED:
-            faults.append(f"{host}: {len(each.problems) - MOST_NAMED} more files ({path})")
+        faults += [f"{host}: {text} ({path})" for text in each.problems[:MAX_NAMED]]
+        if len(each.problems) > MAX_NAMED:
+            faults.append(f"{host}: {len(each.problems) - MAX_NAMED} more files ({path})")
     how = "every byte read on every host" if thorough else "all there on every host"
-    return Row("dataset", f"{path}: {seen[0].num_shards} shards, {how}", faults)
+    return Row("dataset", f"{path}: {views[0].num_shards} shards, {how}", faults)

@@ -1,1 +1,1 @@
-"""What keeps a rank alive and heard: phases, signals, deadlines, logs, retries, durable files."""
+"""What keeps a run safe: phases, preemption, watchdog, logs of ranks, retries, durable files."""

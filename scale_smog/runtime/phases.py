@@ -1,13 +1,10 @@
-"""What this rank is doing, by name, and the points at which long work may be given up.
+"""What this rank is doing, by name, and the places at which long work may be stopped.
 
-Long work does not know who listens: preemption stops it, deadlines watch it.
+Long work does not know who listens: `preemption` stops it, the `watchdog` has a timeout for it.
 """
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # end a run with a checkpoint
 
 START, DATA, STEP, KMEANS, EVALUATION, SAVING = (
     "start",
@@ -20,7 +17,7 @@ START, DATA, STEP, KMEANS, EVALUATION, SAVING = (
 
 
 class StopRequested(Exception):
-    """All ranks have agreed to stop at this pause point."""
+    """All ranks have agreed to stop at this check."""
 
 
 on_enter: list[Callable[[str], None]] = []
@@ -53,7 +50,7 @@ def during(phase: str) -> Iterator[None]:
 
 
 def check_for_stop() -> None:
-    """Every rank calls this at the same places, now and then; nothing is half done there.
+    """Every rank calls this at the same places, now and then, where nothing is half done.
 
     Raises:
         StopRequested: on all ranks alike.

@@ -1,7 +1,10 @@
-"""SIGTERM, SIGUSR1 or Ctrl-C on any rank: all ranks stop at the same pause point."""
+"""SIGTERM, SIGUSR1 or Ctrl-C on any rank: all ranks stop at the same `phases.check_for_stop`."""
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Self
 
@@ -11,57 +14,73 @@ import torch.distributed as dist
 from scale_smog import distributed
 from scale_smog.runtime import phases
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # end a run with a checkpoint
 # A terminal sends Ctrl-C to ranks and launcher, and the launcher sends it on: within this time it
 # is one; later, somebody who does not want to wait for the checkpoint.
 SIGINT_GRACE_S = 5.0
 
 
 class Preemption:
-    """Turns a signal into an agreement, from its beginning to its end (`with`).
+    """Turns a signal to one rank into a stop of all, from its beginning to its end (`with`).
 
-    The ranks' flags are summed in the background and looked at one pause point later, so that no
-    step waits for the network.
+    The ranks' flags are summed by an asynchronous all-reduce and read at the next check, so that
+    no step waits for the network.
     """
 
     def __enter__(self) -> Self:
         self.is_agreed = False
-        self._is_asked = False
+        self._is_requested = False
         self._interrupted_at: float | None = None
         self._sum = torch.zeros(1)
         self._work: dist.Work | None = None
-        self._before = {number: signal.signal(number, self._ask) for number in phases.STOP_SIGNALS}
-        # launcher/pretrain.py has them wait
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, phases.STOP_SIGNALS)
-        phases.on_check.append(self._poll)
+        self._before = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # launcher/pretrain.py blocks them
+        phases.on_check.append(self._check)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Gives the signals their former meaning back: what follows can be ended at once."""
-        phases.on_check.remove(self._poll)
+        """Restores the signals' handlers: what follows can be ended at once."""
+        phases.on_check.remove(self._check)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._is_asked = True
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._is_requested = True
         if number == signal.SIGINT:
             first = self._interrupted_at = self._interrupted_at or time.monotonic()
             if time.monotonic() - first > SIGINT_GRACE_S:
                 raise KeyboardInterrupt
 
-    def _poll(self) -> None:
+    def _check(self) -> None:
         if self.is_agreed:  # what is saved or said on the way out is not stopped again
             return
-        self.is_agreed = self._agreed()
+        self.is_agreed = self._agree()
         if self.is_agreed:
             raise phases.StopRequested
 
-    def _agreed(self) -> bool:
+    def _agree(self) -> bool:
         if distributed.world_size() == 1:
-            return self._is_asked
+            return self._is_requested
         if self._work is not None:
             self._work.wait()
         if self._sum.item():
             return True
-        self._sum = torch.tensor([float(self._is_asked)])
+        self._sum = torch.tensor([float(self._is_requested)])
         self._work = dist.all_reduce(self._sum, async_op=True)
         return False
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Processes started within do not receive the signals that stop a run.
+
+    Launchers and terminals send those to a rank's children too, and the rank still needs them for
+    the step that it saves.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # is inherited
+    resource_tracker.ensure_running()  # it unblocks signals when it starts: hence once more
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,4 +1,4 @@
-"""Who speaks where: rank 0 on the console, every rank in a file of the run's folder.
+"""Every rank's log file in the run's folder; the console is rank 0's and the first failure's.
 
 The first rank that fails shows its error on the console, in full; the others, which fail because it
 is gone, keep theirs to their files: what is read last on the console is the cause.
@@ -56,7 +56,7 @@ class RankLogs:
         self._descriptors: list[int] = []
         self._folder = folder
         if distributed.is_main():
-            sys.stdout, sys.stderr = Both(sys.stdout, self._file), Both(sys.stderr, self._file)
+            sys.stdout, sys.stderr = Tee(sys.stdout, self._file), Tee(sys.stderr, self._file)
             return
         _console = os.fdopen(os.dup(2), "w")
         for number in (1, 2):  # what libraries print themselves, too
@@ -112,7 +112,7 @@ class RankLogs:
             print(text, file=stream, flush=True)
 
 
-class Both:
+class Tee:
     """A stream whose text goes into a file as well, but for what a progress bar overwrites.
 
     The console may go away first, with the ssh of a launcher that is stopped: then there is the

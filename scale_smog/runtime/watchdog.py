@@ -1,7 +1,7 @@
-"""Every phase has a deadline; the one who is behind is named by rank, host and phase.
+"""Every phase has a timeout; the rank that holds up the others is named, with host and phase.
 
-A rank that waits in a collective cannot speak, so a thread of each does: it shows a sign of life
-in a store on rank 0's host, and when its own phase takes too long it looks who shows none.
+A rank that waits in a collective cannot speak, so a thread of each does: it sends heartbeats to a
+store on rank 0's host, and when its own phase takes too long it looks who is stalled.
 """
 
 import json
@@ -23,17 +23,17 @@ from scale_smog.config import DeadlinesConfig
 from scale_smog.runtime import phases, rank_logs
 
 EXIT_CODE = 3  # 1 is any exception, 2 a user's error
-BEAT_S = 0.5  # between two signs of life
-LEAST_S = 0.1  # rank 0's host has many ranks to listen to
-LOOK_S = 4 * BEAT_S  # between two looks at the others: who shows no sign of life in it has none
-ANSWER_S = 3.0  # of rank 0's host
-ALARM_S = 15.0  # who shows no sign of life for so long is named long before the deadline
-NUM_MONITORS = 2  # ranks that watch all others: should the first be lost, there is the second
-LEAD_S = 12.0  # looking, ending and a launcher's share in it, so that a job ends in time
-LOST = "no more sign of life from"
+HEARTBEAT_S = 0.5  # between two heartbeats
+MIN_HEARTBEAT_S = 0.1  # where phases change quickly: rank 0's host hears all ranks
+STALLED_S = 4 * HEARTBEAT_S  # a rank without a new heartbeat for so long is stalled
+STORE_TIMEOUT_S = 3.0
+WARN_AFTER_S = 15.0  # without a heartbeat: long before the timeout of the phase
+NUM_MONITORS = 2  # ranks that watch all others; the second, should the first be lost
+MARGIN_S = 12.0  # to look, to abort and for the launcher, so that the job ends within the timeout
+NO_HEARTBEAT = "no heartbeat from"
 ADVICE = "the same command goes on from the newest checkpoint, also with fewer hosts"
 ENDED = "ended"  # in place of a phase, when there is nothing to watch any more
-LIMITS = {
+TIMEOUT_KEYS = {
     phases.START: "start_s",
     phases.DATA: "data_s",
     phases.STEP: "step_s",
@@ -44,12 +44,12 @@ LIMITS = {
 
 
 class Heartbeat(NamedTuple):
-    """A rank's sign of life."""
+    """What a rank sends while it is alive."""
 
     host: str
     phase: str
     num_phases: int  # entered so far; all ranks enter the same ones
-    num_beats: int
+    number: int  # of this heartbeat
 
 
 class Watchdog:
@@ -60,125 +60,124 @@ class Watchdog:
     """
 
     def __init__(self, config: DeadlinesConfig):
-        self._limits = {phase: getattr(config, key) for phase, key in LIMITS.items()}
-        self._phase, self._num_phases, self._num_beats = phases.START, 0, 0
+        self._timeouts = {phase: getattr(config, key) for phase, key in TIMEOUT_KEYS.items()}
+        self._phase, self._num_phases, self._num_heartbeats = phases.START, 0, 0
         self._num_steps = 0
         self._since = time.monotonic()
         self._host = socket.gethostname()
-        self._is_over, self._is_news = threading.Event(), threading.Event()
-        self._known: list[Heartbeat] = []  # of all ranks, as a witness saw them last
-        self._alarm_at = self._since + ALARM_S
-        self._named: set[int] = set()
+        self._is_over, self._has_news = threading.Event(), threading.Event()
+        self._previous: list[Heartbeat] = []  # of all ranks, as a monitor saw them last
+        self._next_look = self._since + WARN_AFTER_S
+        self._warned: set[int] = set()
 
     def __enter__(self) -> Self:
-        self._store = _common_store()
+        self._store = _start_store()
         phases.on_enter.append(self._enter)
         if self._store is not None:
-            self._show()
-            distributed.barrier()  # from here on every rank has shown a sign
-            self._heart = threading.Thread(target=self._beat, daemon=True)
-            self._heart.start()
+            self._send_heartbeat()
+            distributed.barrier()  # from here on every rank has sent one
+            self._sender = threading.Thread(target=self._send_heartbeats, daemon=True)
+            self._sender.start()
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         phases.on_enter.remove(self._enter)
         self._is_over.set()
-        self._is_news.set()
+        self._has_news.set()
         if self._store is not None:
-            self._heart.join(ANSWER_S)  # which shows it, unless rank 0 has ended before
+            self._sender.join(STORE_TIMEOUT_S)  # it sends ENDED, unless rank 0 has ended before
 
     def report_lost_ranks(self) -> None:
         """Says which ranks are gone, where a collective has failed; takes a moment."""
         if self._store is not None:
-            text, speaks = self._look()
-            if speaks and LOST in text:
-                print(f"error: {text}; {ADVICE}", file=sys.stderr, flush=True)
+            diagnosis, speaks = self._diagnose()
+            if speaks and NO_HEARTBEAT in diagnosis:
+                print(f"error: {diagnosis}; {ADVICE}", file=sys.stderr, flush=True)
 
     def _enter(self, phase: str) -> None:
         self._num_steps += self._phase == phases.STEP and phase != phases.KMEANS
         self._phase, self._since = phase, time.monotonic()
         self._num_phases += 1
-        self._is_news.set()
+        self._has_news.set()
 
-    def _limit(self) -> tuple[str, int]:
-        """The key of the deadline that holds now, and its seconds."""
+    def _timeout(self) -> tuple[str, int]:
+        """The key of the timeout that holds now, and its seconds."""
         is_start = self._num_steps == 0 and self._phase in (phases.DATA, phases.STEP)
         phase = phases.START if is_start else self._phase  # the first step may compile
-        return LIMITS[phase], self._limits[phase]
+        return TIMEOUT_KEYS[phase], self._timeouts[phase]
 
-    def _show(self) -> None:
-        self._num_beats += 1
+    def _send_heartbeat(self) -> None:
+        self._num_heartbeats += 1
         phase = ENDED if self._is_over.is_set() else self._phase
-        sign = Heartbeat(self._host, phase, self._num_phases, self._num_beats)
+        heartbeat = Heartbeat(self._host, phase, self._num_phases, self._num_heartbeats)
         assert self._store is not None
-        self._store.set(_key(distributed.rank()), json.dumps(sign))
+        self._store.set(_key(distributed.rank()), json.dumps(heartbeat))
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         is_over = False
         while not is_over:
-            self._is_news.wait(BEAT_S)
-            self._is_news.clear()
-            time.sleep(LEAST_S)
+            self._has_news.wait(HEARTBEAT_S)
+            self._has_news.clear()
+            time.sleep(MIN_HEARTBEAT_S)
             is_over = self._is_over.is_set()
             try:
-                self._show()
+                self._send_heartbeat()
             except RuntimeError:
                 return  # rank 0's host is gone: `_watch` will see that it does not answer
 
     def _watch(self) -> None:
-        while not self._is_over.wait(BEAT_S):
-            with suppress(Exception):  # it is the deadlines that must not fail
+        while not self._is_over.wait(HEARTBEAT_S):
+            with suppress(Exception):  # it is the timeouts that must not fail
                 self._warn_of_stalled()
-            key, limit_s = self._limit()
-            if time.monotonic() - self._since < limit_s - min(LEAD_S, limit_s / 2):
+            key, timeout_s = self._timeout()
+            if time.monotonic() - self._since < timeout_s - min(MARGIN_S, timeout_s / 2):
                 continue
             watched = self._num_phases
-            verdict, speaks = self._look()
+            diagnosis, speaks = self._diagnose()
             if self._num_phases != watched or self._is_over.is_set():
                 continue  # it went on in time after all
-            self._end(f"deadlines.{key}={limit_s} has passed: {verdict}", speaks)
+            self._abort(f"deadlines.{key}={timeout_s} has passed: {diagnosis}", speaks)
 
     def _warn_of_stalled(self) -> None:
-        """A witness says it when a rank stops showing signs of life; that may end by itself."""
+        """A monitor says it when a rank's heartbeat stops; it may come back."""
         is_monitor = self._store is not None and distributed.rank() < NUM_MONITORS
-        if not is_monitor or time.monotonic() < self._alarm_at:
+        if not is_monitor or time.monotonic() < self._next_look:
             return
-        self._alarm_at = time.monotonic() + ALARM_S
-        before, now = self._known, self._heartbeats()
-        if now is None:  # rank 0 has the store
-            stalled, alive, said = [0], [1], self._lost_first()
+        self._next_look = time.monotonic() + WARN_AFTER_S
+        previous, newest = self._previous, self._heartbeats()
+        if newest is None:  # rank 0 has the store
+            stalled, alive, diagnosis = [0], [1], self._rank_0_lost()
         else:
-            self._known = now
-            present = [r for r in range(len(now)) if now[r].phase != ENDED]
-            stalled = [r for r in _stalled(before, now) if r in present]
-            alive = [r for r in present if r not in stalled]
-            said = verdict(now, [r for r in stalled if r not in self._named])
-        news, self._named = set(stalled) - self._named, set(stalled)
+            self._previous = newest
+            running = [r for r in range(len(newest)) if newest[r].phase != ENDED]
+            stalled = [r for r in _stalled(previous, newest) if r in running]
+            alive = [r for r in running if r not in stalled]
+            diagnosis = diagnose(newest, [r for r in stalled if r not in self._warned])
+        news, self._warned = set(stalled) - self._warned, set(stalled)
         if news and distributed.rank() in alive[:1]:
-            print(f"warning: {said}", file=rank_logs.console(), flush=True)
+            print(f"warning: {diagnosis}", file=rank_logs.console(), flush=True)
 
-    def _look(self) -> tuple[str, bool]:
-        """Who is behind, and whether this rank is the one to say it."""
+    def _diagnose(self) -> tuple[str, bool]:
+        """Who holds up the others, and whether this rank is the one to say it."""
         if self._store is None:
-            time.sleep(LOOK_S)
+            time.sleep(STALLED_S)
             return f"{self._host} is still in phase '{self._phase}'", True
-        before = self._heartbeats()
-        time.sleep(LOOK_S)
-        now = self._heartbeats()
-        if before is None or now is None:
-            return self._lost_first(), os.environ.get("LOCAL_RANK", "0") == "0"
-        stalled = _stalled(before, now)
-        alive = [r for r in range(len(now)) if r not in stalled]
-        speaks = bool(alive) and distributed.rank() == alive[0]
-        return verdict(now, stalled), speaks
+        previous = self._heartbeats()
+        time.sleep(STALLED_S)
+        newest = self._heartbeats()
+        if previous is None or newest is None:
+            return self._rank_0_lost(), os.environ.get("LOCAL_RANK", "0") == "0"
+        stalled = _stalled(previous, newest)
+        alive = [r for r in range(len(newest)) if r not in stalled]
+        return diagnose(newest, stalled), distributed.rank() in alive[:1]
 
-    def _lost_first(self) -> str:
+    def _rank_0_lost(self) -> str:
         master = os.environ.get("MASTER_ADDR", "its host")
-        return f"{LOST} rank 0 on {master}, asked from {self._host}"
+        return f"{NO_HEARTBEAT} rank 0 on {master}, asked from {self._host}"
 
     def _heartbeats(self) -> list[Heartbeat] | None:
-        """Of all ranks; None if the store does not answer."""
+        """The last one of every rank; None if the store does not answer."""
         store = self._store
         assert store is not None
         keys = [_key(r) for r in range(distributed.world_size())]
@@ -193,65 +192,68 @@ class Watchdog:
         # A daemon: the process must be able to end while a host that is gone does not answer.
         threading.Thread(target=ask, daemon=True).start()
         try:
-            signs = answers.get(timeout=ANSWER_S)
+            values = answers.get(timeout=STORE_TIMEOUT_S)
         except Empty:
             return None
-        return None if signs is None else [Heartbeat(*json.loads(sign)) for sign in signs]
+        return None if values is None else [Heartbeat(*json.loads(value)) for value in values]
 
-    def _end(self, text: str, speaks: bool) -> None:
+    def _abort(self, text: str, speaks: bool) -> None:
         if speaks:
             main = sys._current_frames()[threading.main_thread().ident or 0]
             stack = "".join(traceback.format_stack(main))
             with suppress(Exception):  # with the launcher the console may be gone
                 print(f"error: {text}; {ADVICE}\n{stack}", file=rank_logs.console(), flush=True)
-        time.sleep(2 * BEAT_S)  # on rank 0 the others may still be looking into the store
+        time.sleep(2 * HEARTBEAT_S)  # on rank 0 the others may still be reading the store
         os._exit(EXIT_CODE)
 
 
-def verdict(signs: list[Heartbeat], stalled: list[int]) -> str:
+def diagnose(heartbeats: list[Heartbeat], stalled: list[int]) -> str:
     """Names the ranks that hold up the others.
 
     Args:
-        signs: the last one of every rank.
-        stalled: ranks that showed no new one.
+        heartbeats: the last one of every rank.
+        stalled: ranks that sent no new one.
     """
     if stalled:
-        names = [f"rank {r} on {signs[r].host}" for r in stalled[:8]]
-        phase = signs[stalled[0]].phase
-        return f"{LOST} {', '.join(names)}, last seen in phase '{phase}': stopped, ended or cut off"
-    least = min(sign.num_phases for sign in signs)
-    behind = [r for r, sign in enumerate(signs) if sign.num_phases == least]
-    if len(behind) == len(signs):
-        return f"all ranks are alive in phase '{signs[0].phase}' and wait for one another"
-    names = [_name(r, signs[r]) for r in behind[:8]]
+        names = [f"rank {r} on {heartbeats[r].host}" for r in stalled[:8]]
+        phase = heartbeats[stalled[0]].phase
+        return (
+            f"{NO_HEARTBEAT} {', '.join(names)}, last seen in phase '{phase}': stopped, ended or "
+            "cut off"
+        )
+    least = min(heartbeat.num_phases for heartbeat in heartbeats)
+    behind = [r for r, heartbeat in enumerate(heartbeats) if heartbeat.num_phases == least]
+    if len(behind) == len(heartbeats):
+        phase = heartbeats[0].phase
+        return f"all ranks are alive in phase '{phase}' and wait for one another"
+    names = [_name(r, heartbeats[r]) for r in behind[:8]]
     return f"the others wait for {', '.join(names)}"
 
 
-def _stalled(before: list[Heartbeat], now: list[Heartbeat]) -> list[int]:
-    """Ranks that showed no new sign; none if there is nothing to compare with."""
-    both = zip(before, now, strict=False)
-    return [r for r, (a, b) in enumerate(both) if a.num_beats == b.num_beats]
+def _stalled(previous: list[Heartbeat], newest: list[Heartbeat]) -> list[int]:
+    """Ranks that sent no new heartbeat; none if there is nothing to compare with."""
+    both = zip(previous, newest, strict=False)
+    return [r for r, (a, b) in enumerate(both) if a.number == b.number]
 
 
-def _name(rank: int, sign: Heartbeat) -> str:
-    return f"rank {rank} on {sign.host} in phase '{sign.phase}'"
+def _name(rank: int, heartbeat: Heartbeat) -> str:
+    return f"rank {rank} on {heartbeat.host} in phase '{heartbeat.phase}'"
 
 
 def _key(rank: int) -> str:
-    return f"sign-of-rank-{rank}"
+    return f"heartbeat-of-rank-{rank}"
 
 
-def _common_store() -> dist.Store | None:
-    """A store on rank 0's host; None for a single rank."""
+def _start_store() -> dist.Store | None:
+    """A store on rank 0's host, for heartbeats; None for a single rank. A collective."""
     world_size = distributed.world_size()
     if world_size == 1:
         return None
-    host, patience = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
-    is_main = distributed.is_main()
+    host, timeout = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
     store = None
-    if is_main:
-        store = dist.TCPStore(host, 0, world_size, True, patience, wait_for_workers=False)
+    if distributed.is_main():
+        store = dist.TCPStore(host, 0, world_size, True, timeout, wait_for_workers=False)
     port = distributed.broadcast_object(store.port if store else 0)
     if store is None:
-        store = dist.TCPStore(host, port, world_size, False, patience, wait_for_workers=False)
+        store = dist.TCPStore(host, port, world_size, False, timeout, wait_for_workers=False)
     return store

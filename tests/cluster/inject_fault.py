@@ -1,4 +1,4 @@
-"""Faults of a cluster: how each is injected on the second host, and what a check must say of it.
+"""Faults of a cluster: how each is injected on the second host, and what a check must print.
 
 A host's mounts are its own, so what is laid over a file there is not seen anywhere else.
 """
@@ -24,11 +24,11 @@ def _over_the_data(name: str, change: str) -> str:
 
 
 class Fault(NamedTuple):
-    """Scripts for a host's shell, and a pattern for the table's line."""
+    """Two scripts for a host's shell, and the pattern of the line that a check prints."""
 
-    plant: str
-    undo: str
-    said: str
+    inject: str
+    remove: str
+    pattern: str
 
 
 FAULTS = {
@@ -74,7 +74,7 @@ FAULTS = {
     "unreachable host": Fault(
         "ip link set eth0 down",
         "ip link set eth0 up",
-        rf"rank 1 on {HOST} did not come within",
+        r"rank 1 did not come within \d+ s, ranks came from host-a \(1\)",
     ),
 }
 
@@ -99,9 +99,9 @@ def injected(host: Host, names: list[str], data: Path, run: Path) -> Iterator[No
     done: list[str] = []
     try:
         for name in names:
-            host.sh(FAULTS[name].plant.format(**places))
+            host.sh(FAULTS[name].inject.format(**places))
             done.insert(0, name)
         yield
     finally:
         for name in done:
-            host.sh(FAULTS[name].undo.format(**places))
+            host.sh(FAULTS[name].remove.format(**places))

@@ -1,6 +1,6 @@
-"""A wire between two hosts on which every packet takes longer, for kernels without tc's netem.
+"""Adds latency to the link between two hosts, for kernels without tc's netem.
 
-Each host gets a TUN device; this process carries packets from one to the other, late.
+Each host gets a TUN device; this process forwards packets from one to the other, late.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from hosts import Host
 
-DEVICE, MTU = "wire0", 9000
+DEVICE, MTU = "delayed0", 9000
 ADDRESSES = ("10.77.42.1", "10.77.42.2")
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 CLONE_NEWNET = 0x40000000
@@ -25,10 +25,10 @@ CLONE_NEWNET = 0x40000000
 
 @contextmanager
 def network_latency(hosts: Sequence[Host], delay_s: float) -> Iterator[None]:
-    """For a while the hosts' names stand for addresses on a wire with that latency, one way."""
+    """For a while the hosts' names stand for addresses on a link with that one-way latency."""
     command = [sys.executable, __file__, *(str(host.pid) for host in hosts), str(delay_s)]
-    carrier = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert carrier.stdout and carrier.stdout.readline() == "ready\n"
+    forwarder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert forwarder.stdout and forwarder.stdout.readline() == "ready\n"
     names = "".join(f"{a} {host.name}\n" for a, host in zip(ADDRESSES, hosts, strict=True))
     try:
         for host in hosts:
@@ -37,8 +37,8 @@ def network_latency(hosts: Sequence[Host], delay_s: float) -> Iterator[None]:
     finally:
         for host in hosts:
             host.sh("mv /etc/hosts.before /etc/hosts")
-        carrier.kill()
-        carrier.wait()
+        forwarder.kill()
+        forwarder.wait()
 
 
 def open_device(pid: int, address: str) -> int:
@@ -54,17 +54,17 @@ def open_device(pid: int, address: str) -> int:
     return device
 
 
-def carry(a: int, b: int, delay_s: float) -> None:
-    """Carries packets between two devices for ever."""
+def forward(a: int, b: int, delay_s: float) -> None:
+    """Forwards packets between two devices for ever."""
     other = {a: b, b: a}
-    on_the_way: deque[tuple[float, int, bytes]] = deque()  # when to arrive, where, what
+    in_flight: deque[tuple[float, int, bytes]] = deque()  # when to arrive, where, what
     while True:
-        patience = max(0.0, on_the_way[0][0] - time.monotonic()) if on_the_way else None
+        patience = max(0.0, in_flight[0][0] - time.monotonic()) if in_flight else None
         for device in select.select([a, b], [], [], patience)[0]:
             packet = os.read(device, MTU + 64)
-            on_the_way.append((time.monotonic() + delay_s, other[device], packet))
-        while on_the_way and on_the_way[0][0] <= time.monotonic():
-            _, device, packet = on_the_way.popleft()
+            in_flight.append((time.monotonic() + delay_s, other[device], packet))
+        while in_flight and in_flight[0][0] <= time.monotonic():
+            _, device, packet = in_flight.popleft()
             os.write(device, packet)
 
 
@@ -74,7 +74,7 @@ if __name__ == "__main__":
         open_device(int(pid), address)
         for pid, address in zip((first, second), ADDRESSES, strict=True)
     ]
-    # Ahead of what it connects: a wire does not wait for a processor.
+    # Above what it connects: a link does not wait for a processor.
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     print("ready", flush=True)
-    carry(*devices, float(delay))
+    forward(*devices, float(delay))

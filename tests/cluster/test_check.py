@@ -10,10 +10,10 @@ from ranks import run_on_ranks
 from small_recipe import small_recipe
 
 from scale_smog import distributed
-from scale_smog.preflight import dataset, program, software
-from scale_smog.preflight.dataset import Seen
-from scale_smog.preflight.links import Link, _rounds, judge
-from scale_smog.preflight.rows import Row, most_common, table
+from scale_smog.preflight import checks, dataset, versions
+from scale_smog.preflight.dataset import DatasetView
+from scale_smog.preflight.network import Link, find_slow_links, ring_rounds
+from scale_smog.preflight.table import Row, format_table, most_common
 from scale_smog.profiling.hardware import load_hardware
 
 
@@ -27,45 +27,47 @@ def test_faults_of_one_host_are_all_named(cluster: Cluster, demo: Path, tmp_path
         status = finish(cluster.torchrun(tmp_path, *program), tmp_path)
     said = console(tmp_path).read_text()
     assert status != 0
-    assert [name for name in names if not re.search(FAULTS[name].said, said)] == [], said
+    assert [name for name in names if not re.search(FAULTS[name].pattern, said)] == [], said
     assert not list(run.iterdir())
 
 
 def test_the_odd_host_is_named_and_the_first_is_right_in_a_draw():
     hosts = ["a", "b", "c"]
-    row = software.compare(hosts, [{"torch": "1"}, {"torch": "2"}, {"torch": "2"}])
+    row = versions.compare(hosts, [{"torch": "1"}, {"torch": "2"}, {"torch": "2"}])
     assert row.faults == ["a has torch 1, b has 2"]
-    assert software.compare(["a", "b"], [{"x": "1"}, {}]).faults == ["b has x none, a has 1"]
+    assert versions.compare(["a", "b"], [{"x": "1"}, {}]).faults == ["b has x none, a has 1"]
     assert most_common([1.0, 9.0, 9.5], lambda a, b: abs(a - b) < 1) == 9.0
-    seen = [Seen("m", 2, ()), Seen("other", 2, ("train-000000.tar is missing",))]
-    faults = dataset.compare(["a", "b"], seen, "set", thorough=True).faults
+    views = [DatasetView("m", 2, ()), DatasetView("other", 2, ("train-000000.tar is missing",))]
+    faults = dataset.compare(["a", "b"], views, "set", thorough=True).faults
     assert len(faults) == 2 and all(fault.startswith("b") for fault in faults)
 
 
 def test_a_dataset_is_read_to_the_last_byte_only_where_that_is_asked_for(tmp_path, tars):
     for path in tars.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert dataset.look(str(tmp_path), thorough=True).problems == ()
+    assert dataset.inspect(str(tmp_path), thorough=True).problems == ()
     shard = tmp_path / "train-000001.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    assert dataset.look(str(tmp_path), thorough=False).problems == ()
-    assert dataset.look(str(tmp_path), thorough=True).problems == ("train-000001.tar is changed",)
+    assert dataset.inspect(str(tmp_path), thorough=False).problems == ()
+    assert dataset.inspect(str(tmp_path), thorough=True).problems == (
+        "train-000001.tar is changed",
+    )
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert "bytes" in dataset.look(str(tmp_path), thorough=False).problems[0]
+    assert "bytes" in dataset.inspect(str(tmp_path), thorough=False).problems[0]
 
 
 def test_a_small_sets_own_groups_are_what_is_checked(tmp_path, tars):
     given = ("run.small_data=true", "grouping.num_groups=2", "data.global_batch=8")
-    recipe = program._as_trained(small_recipe(tmp_path, tars, *given))
+    recipe = checks.as_trained(small_recipe(tmp_path, tars, *given))
     assert recipe.grouping.bank_steps == 1  # 2.5 features a group
     nowhere = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "nowhere"})})
-    assert program._as_trained(nowhere) == nowhere
+    assert checks.as_trained(nowhere) == nowhere
 
 
 def settings_of(folder: Path, data: Path) -> list[str]:
     rate = 0.1 * (1 + distributed.rank() // 2)
     own = (f"optimizer.base_lr={rate}", f"run.dir={folder / str(distributed.rank())}")
-    return program.check_recipes(small_recipe(folder / str(rate), data, *own)).faults
+    return checks.check_recipes(small_recipe(folder / str(rate), data, *own)).faults
 
 
 def test_a_rank_with_other_settings_is_named(tmp_path, tars):
@@ -76,16 +78,18 @@ def test_a_rank_with_other_settings_is_named(tmp_path, tars):
 
 def test_a_slow_link_is_one_the_network_or_most_links_beat():
     fast, slow = Link("a", "b", 1e-5, 40e9), Link("b", "c", 4e-4, 40e9)
-    assert judge([fast], load_hardware("h200")).faults == []
-    assert "b - c" in judge([fast, slow], load_hardware("h200")).faults[0]
-    assert judge([fast, slow], None).faults == []  # a fifth of what any wired network does
-    assert "b - c" in judge([fast, slow, fast], None).faults[0]
-    assert "0.01 GB/s" in judge([Link("a", "b", 1e-5, 1e7)], None).faults[0]
+    assert find_slow_links([fast], load_hardware("h200")).faults == []
+    assert "b - c" in find_slow_links([fast, slow], load_hardware("h200")).faults[0]
+    assert (
+        find_slow_links([fast, slow], None).faults == []
+    )  # a fifth of what any wired network does
+    assert "b - c" in find_slow_links([fast, slow, fast], None).faults[0]
+    assert "0.01 GB/s" in find_slow_links([Link("a", "b", 1e-5, 1e7)], None).faults[0]
 
 
 def test_no_host_sends_to_two_at_a_time():
     for num in range(2, 9):
-        rounds = _rounds(num)
+        rounds = ring_rounds(num)
         for pairs in rounds:
             ends = [end for pair in pairs.values() for end in pair]
             assert len(ends) == len(set(ends))
@@ -93,7 +97,7 @@ def test_no_host_sends_to_two_at_a_time():
 
 
 def test_every_fault_has_its_line():
-    lines = table([Row("a", "fine"), Row("b", "", ["one", "two"])]).splitlines()
+    lines = format_table([Row("a", "fine"), Row("b", "", ["one", "two"])]).splitlines()
     assert [line.split() for line in lines] == [
         ["a", "ok", "fine"],
         ["b", "FAULT", "one"],

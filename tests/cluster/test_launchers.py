@@ -11,7 +11,7 @@ from programs import OVERRIDES, PRETRAIN, RECIPE, STEPS
 from ranks import run_on_ranks
 
 from scale_smog import checkpoint, distributed, load_recipe
-from scale_smog.pretrain import _pretrain
+from scale_smog.pretrain import run
 from scale_smog.runtime.rank_logs import RankLogs
 from scale_smog.runtime.watchdog import Watchdog
 
@@ -21,7 +21,7 @@ def train_here(overrides: list[str]) -> None:
     os.environ["LOCAL_RANK"] = str(distributed.rank())
     recipe = load_recipe(RECIPE, overrides)
     with Watchdog(recipe.deadlines):
-        _pretrain(recipe, torch.device("cpu"), RankLogs())
+        run(recipe, torch.device("cpu"), RankLogs())
 
 
 def losses(run_dir: Path) -> list[float]:

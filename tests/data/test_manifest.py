@@ -137,7 +137,7 @@ def test_a_shard_that_disappears_while_in_use_is_a_user_error(folder):
 
 @pytest.mark.parametrize("num_failures", [2, 4])
 def test_a_file_system_that_fails_over_is_asked_again(folder, monkeypatch, capsys, num_failures):
-    monkeypatch.setattr(retries, "RETRY_S", (0, 0, 0))
+    monkeypatch.setattr(retries, "RETRY_DELAYS_S", (0, 0, 0))
     dataset = TarDataset(folder, "train")
     expected, real_pread, failures = dataset.read(6), os.pread, iter([1] * num_failures)
 
@@ -149,7 +149,7 @@ def test_a_file_system_that_fails_over_is_asked_again(folder, monkeypatch, capsy
     monkeypatch.setattr(os, "pread", pread)
     if num_failures == 2:
         assert dataset.read(6) == expected
-        assert capsys.readouterr().err.count("Stale file handle; once more") == 2
+        assert capsys.readouterr().err.count("Stale file handle; retrying") == 2
     else:
         with pytest.raises(UserError, match=r"cannot read .*Stale file handle"):
             dataset.read(6)

@@ -1,45 +1,97 @@
-"""Ranks that do not come are named."""
+"""Ranks come together, also after restarts that agents count differently; who does not is named."""
 
-import base64
-import json
-import subprocess
-import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from hosts import free_port
 
-from scale_smog.distributed.rendezvous import meet
-from scale_smog.errors import UserError
+from scale_smog.distributed.rendezvous import rendezvous
+from scale_smog.errors import RankError, UserError
 
 
-def test_a_missing_rank_is_named(monkeypatch):
+@pytest.fixture
+def port(monkeypatch) -> str:
+    monkeypatch.setattr("scale_smog.distributed.rendezvous.EXTRA_WAIT_S", 0.5)
+    port = free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", free_port())
-    with pytest.raises(UserError, match=r"rank 1, rank 2 did not come within 1 s"):
-        meet(0, 3, 1.0)
+    monkeypatch.setenv("MASTER_PORT", port)
+    return port
 
 
-def test_its_host_is_named_where_the_launcher_knows_it(monkeypatch):
-    from scale_smog.distributed import rendezvous as meeting
-
-    slots = {"a": [0, 1], "b": [0, 1]}
-    option = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
-    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {_child()!r}])"
-    started = [sys.executable, "-c", script, f"--world_info={option}"]
-    ended = subprocess.run(started, capture_output=True, text=True)
-    assert ended.stdout.split() == ["a", "a", "b", "b"], ended.stderr
-    assert meeting._hosts_of_ranks() == []  # the parent of this process is no such launcher
+@pytest.fixture
+def agent_store(port, monkeypatch) -> dist.TCPStore:
+    """The store of an elastic agent, which outlives the ranks."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return dist.TCPStore("127.0.0.1", int(port), None, True)
 
 
-def _child() -> str:
-    return (
-        "from scale_smog.distributed.rendezvous import _hosts_of_ranks; print(*_hosts_of_ranks())"
-    )
+def come(ranks: list[int], world_size: int, timeout_s: float = 20.0) -> list[dist.Store]:
+    """Stores of ranks that come at the same time."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(lambda rank: rendezvous(rank, world_size, timeout_s), ranks))
 
 
-def test_a_rank_that_cannot_reach_the_first_says_so(monkeypatch, capsys):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", free_port())
-    with pytest.raises(UserError, match=r"has not reached rank 0 at 127\.0\.0\.1"):
-        meet(1, 2, 1.0)
-    assert "error: " in capsys.readouterr().err
+def have_met(stores: list[dist.Store]) -> bool:
+    stores[0].set("word", "of this round")
+    return all(store.get("word") == b"of this round" for store in stores)
+
+
+def test_a_missing_rank_is_named_with_the_hosts_of_the_others(port, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    with pytest.raises(UserError) as error:
+        rendezvous(0, 3, 1.0)
+    assert "rank 1, rank 2 did not come within 1 s, ranks came from " in str(error.value)
+    assert " (1) of n[1-2]: " in str(error.value)
+
+
+def test_a_rank_that_cannot_reach_the_first_says_so_itself(port):
+    with pytest.raises(RankError, match=r"has not reached rank 0 at 127\.0\.0\.1"):
+        rendezvous(1, 2, 1.0)
+
+
+def test_a_port_that_is_taken_is_named(port):
+    taken = dist.TCPStore("127.0.0.1", int(port), None, True)
+    with pytest.raises(UserError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
+        rendezvous(0, 2, 1.0)
+    del taken
+
+
+def test_without_rank_0_one_of_the_others_speaks(agent_store):
+    with pytest.raises(RankError, match="rank 0 did not"):
+        rendezvous(1, 3, 0.5)
+    with pytest.raises(UserError) as error:
+        rendezvous(2, 3, 0.5)
+    assert not isinstance(error.value, RankError)
+
+
+def test_a_round_after_a_complete_one_meets_anew(agent_store):
+    first = come([0, 1, 2], 3)
+    assert have_met(first)
+    second = come([2, 1, 0], 3)  # whatever a launcher's counts of restarts say
+    assert not second[0].check(["word"]) and have_met(second)
+
+
+def test_ranks_that_find_a_round_of_the_dead_wait_for_the_next(agent_store):
+    with pytest.raises(UserError):  # ranks 0 and 1 come, and are ended before the others come
+        come([0, 1], 4, timeout_s=0.5)
+    late = threading.Event()
+
+    def rank_0() -> dist.Store:
+        late.wait()
+        return rendezvous(0, 4, 20.0)
+
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(rendezvous, rank, 4, 20.0) for rank in (1, 2, 3)]
+        first = pool.submit(rank_0)
+        while not agent_store.check(["round-1/all"]):
+            time.sleep(0.01)
+        late.set()
+        assert have_met([first.result(), *(other.result() for other in others)])
+
+
+def test_a_round_with_fewer_ranks_meets(agent_store):
+    come([0, 1, 2, 3], 4)
+    assert have_met(come([1, 0], 2))

@@ -1,4 +1,4 @@
-"""Kills random ranks of runs at random instants and starts them again: `fault_campaign.py --kills 50`.
+"""Kills random ranks at random instants and starts them again: `fault_campaign.py --kills 50`.
 
 Every run must end with the weights of a run that nobody disturbed, to the bit. Exit status 0 only
 if all do. The same seed strikes at the same instants, as far as a machine repeats itself.
@@ -101,9 +101,9 @@ def campaign(folder: Path, seed: int, num_kills: int, world_size: int) -> list[O
 def _say(number: int, outcome: Outcome) -> None:
     strike = outcome.strike
     when = f"{strike.delay_s:.3f} s into {strike.phase} {strike.occurrence}"
-    verdict = "same bits" if outcome.is_good else f"NOT GOOD: {outcome}"
+    outcome_text = "same bits" if outcome.is_good else f"NOT GOOD: {outcome}"
     lost = f"{outcome.num_lost_steps} steps lost"
-    print(f"{number:3}  rank {strike.rank}, {when:<30} {lost}, {verdict}", flush=True)
+    print(f"{number:3}  rank {strike.rank}, {when:<30} {lost}, {outcome_text}", flush=True)
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def stop_and_go_on(job: Job, strike: Strike, whole: dict[str, torch.Tensor]) -> 
 
 
 def outcomes(folder: Path, seed: int, phase_names: list[str], num_times: int) -> Iterator[Outcome]:
-    """StopRequested runs, `num_times` in each phase."""
+    """Stopped runs, `num_times` in each phase."""
     data = make_dataset(folder / "data")
     undisturbed = Job(folder / "undisturbed", data)
     assert not any(undisturbed.run()), undisturbed.console()

@@ -9,9 +9,8 @@ import preempt
 import pytest
 from jobs import OVERRIDES, Job, Strike
 
-from scale_smog.runtime import phases
-from scale_smog.runtime import watchdog as deadlines
-from scale_smog.runtime.watchdog import Heartbeat, verdict
+from scale_smog.runtime import phases, watchdog
+from scale_smog.runtime.watchdog import Heartbeat, diagnose
 
 
 @pytest.mark.parametrize("seed", [7])
@@ -30,9 +29,9 @@ DEADLINE_S = 10
 
 
 def cluster_slowly(rank: int) -> None:
-    """k-means takes seconds, as it does on many features; witnesses look often."""
+    """k-means takes seconds, as it does on many features; monitors look often."""
     del rank
-    deadlines.ALARM_S = 1.5
+    watchdog.WARN_AFTER_S = 1.5
     phases.on_check.append(lambda: time.sleep(1.5 * (phases.current() == phases.KMEANS)))
 
 
@@ -46,12 +45,12 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
     codes = job.wait(60, grace_s=1)
     assert codes == [3, None]  # rank 1 had to be ended from outside
     said = re.search(
-        rf"error: deadlines\.\w+_s={DEADLINE_S} has passed: no more sign of life from rank 1 on "
+        rf"error: deadlines\.\w+_s={DEADLINE_S} has passed: no heartbeat from rank 1 on "
         r"\S+, last seen in phase '(\S+)'",
         job.console(),
     )
     assert said and (said.group(1) == phase or not is_kmeans)
-    warned = job.console().find("warning: no more sign of life from rank 1 on ")
+    warned = job.console().find("warning: no heartbeat from rank 1 on ")
     assert -1 < warned < said.start()
     ended = (tmp_path / "rank-0.log").stat().st_mtime
     assert ended - (job.struck_at() or 0.0) <= DEADLINE_S
@@ -59,7 +58,7 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
 
 def hang_in_the_loader(rank: int) -> None:
     """Rank 0's third batch never comes, though the rank is alive."""
-    from scale_smog.reporting.metrics import StepClock
+    from scale_smog.reporting.progress import StepClock
 
     real_next, num_calls = StepClock.next, 0
 
@@ -83,12 +82,12 @@ def test_a_rank_that_hangs_alive_is_named_with_its_phase(tmp_path, tars):
 def test_a_killed_rank_is_named_by_the_others(tmp_path, tars):
     job = Job(tmp_path, tars)
     assert job.run(Strike(signal.SIGKILL, 1, phases.STEP, 3)) == [1, -signal.SIGKILL]
-    assert re.search(r"error: no more sign of life from rank 1 on \S+, last seen", job.console())
+    assert re.search(r"error: no heartbeat from rank 1 on \S+, last seen", job.console())
 
 
-def test_the_verdict_names_who_is_behind():
+def test_the_diagnosis_names_who_is_behind():
     a, b = Heartbeat("a", phases.STEP, 9, 1), Heartbeat("b", phases.DATA, 8, 1)
-    assert verdict([a, b, a], []) == "the others wait for rank 1 on b in phase 'data'"
-    lost = verdict([a, b, a], [2])
-    assert lost.startswith("no more sign of life from rank 2 on a, last seen in phase 'step'")
-    assert verdict([a, a], []).startswith("all ranks are alive in phase 'step'")
+    assert diagnose([a, b, a], []) == "the others wait for rank 1 on b in phase 'data'"
+    lost = diagnose([a, b, a], [2])
+    assert lost.startswith("no heartbeat from rank 2 on a, last seen in phase 'step'")
+    assert diagnose([a, a], []).startswith("all ranks are alive in phase 'step'")

@@ -11,7 +11,7 @@ from torchvision.io import ImageReadMode, decode_image
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.pixels import empty_views, make_views, one_thread
-from scale_smog.data.workers import stop_signals_blocked
+from scale_smog.runtime.preemption import stop_signals_blocked
 
 
 class TorchLoader:

@@ -1,4 +1,4 @@
-"""What a check has found: one row of the table."""
+"""The table of a check: its rows, and values compared over hosts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ class Row(NamedTuple):
     faults: Sequence[str] = ()  # each names its host
 
 
-def table(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """A line a check, and a line for each fault."""
     lines = []
     for row in rows:

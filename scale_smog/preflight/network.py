@@ -1,8 +1,7 @@
-"""How fast ranks and hosts talk to one another, and which link holds the others up."""
+"""Latency and bandwidth of collectives and of links between hosts; slow links are named."""
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,18 +9,19 @@ import torch.distributed as dist
 
 from scale_smog import distributed
 from scale_smog.config import Recipe
-from scale_smog.preflight.rows import Row
+from scale_smog.preflight.table import Row
+from scale_smog.profiling.communication_model import CommunicationModel, fit_alpha_beta
 from scale_smog.profiling.hardware import MICRO, Hardware
-from scale_smog.profiling.link_benchmark import fit_line, measure
-from scale_smog.profiling.scaling_model import Network
+from scale_smog.profiling.link_benchmark import measure
+from scale_smog.profiling.timing import time_calls
 
 REPEATS = 15
 SMALL_BYTES, LARGE_BYTES = 64, 2**22
 PESSIMISTIC = 2
-SLACK = 2.0  # times the hardware file's pessimistic value
-ODD = 3.0  # times the median of all links
+TOLERANCE = 2.0  # times the hardware file's pessimistic value
+OUTLIER = 3.0  # times the median of all links
 # Where there is no hardware file, what any wired network of one room does.
-LEAST_BYTES_PER_S, MOST_LATENCY_S = 0.1e9, 1e-3
+MIN_BYTES_PER_S, MAX_LATENCY_S = 0.1e9, 1e-3
 MIB = 2**20
 
 
@@ -51,29 +51,31 @@ def check_collectives(recipe: Recipe, device: torch.device, machine: Hardware | 
         return Row("collectives", "one rank: none")
     numel = recipe.grouping.num_groups * (recipe.model.dim + 1)
     groups = torch.zeros(numel, device=device)
-    group_s = statistics.median(times_of(lambda: dist.all_reduce(groups), device))
+    group_s = statistics.median(time_calls(lambda: dist.all_reduce(groups), device, REPEATS))
     said, faults = [], []
-    network = Network(machine, PESSIMISTIC) if machine else None
+    model = CommunicationModel(machine, PESSIMISTIC) if machine else None
     for kind in ("all_reduce", "all_gather"):
         points = measure(kind, device, ranks, None, REPEATS)
-        latency_s, s_per_byte = fit_line(points)
+        latency_s, s_per_byte = fit_alpha_beta(points)
         said.append(f"{kind} {latency_s * 1e3:.2f} ms, {1e-9 / s_per_byte:.2f} GB/s")
         num_bytes, seconds = points[-1]
-        faults += _against(network, kind, num_bytes, seconds)
+        faults += _compare_with_model(model, kind, num_bytes, seconds)
     said.append(f"the groups' {numel * 4 / MIB:.2f} MiB {group_s * 1e3:.2f} ms")
-    faults += _against(network, "all_reduce", numel * 4, group_s)
+    faults += _compare_with_model(model, "all_reduce", numel * 4, group_s)
     said.append(f"expected of {machine.name}" if machine else "no hardware file to compare with")
     return Row("collectives", "; ".join(said), faults)
 
 
-def _against(network: Network | None, kind: str, num_bytes: float, seconds: float) -> list[str]:
-    if network is None:
+def _compare_with_model(
+    model: CommunicationModel | None, kind: str, num_bytes: float, seconds: float
+) -> list[str]:
+    if model is None:
         return []
-    expected = network.seconds(kind, num_bytes, distributed.world_size())
-    if seconds <= SLACK * expected:
+    expected = model.seconds(kind, num_bytes, distributed.world_size())
+    if seconds <= TOLERANCE * expected:
         return []
     return [
-        f"{kind} of {num_bytes / MIB:.1f} MiB takes {seconds * 1e3:.2f} ms, {network.machine.name} "
+        f"{kind} of {num_bytes / MIB:.1f} MiB takes {seconds * 1e3:.2f} ms, {model.machine.name} "
         f"{expected * 1e3:.2f} at worst: see the links, NCCL_SOCKET_IFNAME and NCCL_IB_HCA"
     ]
 
@@ -92,39 +94,41 @@ def check_links(
     if len(hosts) == 1:
         return Row("links", "one host: none")
     mine: dict[int, tuple[float, float]] = {}
-    rounds = _rounds(len(hosts))
+    rounds = ring_rounds(len(hosts))
     for pairs in rounds:
         for number, (i, j) in pairs.items():
             if distributed.rank() in (leaders[i], leaders[j]):
-                mine[number] = _between(leaders[i], leaders[j], device)
+                mine[number] = _measure_link(leaders[i], leaders[j], device)
         distributed.barrier()
     measured: dict[int, tuple[float, float]] = {}
     for each in distributed.gather_objects(mine):
         measured |= each
     ends = {number: pair for pairs in rounds for number, pair in pairs.items()}
     links = [Link(hosts[ends[n][0]], hosts[ends[n][1]], *measured[n]) for n in sorted(ends)]
-    return judge(links, machine)
+    return find_slow_links(links, machine)
 
 
-def judge(links: Sequence[Link], machine: Hardware | None) -> Row:
+def find_slow_links(links: Sequence[Link], machine: Hardware | None) -> Row:
     """Names links that are slower than the machine's network, or than most others."""
-    most_s, least = MOST_LATENCY_S, LEAST_BYTES_PER_S
+    max_s, min_bytes_per_s = MAX_LATENCY_S, MIN_BYTES_PER_S
     if machine:
-        most_s = SLACK * machine.network.latency_us[PESSIMISTIC] * MICRO
-        least = machine.network.gb_per_s[PESSIMISTIC] * 1e9 / SLACK
+        max_s = TOLERANCE * machine.network.latency_us[PESSIMISTIC] * MICRO
+        min_bytes_per_s = machine.network.gb_per_s[PESSIMISTIC] * 1e9 / TOLERANCE
     if len(links) > 2:
-        most_s = min(most_s, ODD * statistics.median(link.latency_s for link in links))
-        least = max(least, statistics.median(link.bytes_per_s for link in links) / ODD)
+        max_s = min(max_s, OUTLIER * statistics.median(link.latency_s for link in links))
+        median_rate = statistics.median(link.bytes_per_s for link in links)
+        min_bytes_per_s = max(min_bytes_per_s, median_rate / OUTLIER)
+    limits = f"at most {max_s * 1e3:.2f} ms, at least {min_bytes_per_s / 1e9:.2f} GB/s"
     faults = [
-        f"slow link {link} (at most {most_s * 1e3:.2f} ms, at least {least / 1e9:.2f} GB/s)"
+        f"slow link {link} ({limits})"
         for link in links
-        if link.latency_s > most_s or link.bytes_per_s < least
+        if link.latency_s > max_s or link.bytes_per_s < min_bytes_per_s
     ]
     slowest = max(links, key=lambda link: link.latency_s)
     return Row("links", f"{len(links)} between hosts, the slowest {slowest}", faults)
 
 
-def _rounds(num_hosts: int) -> list[dict[int, tuple[int, int]]]:
+def ring_rounds(num_hosts: int) -> list[dict[int, tuple[int, int]]]:
     """The pairs of a ring, in rounds in which no host is in two: number of the pair -> its ends."""
     ring = [(i, (i + 1) % num_hosts) for i in range(num_hosts if num_hosts > 2 else 1)]
     rounds = [dict(list(enumerate(ring))[start::2]) for start in (0, 1)]
@@ -134,13 +138,13 @@ def _rounds(num_hosts: int) -> list[dict[int, tuple[int, int]]]:
     return rounds
 
 
-def _between(a: int, b: int, device: torch.device) -> tuple[float, float]:
+def _measure_link(a: int, b: int, device: torch.device) -> tuple[float, float]:
     """Latency [s] of a message and bandwidth [bytes/s] between two ranks."""
-    small_s, large_s = (_there_and_back(a, b, size, device) for size in (SMALL_BYTES, LARGE_BYTES))
+    small_s, large_s = (_round_trip_s(a, b, size, device) for size in (SMALL_BYTES, LARGE_BYTES))
     return small_s / 2, 2 * LARGE_BYTES / max(large_s - small_s, 1e-9)
 
 
-def _there_and_back(a: int, b: int, num_bytes: int, device: torch.device) -> float:
+def _round_trip_s(a: int, b: int, num_bytes: int, device: torch.device) -> float:
     message = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     first, second = (dist.send, dist.recv) if distributed.rank() == a else (dist.recv, dist.send)
     other = b if distributed.rank() == a else a
@@ -149,16 +153,5 @@ def _there_and_back(a: int, b: int, num_bytes: int, device: torch.device) -> flo
         first(message, other)
         second(message, other)
 
-    return min(times_of(exchange, device))  # a busy host is slow at times, a slow link always
-
-
-def times_of(call: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of REPEATS calls, after one that sets up connections."""
-    seconds = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+    # A busy host is slow at times, a slow link always.
+    return min(time_calls(exchange, device, REPEATS))

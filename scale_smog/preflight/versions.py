@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.cuda import nccl
 
-from scale_smog.preflight.rows import Row, most_common
+from scale_smog.preflight.table import Row, most_common
 
 PACKAGES = (
     "torch",
@@ -26,7 +26,7 @@ PACKAGES = (
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
-def versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Of this host: what -> version."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -58,7 +58,7 @@ def compare(hosts: Sequence[str], found: Sequence[dict[str, str]]) -> Row:
 
     Args:
         hosts: names.
-        found: `versions` of each.
+        found: `installed_versions` of each.
     """
     faults = differences(hosts, found)
     summary = ", ".join(f"{name} {value}" for name, value in found[0].items() if value != "none")
@@ -72,9 +72,9 @@ def differences(hosts: Sequence[str], found: Sequence[dict[str, str]]) -> list[s
     for name in names:
         values = [each.get(name, "none") for each in found]
         most = most_common(values)
-        witness = hosts[values.index(most)]
+        example = hosts[values.index(most)]
         faults += [
-            f"{host} has {name} {value}, {witness} has {most}"
+            f"{host} has {name} {value}, {example} has {most}"
             for host, value in zip(hosts, values, strict=True)
             if value != most
         ]

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from scale_smog import distributed
+from scale_smog.distributed.process_group import rank_environment
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR")
 
@@ -19,7 +20,7 @@ def no_launcher(monkeypatch):
 
 
 def test_plain_python_is_one_rank():
-    assert distributed._rank_environment() == {
+    assert rank_environment() == {
         "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
     }  # fmt: skip
 
@@ -28,7 +29,7 @@ def test_deepspeeds_name_for_the_ranks_of_a_host_is_understood(monkeypatch):
     of_deepspeed = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}
     for name, value in {**of_deepspeed, "MASTER_ADDR": "host-a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed._rank_environment()["LOCAL_WORLD_SIZE"] == 2
+    assert rank_environment()["LOCAL_WORLD_SIZE"] == 2
     assert distributed.ranks_per_node() == 2
 
 
@@ -38,7 +39,7 @@ def test_srun_s_names_are_understood(monkeypatch):
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "host-a")
     monkeypatch.setenv("MASTER_PORT", "1")
-    assert distributed._rank_environment() == {
+    assert rank_environment() == {
         "RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 8,
     }  # fmt: skip
 
@@ -47,7 +48,7 @@ FAILING = """
 import sys
 from scale_smog import distributed
 from scale_smog.errors import UserError, exits_on_user_error
-distributed.FAILING_TOGETHER_S = 2.0
+sys.modules['scale_smog.distributed.process_group'].COMMON_FAILURE_S = 2.0
 with exits_on_user_error(), distributed.process_group():
     if str(distributed.rank()) in sys.argv[1]:
         raise UserError("a file is missing")
@@ -81,3 +82,20 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def threads(**environment: str) -> int:
+    """Of a lone rank's operations."""
+    script = "import torch; from scale_smog import distributed; distributed.init_process_group()"
+    script += "; print(torch.get_num_threads())"
+    inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    inherited |= {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", script]
+    return int(subprocess.check_output(command, env=inherited | environment, text=True))
+
+
+def test_ranks_of_a_machine_share_its_cores_unless_the_user_says_otherwise():
+    num_cores = len(os.sched_getaffinity(0))
+    assert threads() == num_cores
+    assert threads(LOCAL_WORLD_SIZE=str(num_cores)) == 1
+    assert threads(OMP_NUM_THREADS="3") == 3

@@ -1,4 +1,4 @@
-"""The check of a recipe on all ranks, and the quick part of it that every run begins with."""
+"""All checks of a recipe on all ranks, and the quick part that every run begins with."""
 
 import os
 import socket
@@ -14,18 +14,19 @@ from scale_smog.checkpoint.disk_space import probe_space
 from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
 from scale_smog.errors import UserError
-from scale_smog.preflight import dataset, software
-from scale_smog.preflight.links import check_collectives, check_links
-from scale_smog.preflight.rows import Row, by_host, most_common, table
+from scale_smog.preflight import dataset, versions
+from scale_smog.preflight.network import check_collectives, check_links
+from scale_smog.preflight.table import Row, by_host, format_table, most_common
 from scale_smog.profiling.hardware import hardware_name, load_hardware
 from scale_smog.profiling.memory import MIB, plan_memory
 from scale_smog.small_data import fit_to_data
 
-MEETING_S = 300.0  # a cold shared file system takes minutes to give 64 ranks their libraries
-MOST_APART_S = 2.0  # clocks
+# A cold shared file system takes minutes to give 64 ranks their libraries.
+RENDEZVOUS_TIMEOUT_S = 300.0
+MAX_CLOCK_OFFSET_S = 2.0
 # A host may have its own of these; contents are compared, or rank 0's are taken.
-PLACES = {("data", "path"), ("data", "workers"), ("run", "dir"), ("model", "weights")}
-FULL = 0.9  # of a device's memory
+HOST_KEYS = {("data", "path"), ("data", "workers"), ("run", "dir"), ("model", "weights")}
+MAX_MEMORY_SHARE = 0.9  # of a device's memory
 
 
 class Hosts(NamedTuple):
@@ -42,16 +43,16 @@ def check(recipe: Recipe) -> int:
     Raises:
         UserError: the ranks do not find one another; settings of a small set do not fit it.
     """
-    with distributed.process_group(MEETING_S) as device:
-        rows = examine(_as_trained(recipe), device)
+    with distributed.process_group(RENDEZVOUS_TIMEOUT_S) as device:
+        rows = examine(as_trained(recipe), device)
         num_faults = sum(len(row.faults) for row in rows)
         if distributed.is_main():
-            verdict = f"{num_faults} fault(s)" if num_faults else "ready to train"
-            print(f"{table(rows)}\n{verdict}", flush=True)
+            outcome = f"{num_faults} fault(s)" if num_faults else "ready to train"
+            print(f"{format_table(rows)}\n{outcome}", flush=True)
         return 2 if num_faults else 0
 
 
-def _as_trained(recipe: Recipe) -> Recipe:
+def as_trained(recipe: Recipe) -> Recipe:
     """With what follows from the number of images of a small set, if the first rank finds it."""
     num_images = 0
     if recipe.run.small_data and distributed.is_main():
@@ -120,11 +121,11 @@ def check_recipes(recipe: Recipe) -> Row:
         f"{section}.{key}": str(value)
         for section, values in sections.items()
         for key, value in values.items()
-        if (section, key) not in PLACES
+        if (section, key) not in HOST_KEYS
     }
     name = distributed.rank_and_host()
     found = distributed.gather_objects((name, own))
-    faults = software.differences([name for name, _ in found], [each for _, each in found])
+    faults = versions.differences([name for name, _ in found], [each for _, each in found])
     return Row("settings", "the same on all ranks", faults)
 
 
@@ -132,11 +133,11 @@ def check_hosts(recipe: Recipe, hosts: Hosts, thorough: bool) -> list[Row]:
     """Versions and dataset; the first rank of each host looks. A collective."""
     path, seen = recipe.data.path, None
     if distributed.rank() in hosts.leaders:
-        seen = software.versions(), dataset.look(path, thorough)
+        seen = versions.installed_versions(), dataset.inspect(path, thorough)
     looks = by_host(distributed.gather_objects(seen), hosts.leaders)
     return [
-        software.compare(hosts.names, [versions for versions, _ in looks]),
-        dataset.compare(hosts.names, [data for _, data in looks], path, thorough),
+        versions.compare(hosts.names, [found for found, _ in looks]),
+        dataset.compare(hosts.names, [view for _, view in looks], path, thorough),
     ]
 
 
@@ -144,12 +145,12 @@ def check_clocks(hosts: Hosts) -> Row:
     """The hosts' clocks against most of them; a collective."""
     distributed.barrier()
     times = by_host(distributed.gather_objects(time.time()), hosts.leaders)
-    now = most_common(times, lambda a, b: abs(a - b) <= MOST_APART_S)
+    now = most_common(times, lambda a, b: abs(a - b) <= MAX_CLOCK_OFFSET_S)
     faults = [
         f"{host}'s clock is {abs(t - now):.0f} s {'ahead' if t > now else 'behind'}: run an NTP "
         "service"
         for host, t in zip(hosts.names, times, strict=True)
-        if abs(t - now) > MOST_APART_S
+        if abs(t - now) > MAX_CLOCK_OFFSET_S
     ]
     return Row("clocks", f"within {max(times) - min(times):.3f} s", faults)
 
@@ -171,7 +172,7 @@ def check_run_folder(recipe: Recipe) -> Row:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Of one checkpoint, all ranks' parts together."""
+    """Of one checkpoint, all ranks' files together."""
     plan = plan_memory(recipe, 1)
     heads = plan.num_online_parameters * 4 / MIB
     parts = heads + plan.momentum_net_mib + plan.optimizer_mib + plan.groups_and_bank_mib
@@ -187,7 +188,7 @@ def check_memory(recipe: Recipe, device: torch.device) -> Row:
     planned = plan_memory(recipe, ranks, per_node).total_mib
     have = min(distributed.gather_objects(_memory_mib(device, per_node)))
     said = f"a rank plans {planned:.0f} MiB of {have:.0f}"
-    if planned <= FULL * have:
+    if planned <= MAX_MEMORY_SHARE * have:
         return Row("memory", said)
     advice = "more ranks, engine.accumulate, engine.activation_checkpointing or engine.kind=fsdp"
     return Row("memory", "", [f"{said}: take {advice}"])
