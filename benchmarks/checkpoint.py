@@ -18,7 +18,7 @@ from compare import claim, parse_arguments
 
 from scale_smog import distributed, load_recipe
 from scale_smog.checkpoint import Checkpoints
-from scale_smog.pretrain import build_state
+from scale_smog.state import build_state
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "r50.yaml"
 QUICK = ["model.backbone=resnet_tiny", "model.head_width=64", "grouping.num_groups=100"]

@@ -21,10 +21,12 @@ from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
 from scale_smog.data.augment import training_views
 from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.build import build_plan
 from scale_smog.data.loaders.memory import MemoryLoader
 from scale_smog.grouping import chance_loss, perplexity
 from scale_smog.loop import train_step
-from scale_smog.pretrain import build_state, plan_steps, start_groups
+from scale_smog.schedules import Schedules
+from scale_smog.state import build_state, init_groups
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "benchmarks" / "results" / "demo_curve.json"
@@ -48,7 +50,8 @@ def curve(recipe: Recipe, num_steps: int) -> dict[str, list[float]]:
     """Loss of each of the first steps, and the perplexity of the groups' use after it."""
     torch.set_num_threads(1)
     dataset = TarDataset(recipe.data.path, "train")
-    plan, schedules = plan_steps(recipe, dataset)
+    plan = build_plan(recipe.data, dataset, recipe.run.seed)
+    schedules = Schedules.of_run(recipe.run, recipe.optimizer, recipe.grouping, plan)
     views = training_views(recipe.data, recipe.augment)
     source = BatchSource(dataset, plan, views, recipe.run.seed, 0, 1)
     loader = MemoryLoader(source, range(num_steps), CPU)
@@ -56,7 +59,7 @@ def curve(recipe: Recipe, num_steps: int) -> dict[str, list[float]]:
     with one_rank():
         state = build_state(recipe, recipe.data.global_batch, CPU)
         num_start = -(-recipe.num_init_features // recipe.data.global_batch)
-        start_groups(state, islice(loader, num_start))
+        init_groups(state, islice(loader, num_start))
         for step, batch in enumerate(loader):
             found["loss"].append(train_step(recipe, state, batch, schedules.at(step)).loss.item())
             found["perplexity"].append(perplexity(state.usage.counts()))

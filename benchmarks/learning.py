@@ -90,11 +90,12 @@ class Run:
 
     def tree(self) -> dict[str, dict[str, Any]]:
         """Sections and keys: those of the dataset with the run's own changes."""
+        from scale_smog.config import Recipe
         from scale_smog.recipe import apply_override
 
         tree = json.loads(json.dumps(SETTINGS[self.setting]))
         for override in self.overrides:
-            apply_override(tree, override)
+            apply_override(tree, override, Recipe)
         return tree
 
 
@@ -139,8 +140,9 @@ def train(run: Run) -> dict[str, Any]:
     from scale_smog.data import EpochPlan, TarDataset
     from scale_smog.data.augment import training_views
     from scale_smog.data.loaders.batch_source import BatchSource
+    from scale_smog.data.loaders.build import build_plan
     from scale_smog.data.loaders.memory import MemoryLoader
-    from scale_smog.pretrain import plan_steps
+    from scale_smog.schedules import Schedules
     from scale_smog.small_data import fit_to_data
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -149,7 +151,8 @@ def train(run: Run) -> dict[str, Any]:
     dataset = TarDataset(run.tars, "train")
     num_train = dataset.num_samples * 9 // 10
     recipe, _ = fit_to_data(recipe, num_train)
-    _, schedules = plan_steps(recipe, dataset)
+    plan = build_plan(recipe.data, dataset, recipe.run.seed)
+    schedules = Schedules.of_run(recipe.run, recipe.optimizer, recipe.grouping, plan)
     plan = EpochPlan(num_train, recipe.data.global_batch, run.seed)
     views = training_views(recipe.data, recipe.augment)
     source = BatchSource(dataset, plan, views, run.seed, 0, 1)

@@ -20,8 +20,8 @@ from scale_smog.grouping import perplexity
 from scale_smog.loop import reset_if_due, train_step
 from scale_smog.loss import group_contrastive_loss
 from scale_smog.models import build_backbone
-from scale_smog.pretrain import build_state, start_groups
-from scale_smog.schedules import Now
+from scale_smog.schedules import ScheduledValues
+from scale_smog.state import build_state, init_groups
 
 SIMCLR_TEMPERATURE, MOCO_TEMPERATURE, MOCO_QUEUE = 0.2, 0.2, 4096
 
@@ -32,7 +32,7 @@ class Contestant(ABC):
     backbone: nn.Module
 
     @abstractmethod
-    def step(self, batch: Batch, now: Now) -> Tensor:
+    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
         """Trains on a batch; returns the loss."""
 
     def figures(self) -> dict[str, float]:
@@ -53,12 +53,12 @@ class Ours(Contestant):
         self._recipe = recipe
         self._state = build_state(recipe, recipe.data.global_batch, device)
         if recipe.grouping.init == "kmeans":
-            start_groups(self._state, start)
+            init_groups(self._state, start)
         self.backbone = self._state.engine.online.backbone
 
-    def step(self, batch: Batch, now: Now) -> Tensor:
+    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
         """One of training."""
-        return train_step(self._recipe, self._state, batch, now).loss.detach()
+        return train_step(self._recipe, self._state, batch, scheduled).loss.detach()
 
     def figures(self) -> dict[str, float]:
         """How many groups are in use, over the last steps."""
@@ -69,7 +69,7 @@ class Ours(Contestant):
 class OursBothWays(Ours):
     """Both views are trained, each towards the group of the other; not in the paper."""
 
-    def step(self, batch: Batch, now: Now) -> Tensor:
+    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
         """The first view's projections update the groups, as in the framework's step."""
         state, grouping = self._state, self._recipe.grouping
         engine, groups = state.engine, state.groups
@@ -77,14 +77,14 @@ class OursBothWays(Ours):
         reset_if_due(grouping, state)
         z, p = engine.forward_online(first, [second])  # [B, D], [2, B, D]
         ids = [groups.assign(engine.forward_momentum(view)) for view in (second, first)]
-        new_groups = groups.updated_by(z, now.beta)  # [K, D]
+        new_groups = groups.updated_by(z, scheduled.beta)  # [K, D]
         losses = [
             group_contrastive_loss(each, new_groups, its_ids, grouping.temperature)
             for each, its_ids in zip(p, ids, strict=True)
         ]
         loss = torch.stack(losses).mean()
         engine.backward(loss)
-        engine.step(now.lr, now.weight_decay)
+        engine.step(scheduled.lr, scheduled.weight_decay)
         groups.commit(new_groups)
         state.bank.push(z)
         state.usage.push(groups.counts)
@@ -147,11 +147,11 @@ class SimClr(Peer):
         self.loss = NTXentLoss(temperature=SIMCLR_TEMPERATURE)
         self.prepare(self.head)
 
-    def step(self, batch: Batch, now: Now) -> Tensor:
+    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
         """Both views are trained."""
         with self.autocast:
             first, second = (self.head(self.backbone(view)) for view in batch.large)
-        return self.update(self.loss(first.float(), second.float()), now.lr)
+        return self.update(self.loss(first.float(), second.float()), scheduled.lr)
 
 
 class WithMomentumNet(Peer):
@@ -191,10 +191,12 @@ class Moco(WithMomentumNet):
         self.loss = NTXentLoss(MOCO_TEMPERATURE, memory_bank_size=(MOCO_QUEUE, self.dim)).to(device)
         self.prepare(self.head)
 
-    def step(self, batch: Batch, now: Now) -> Tensor:
+    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
         """One view is trained, against the other's momentum projection and a queue of them."""
         first, second = batch.views(swap=self.num_steps % 2 == 1)
-        return self.update(self.loss(self.project(first), self.project_momentum(second)), now.lr)
+        return self.update(
+            self.loss(self.project(first), self.project_momentum(second)), scheduled.lr
+        )
 
 
 class LightlySmog(WithMomentumNet):
@@ -217,7 +219,7 @@ class LightlySmog(WithMomentumNet):
         self.counts = torch.zeros(40, grouping.num_groups, device=device)
         self.prepare(self.head, self.predictor)
 
-    def step(self, batch: Batch, now: Now) -> Tensor:
+    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
         """One view is trained, towards the group of the other."""
         if self.num_steps > 0 and self.num_steps % self.recipe.grouping.reset_every == 0:
             self.reset()
@@ -232,7 +234,7 @@ class LightlySmog(WithMomentumNet):
         self.bank(encoded.detach(), update=True)
         own = self.smog.assign_groups(encoded)
         self.counts[self.num_steps % 40] = own.bincount(minlength=len(groups)).float()
-        return self.update(F.cross_entropy(logits, ids), self.rate or now.lr)
+        return self.update(F.cross_entropy(logits, ids), self.rate or scheduled.lr)
 
     def reset(self) -> None:
         """Groups by scikit-learn's k-means, momentum nets from the trained ones."""

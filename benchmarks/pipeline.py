@@ -25,7 +25,7 @@ from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.build import build_training_loader
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.loop import train_step
-from scale_smog.pretrain import build_state
+from scale_smog.state import build_state
 from scale_smog.throughput import FIXED_VALUES, build_batches
 
 BATCH, PX, LATENCY_S, NUM_WARM_UP = 32, 96, 0.005, 4

@@ -94,7 +94,7 @@ def recipe_of(kind: str, quick: bool) -> Recipe:
 def alone(rank: int, folder: str, recipe: Recipe, num_steps: int) -> None:
     """One of two processes that share the machine and nothing else: the parts of its step."""
     synchronised = mock.patch(  # of a rank with itself
-        "scale_smog.pretrain.process_group_for", lambda *_: dist.group.WORLD
+        "scale_smog.state.process_group_for", lambda *_: dist.group.WORLD
     )
     with synchronised:
         parts = _steps(0, 1, f"{folder}/alone{rank}", recipe, num_steps)
@@ -118,7 +118,7 @@ def _steps(
     rank: int, ranks: int, rendezvous: str, recipe: Recipe, num_steps: int
 ) -> dict[str, float]:
     """Parts of a step on a share of the batch, on one of `ranks` ranks."""
-    from scale_smog.pretrain import build_state
+    from scale_smog.state import build_state
     from scale_smog.throughput import Options, build_batches, measure_steps
 
     torch.set_num_threads(1)

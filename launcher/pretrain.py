@@ -11,7 +11,8 @@ signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
 from scale_smog import distributed, load_recipe  # noqa: E402
 from scale_smog.errors import exits_on_user_error  # noqa: E402
-from scale_smog.pretrain import dry_run, pretrain  # noqa: E402
+from scale_smog.preflight.dry_run import dry_run  # noqa: E402
+from scale_smog.pretrain import pretrain  # noqa: E402
 
 
 def main() -> None:

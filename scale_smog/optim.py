@@ -1,4 +1,4 @@
-"""LARS, and every optimizer built the same way over an engine's shards."""
+"""LARS, which parameters it leaves out, and every optimizer over what an engine's rank updates."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,31 +14,40 @@ from scale_smog.distributed import all_reduce
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The part of one online parameter that this rank updates: all of it, or a flat range."""
+class ParameterPartition:
+    """What this rank updates of one online parameter: all of it, or a flat range."""
 
     name: str
-    number: int  # of the parameter, the same on all ranks
-    value: nn.Parameter  # master values, sharing memory with the engine's
-    start: int  # of this part in the flattened parameter
-    excluded: bool  # biases and norms: no weight decay, no trust ratio (BYOL appendix)
+    layer_id: int  # of the parameter, the same on all ranks
+    value: nn.Parameter  # master weights, sharing memory with the engine's
+    start: int  # of the range in the flattened parameter
+    is_excluded: bool  # of `is_excluded`
+
+
+def is_excluded(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter has no weight decay and, under LARS, no trust ratio.
+
+    Biases and norms, as in BYOL, MoCo v3 and Barlow Twins, and Swin's relative position biases; the
+    paper does not say.
+    """
+    return parameter.dim() <= 1 or "relative_position_bias" in name
 
 
 class Lars(torch.optim.Optimizer):
     """Layer-wise adaptive SGD (You, Gitman, Ginsburg, arXiv:1708.03888).
 
     A layer's update is scaled by trust |w| / (|g| + weight_decay |w|). Parameters may be parts of
-    layers: then `numbers` tells which parts belong together, and the norms are summed over ranks
-    in one all-reduce. Nothing waits for the device.
+    layers: then `layer_ids` tells which of them belong together, and the norms are summed over
+    ranks in one all-reduce. Nothing waits for the device.
 
     Args:
-        params: tensors or param groups. A group may hold `adapt` (False: plain momentum SGD) and
-            `numbers`, the layer number of each tensor, [n] int64 on their device.
+        params: tensors or param groups. A group may hold `use_trust_ratio` (False: plain momentum
+            SGD) and `layer_ids`, the layer of each tensor, [n] int64 on their device.
         lr: learning rate.
         momentum: of the scaled gradient.
         weight_decay: L2.
         trust: trust coefficient.
-        num_layers: layers over all ranks; needed with `numbers`.
+        num_layers: layers over all ranks; needed with `layer_ids`.
         norm_group: ranks that hold the other parts of the layers; None: layers are whole.
         device: of the norms where this rank holds no part; default: the CPU.
     """
@@ -56,7 +65,7 @@ class Lars(torch.optim.Optimizer):
         device: torch.device | None = None,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
-        super().__init__(params, {**defaults, "adapt": True, "numbers": None})
+        super().__init__(params, {**defaults, "use_trust_ratio": True, "layer_ids": None})
         # A rank that holds nothing of any layer still joins the reduction of the norms.
         held = [p for group in self.param_groups for p in group["params"]]
         self._like = held[0].detach() if held else torch.zeros((), device=device)
@@ -72,7 +81,7 @@ class Lars(torch.optim.Optimizer):
         for group in self.param_groups:
             values = [p for p in group["params"] if p.grad is not None]
             grads = [p.grad for p in values if p.grad is not None]
-            ratios = self._trust_ratios(values, grads, group) if group["adapt"] else []
+            ratios = self._trust_ratios(values, grads, group) if group["use_trust_ratio"] else []
             if not values:  # this rank holds nothing; it has joined the reduction above
                 continue
             if not ratios:
@@ -122,11 +131,10 @@ class Lars(torch.optim.Optimizer):
         self, values: list[Tensor], grads: list[Tensor], group: dict[str, Any]
     ) -> list[Tensor]:
         """One 0-d tensor a value, 1 where a norm is zero."""
-        numbers = group["numbers"]
-        num_layers = self.num_layers if numbers is not None else len(values)
+        index = group["layer_ids"]
+        num_layers = self.num_layers if index is not None else len(values)
         if num_layers == 0:
             return []
-        index = numbers
         if index is None:
             index = torch.arange(num_layers, device=self._like.device)
         norms = self._like.new_zeros(2, num_layers)  # of w and g
@@ -143,52 +151,51 @@ class Lars(torch.optim.Optimizer):
 
 def build_optimizer(
     config: OptimizerConfig,
-    shards: list[Shard],
+    partitions: list[ParameterPartition],
     num_parameters: int,
     norm_group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the shards' values, excluded parameters undecayed.
+    """The recipe's optimizer over this rank's partitions, excluded parameters undecayed.
 
     `set_rates` gives it the learning rate and the weight decay of a step.
 
     Args:
         config: the recipe's section.
-        shards: what this rank updates.
+        partitions: what this rank updates.
         num_parameters: of the whole net, the same on all ranks.
-        norm_group: ranks that hold the other parts of the parameters; None: shards are whole.
+        norm_group: ranks that hold the other parts of the parameters; None: partitions are whole.
         device: of the values, also of a rank that holds none: its norms meet those of the others.
     """
-    adapted = [s for s in shards if not s.excluded]
-    excluded = [s for s in shards if s.excluded]
+    decayed = [p for p in partitions if not p.is_excluded]
+    excluded = [p for p in partitions if p.is_excluded]
     groups: list[dict[str, Any]] = [
-        {"params": [s.value for s in adapted], "decays": True},
-        {"params": [s.value for s in excluded], "decays": False},
+        {"params": [p.value for p in decayed], "decays": True},
+        {"params": [p.value for p in excluded], "decays": False},
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, foreach=True)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, foreach=True)
-    groups[0]["numbers"] = torch.tensor(
-        [s.number for s in adapted], dtype=torch.long, device=device
-    )
-    groups[1]["adapt"] = False
+    layer_ids = [p.layer_id for p in decayed]
+    groups[0]["layer_ids"] = torch.tensor(layer_ids, dtype=torch.long, device=device)
+    groups[1]["use_trust_ratio"] = False
     options = {"num_layers": num_parameters, "norm_group": norm_group, "device": device}
     return Lars(groups, 0.0, config.momentum, **options)
 
 
 @torch.no_grad()
 def clip_gradients(
-    shards: list[Shard],
+    partitions: list[ParameterPartition],
     max_norm: float,
     norm_group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> None:
-    """Scales all gradients alike so that the whole net's is at most `max_norm` long.
+    """Clips by the global gradient norm, as torch's `clip_grad_norm_` does for whole parameters.
 
     With `norm_group` set, a collective: one number is summed over the ranks that hold other parts.
     """
-    grads = [shard.value.grad for shard in shards if shard.value.grad is not None]
+    grads = [p.value.grad for p in partitions if p.value.grad is not None]
     square = torch.zeros((), device=device)
     if grads:
         square = torch.stack(torch._foreach_norm(grads)).square().sum()

@@ -2,18 +2,28 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, Self
 
-from scale_smog.config import GroupingConfig, OptimizerConfig
+from scale_smog.config import GroupingConfig, OptimizerConfig, RunConfig
 
 
 @dataclass(frozen=True)
-class Now:
-    """The scheduled values of one step."""
+class ScheduledValues:
+    """What a step trains with."""
 
     epoch: float  # done after this step
     lr: float
     weight_decay: float
     beta: float
+
+
+class StepPlan(Protocol):
+    """What a run's length follows from (`data.EpochPlan`)."""
+
+    num_samples: int
+    global_batch: int
+
+    def steps(self, epochs: float) -> int: ...
 
 
 class Schedules:
@@ -42,12 +52,25 @@ class Schedules:
         self.steps_per_epoch = steps_per_epoch
         self.warmup_steps = min(num_steps, round(optimizer.warmup_epochs * steps_per_epoch))
 
-    def at(self, step: int) -> Now:
+    @classmethod
+    def of_run(
+        cls,
+        run: RunConfig,
+        optimizer: OptimizerConfig,
+        grouping: GroupingConfig,
+        plan: StepPlan,
+    ) -> Self:
+        """The schedules of a run of `run.steps` or `run.epochs`."""
+        num_steps = run.steps or plan.steps(run.epochs or 0)
+        per_epoch = plan.num_samples / plan.global_batch
+        return cls(optimizer, grouping, plan.global_batch, num_steps, per_epoch)
+
+    def at(self, step: int) -> ScheduledValues:
         """Values of `step`, from 0."""
         start, end = self.betas
         beta = start + (end - start) * step / max(1, self.num_steps - 1)
         epoch = (step + 1) / self.steps_per_epoch
-        return Now(epoch, self._lr(step), self.weight_decay, beta)
+        return ScheduledValues(epoch, self._lr(step), self.weight_decay, beta)
 
     def _lr(self, step: int) -> float:
         if step < self.warmup_steps:

@@ -7,7 +7,7 @@ from ranks import run_on_ranks
 from torch import nn
 
 from scale_smog.config import OptimizerConfig
-from scale_smog.optim import Lars, Shard, build_optimizer, set_rates
+from scale_smog.optim import Lars, ParameterPartition, build_optimizer, set_rates
 
 CPU = torch.device("cpu")
 SHAPES = {"conv": (6, 3, 3, 3), "conv.bias": (6,), "fc": (5, 7), "zero": (4, 4), "one": (1, 9)}
@@ -43,24 +43,24 @@ def run_lars(num_steps: int, cuts: list[int]) -> torch.Tensor:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     flat = torch.cat([x.flatten() for x in tensors(0).values()])
     low, high = cuts[rank], cuts[rank + 1]
-    shards, spans, start = [], [], 0
+    partitions, spans, start = [], [], 0
     for number, (name, shape) in enumerate(SHAPES.items()):
         size = torch.Size(shape).numel()
         first, last = max(start, low), min(start + size, high)
         if first < last:
             value = nn.Parameter(flat[first:last])
             is_excluded = len(shape) <= 1
-            shards.append(Shard(name, number, value, first - start, is_excluded))
+            partitions.append(ParameterPartition(name, number, value, first - start, is_excluded))
             spans.append((first, last))
         start += size
     config = OptimizerConfig(name="lars", momentum=MOMENTUM)
     optimizer = build_optimizer(
-        config, shards, len(SHAPES), dist.group.WORLD if world_size > 1 else None, CPU
+        config, partitions, len(SHAPES), dist.group.WORLD if world_size > 1 else None, CPU
     )
     for step in range(num_steps):
         gradient = torch.cat([x.flatten() for x in tensors(step + 1).values()])
-        for shard, (first, last) in zip(shards, spans, strict=True):
-            shard.value.grad = gradient[first:last]
+        for part, (first, last) in zip(partitions, spans, strict=True):
+            part.value.grad = gradient[first:last]
         set_rates(optimizer, LR, DECAY)
         optimizer.step()
     return flat[low:high].clone()
@@ -106,11 +106,11 @@ def test_layers_are_scaled_with_and_without_momentum(momentum):
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_excluded_parameters_do_not_decay(name):
     values = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
-    shards = [
-        Shard(str(i), i, value, 0, excluded)
+    partitions = [
+        ParameterPartition(str(i), i, value, 0, excluded)
         for i, (value, excluded) in enumerate(zip(values, (False, True), strict=True))
     ]
-    optimizer = build_optimizer(OptimizerConfig(name=name), shards, 2, None, CPU)
+    optimizer = build_optimizer(OptimizerConfig(name=name), partitions, 2, None, CPU)
     for value in values:
         value.grad = torch.zeros(3)
     set_rates(optimizer, 0.1, 0.5)

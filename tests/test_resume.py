@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,7 @@ from scale_smog import UserError, checkpoint, loop
 from scale_smog.errors import RankError
 from scale_smog.pretrain import pretrain
 from scale_smog.reporting import run_folder
+from scale_smog.reporting.progress import Progress
 from scale_smog.runtime import preemption
 
 EVERY_STEP = ("run.checkpoint_every=1",)
@@ -51,40 +53,46 @@ def test_a_run_killed_after_any_step_ends_with_the_same_bits(tmp_path, tars, opt
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
 
 
+def after_each_step(monkeypatch, act: Callable[[int], None]) -> None:
+    """Has `act` called with the number of finished steps."""
+    real = Progress.after_step
+
+    def after_step(self, step, *rest):
+        real(self, step, *rest)
+        act(step)
+
+    monkeypatch.setattr(Progress, "after_step", after_step)
+
+
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
 def test_a_signal_ends_the_run_after_a_step_and_the_same_command_goes_on(
     tmp_path, tars, monkeypatch, signals
 ):
     pretrain(small_recipe(tmp_path / "whole", tars))
-    real_log = loop._log
 
-    def log_then_signal(recipe, state, *rest):
-        real_log(recipe, state, *rest)
-        if state.step == 4:
+    def signal_after_4(step):
+        if step == 4:
             for number in signals:  # a terminal's Ctrl-C comes again from the launcher
                 os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(loop, "_log", log_then_signal)
+    after_each_step(monkeypatch, signal_after_4)
     before = signal.getsignal(signals[0])
     recipe = small_recipe(tmp_path / "stopped", tars)
     pretrain(recipe)
     assert [f.name for f in checkpoint.list_checkpoints(Path(recipe.run.dir))] == ["step-00000004"]
     assert signal.getsignal(signals[0]) == before
-    monkeypatch.setattr(loop, "_log", real_log)
+    monkeypatch.undo()
     pretrain(recipe)
     whole, resumed = (tmp_path / name / "run" for name in ("whole", "stopped"))
     assert_equal_bits(final_state(resumed), final_state(whole))
 
 
 def test_a_signal_in_the_last_step_leaves_the_end_to_the_next_start(tmp_path, tars, monkeypatch):
-    real_log = loop._log
-
-    def log_then_signal(recipe, state, *rest):
-        real_log(recipe, state, *rest)
-        if state.step == 8:
+    def signal_after_8(step):
+        if step == 8:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "_log", log_then_signal)
+    after_each_step(monkeypatch, signal_after_8)
     recipe = small_recipe(tmp_path, tars)
     pretrain(recipe)
     assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "step-00000008"
@@ -95,15 +103,13 @@ def test_a_signal_in_the_last_step_leaves_the_end_to_the_next_start(tmp_path, ta
 
 def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path, tars, monkeypatch):
     monkeypatch.setattr(preemption, "SIGINT_GRACE_S", 0.0)
-    real_log = loop._log
 
-    def log_then_signal(*arguments):
-        real_log(*arguments)
+    def signal_twice(_step):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop, "_log", log_then_signal)
+    after_each_step(monkeypatch, signal_twice)
     with pytest.raises(KeyboardInterrupt):
         pretrain(small_recipe(tmp_path, tars))
     assert not checkpoint.list_checkpoints(tmp_path / "run")
@@ -112,7 +118,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path, tars, monkeypa
 def test_a_finished_run_is_found_and_not_trained_again(tmp_path, tars, monkeypatch, capsys):
     recipe = small_recipe(tmp_path, tars)
     pretrain(recipe)
-    monkeypatch.setattr(loop, "_log", lambda *_: pytest.fail("trained again"))
+    after_each_step(monkeypatch, lambda _step: pytest.fail("trained again"))
     capsys.readouterr()
     pretrain(recipe)
     assert "kNN top-1, trained net" in capsys.readouterr().out

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -30,8 +29,6 @@ def load(folder: Path, part: str = "*") -> tuple[dict[str, Tensor], dict[str, An
     except DamagedCheckpoint as error:
         raise UserError(str(error)) from None
     facts = {"step": manifest.step, **manifest.facts}
-    if manifest.format_version == 1:
-        return _load_format_1(folder, part), facts
     partitions = {
         name: Partition.replicated(torch.empty(shape, dtype=_dtype(dtype, folder)))
         for name, (shape, dtype) in manifest.tensors.items()
@@ -47,9 +44,6 @@ def read(
     group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
     """Values for the partitions, each in its shape."""
-    if manifest.format_version == 1:
-        whole = _load_format_1(folder)
-        return {name: _cut(whole[name], partition) for name, partition in partitions.items()}
     flat = {
         name: partition._replace(
             values=torch.empty(partition.values.numel(), dtype=partition.values.dtype)
@@ -79,18 +73,3 @@ def _dtype(name: str, folder: Path) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"{folder}: '{name}' is no type of tensor")
     return dtype
-
-
-def _load_format_1(folder: Path, part: str = "*") -> dict[str, Tensor]:
-    """Format 1: whole tensors in a file a part, the bank's ring as [S, global batch, D]."""
-    tensors: dict[str, Tensor] = {}
-    for path in folder.glob(f"{part}.safetensors"):
-        tensors |= load_file(path)
-    if "bank.ring" in tensors:
-        tensors["bank.ring"] = tensors["bank.ring"].transpose(0, 1)
-    return tensors
-
-
-def _cut(whole: Tensor, partition: Partition) -> Tensor:
-    flat = whole.reshape(-1)[partition.start : partition.start + partition.values.numel()]
-    return flat.view(partition.values.shape)

@@ -93,8 +93,6 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: a later version of the program wrote it.
     """
     try:
-        if not (folder / MANIFEST_FILE).exists() and (folder / "seal.json").exists():
-            return _manifest_of_format_1(folder)
         path = folder / MANIFEST_FILE
         sealed = json.loads(retry_transient_errors(lambda: path.read_text(encoding="utf-8"), path))
         body = sealed["manifest"]
@@ -215,16 +213,3 @@ def _digest(body: dict[str, Any]) -> str:
 
 def _words(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
-
-
-def _manifest_of_format_1(folder: Path) -> Manifest:
-    """Format 1: whole tensors, one file a part, `facts.json`, and `seal.json` instead of this."""
-    seal = json.loads((folder / "seal.json").read_text(encoding="utf-8"))
-    files = {name: FileFacts(*facts) for name, facts in seal.items()}
-    if "facts.json" not in files:
-        raise DamagedCheckpoint(f"{folder / 'seal.json'} does not name facts.json")
-    _check_size(folder, "facts.json", files["facts.json"])
-    if FileFacts.of(folder / "facts.json") != files["facts.json"]:
-        raise DamagedCheckpoint(f"{folder / 'facts.json'} has changed since it was written")
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return Manifest(facts.pop("format_version"), facts.pop("step"), facts, {}, files)

@@ -49,7 +49,6 @@ class Restored(NamedTuple):
 
     step: int  # finished steps
     facts: dict[str, Any]
-    format_version: int
     values: dict[str, Tensor]  # for each partition, in its shape, on the CPU
     passed_over: list[str]  # why newer checkpoints were not taken
 
@@ -69,6 +68,7 @@ class Checkpoints:
         self._run_dir = distributed.broadcast_object(Path(run.dir).absolute())  # rank 0 decides
         self._folder = self._run_dir / "checkpoints"
         self._run, self._facts = run, facts
+        self.newest_step: int | None = None  # that was loaded, or whose save has begun
         self._group = distributed.background_group()
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -102,6 +102,7 @@ class Checkpoints:
             Why the checkpoint before this one failed, or None.
         """
         problem = self.wait()
+        self.newest_step = step
         copies = self._copies(self._own(partitions))
         self._thread = threading.Thread(target=self._write, args=(step, copies), daemon=True)
         self._thread.start()
@@ -143,8 +144,8 @@ class Checkpoints:
                 passed_over.append(str(error))
                 continue
             values = read(folder, manifest, partitions, self._group)
-            version = manifest.format_version
-            return Restored(manifest.step, manifest.facts, version, values, passed_over)
+            self.newest_step = manifest.step
+            return Restored(manifest.step, manifest.facts, values, passed_over)
         if passed_over:
             raise UserError(
                 f"none of the {len(passed_over)} checkpoints in {self._folder} is whole: "

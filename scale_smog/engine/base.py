@@ -22,7 +22,13 @@ from scale_smog.models import (
     frozen_running_stats,
     unsynchronised_running_stats,
 )
-from scale_smog.optim import Shard, build_optimizer, clip_gradients, set_rates
+from scale_smog.optim import (
+    ParameterPartition,
+    build_optimizer,
+    clip_gradients,
+    is_excluded,
+    set_rates,
+)
 
 # Shapes: B images per rank, D feature size, V views of the online net.
 
@@ -34,19 +40,12 @@ STATE_KEYS = {  # of torch's optimizers and of Lars, beside AdamW's step count
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of the weights
 
 
-class Whole(NamedTuple):
+class ParameterInfo(NamedTuple):
     """What is known of a parameter of the online net before an engine takes it apart."""
 
-    number: int
+    layer_id: int
     shape: torch.Size
     is_excluded: bool  # no weight decay, no trust ratio
-
-
-class Part(NamedTuple):
-    """What this rank holds of a parameter: all of it in its shape, or a flat range."""
-
-    values: Tensor
-    start: int  # of the range in the flattened parameter
 
 
 class MicroBatch(NamedTuple):
@@ -57,10 +56,11 @@ class MicroBatch(NamedTuple):
 
 
 class Engine(ABC):
-    """Two nets spread over the ranks, and the optimizer and momentum update on their shards.
+    """Two nets spread over the ranks, the optimizer and the momentum update on what each holds.
 
-    A subclass wraps the nets in `_prepare`, names the parts of the parameters that this rank
-    updates in `_build_shards` and those that it holds in `_part`, and runs `_backward` and `_step`.
+    A subclass wraps the nets in `_prepare`, says what this rank updates of the parameters in
+    `_parameter_partitions` and what it holds of one in `_partition`, and runs `_backward` and
+    `_step`.
     Weights, momentum net and optimizer state are float32 in every precision but fp64; bf16 is
     autocast.
 
@@ -82,8 +82,9 @@ class Engine(ABC):
         UserError: the batch does not split into the micro-batches.
     """
 
-    norm_group: dist.ProcessGroup | None = None  # ranks that share what `shards()` hold of a layer
-    net_group: dist.ProcessGroup | None = None  # ranks that share a net's weights; None: each whole
+    norm_group: dist.ProcessGroup | None = None  # ranks that each update a part of a parameter
+    features: Tensor  # [B, F]: the backbone's, of the last `forward_online`, without gradient
+    net_group: dist.ProcessGroup | None = None  # ranks that each hold a part; None: all of it
 
     def __init__(
         self,
@@ -105,9 +106,9 @@ class Engine(ABC):
         for net in (self.online, self.momentum):
             distributed.broadcast_module(net)
         self._unshared = unsynchronised_running_stats([self.online, self.momentum])
-        self._wholes = {
-            name: Whole(number, p.shape, _is_excluded(name, p))
-            for number, (name, p) in enumerate(self.online.named_parameters())
+        self._parameters = {
+            name: ParameterInfo(layer_id, p.shape, is_excluded(name, p))
+            for layer_id, (name, p) in enumerate(self.online.named_parameters())
         }
         prepare_stages(self.online, self.momentum, config)
         if config.precision == "bf16":
@@ -117,28 +118,28 @@ class Engine(ABC):
                 net.forward = autocast(net.forward)
             self.online.features = autocast(self.online.features)
         self._forward_online, self._forward_momentum = self._prepare(batch // config.accumulate)
-        self._shards = self._build_shards()
+        self.partitions = self._parameter_partitions()
         self._optimizer = build_optimizer(
-            optimizer, self._shards, len(self._wholes), self.norm_group, self.device
+            optimizer, self.partitions, len(self._parameters), self.norm_group, self.device
         )
         self._optimizer_config = optimizer
         self._num_steps = 0
         self._is_applied = True
-        self._outcomes: dict[str, Tensor] = {}  # of a step's passes, [] each: finite if they were
+        self._finite_if: dict[str, Tensor] = {}  # of a step's passes, [] each: finite if they were
         self._buffers = BufferSnapshot([self.online, self.momentum])
-        self._awaiting: tuple[list[MicroBatch], Tensor, Tensor] | None = None
+        self._pending: tuple[list[MicroBatch], Tensor, Tensor] | None = None
 
     @abstractmethod
     def _prepare(self, micro_batch: int) -> tuple[nn.Module, nn.Module]:
         """Wraps online and momentum net; what it returns is called in the forward passes."""
 
     @abstractmethod
-    def _build_shards(self) -> list[Shard]:
-        """The parts of the online parameters that this rank updates."""
+    def _parameter_partitions(self) -> list[ParameterPartition]:
+        """What this rank updates of the online parameters."""
 
-    def _part(self, parameter: Tensor) -> Part:
+    def _partition(self, parameter: Tensor) -> Partition:
         """What this rank holds of a parameter of a net."""
-        return Part(parameter.detach(), 0)
+        return Partition.replicated(parameter.detach())
 
     @abstractmethod
     def _micro_batch(self, is_last: bool) -> AbstractContextManager[object]:
@@ -150,41 +151,39 @@ class Engine(ABC):
 
     @abstractmethod
     def _step(self) -> None:
-        """Has `_update` run where the shards' gradients are, and shares the result."""
-
-    def shards(self) -> list[Shard]:
-        """The parts of the online parameters that this rank updates, with their gradients."""
-        return self._shards
+        """Has `_update` run where the partitions' gradients are, and shares the result."""
 
     def forward_online(self, view: Tensor, small: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """z [B, D] of the large view and p [V, B, D] of all views, with their graph."""
         if torch.is_grad_enabled():
-            self._buffers.keep()
+            self._buffers.take()
         micro_batches = self._split(view, small)
         if len(micro_batches) == 1:
-            return self._forward_online(*micro_batches[0])
+            z, p, self.features = self._forward_online(*micro_batches[0])
+            return z, p
         with torch.no_grad():
-            outputs = [self._forward_online(*x) for x in micro_batches]  # [b, D], [V, b, D] each
-        z, p = torch.cat([z for z, _ in outputs]), torch.cat([p for _, p in outputs], dim=1)
+            outputs = [self._forward_online(*x) for x in micro_batches]
+        zs, ps, features = zip(*outputs, strict=True)  # each [b, D], [V, b, D], [b, F]
+        z, p, self.features = torch.cat(zs), torch.cat(ps, dim=1), torch.cat(features)
         if torch.is_grad_enabled():
-            self._awaiting = micro_batches, z.requires_grad_(), p.requires_grad_()
+            self._pending = micro_batches, z.requires_grad_(), p.requires_grad_()
         return z, p
 
     @torch.no_grad()
     def forward_momentum(self, view: Tensor) -> Tensor:
         """z' [B, D] of the other large view."""
         z = torch.cat([self._forward_momentum(x.view) for x in self._split(view)])
-        self._outcomes["z'"] = z.sum()  # no gradient will tell
+        self._finite_if["z'"] = z.sum()  # no gradient will tell
         return z
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the mean over ranks of `loss`, averaged over ranks while it runs."""
-        self._outcomes["loss"] = loss.detach()
-        if self._awaiting is None:
+        self._finite_if["loss"] = loss.detach()
+        if self._pending is None:
             self._backward(loss)
             return
-        micro_batches, z, p = self._awaiting
-        self._awaiting = None
+        micro_batches, z, p = self._pending
+        self._pending = None
         loss.backward()  # as far as z and p
         assert p.grad is not None
         grad_z = torch.zeros_like(z) if z.grad is None else z.grad  # None: detached groups
@@ -195,7 +194,7 @@ class Engine(ABC):
         for i, micro_batch in enumerate(micro_batches):
             with self._micro_batch(is_last=i == len(micro_batches) - 1):
                 with frozen_running_stats(self.online):
-                    z, p = self._forward_online(*micro_batch)  # [b, D], [V, b, D]
+                    z, p, _ = self._forward_online(*micro_batch)  # [b, D], [V, b, D]
                 self._backward((z * grads_z[i]).sum() + (p * grads_p[i]).sum())
 
     def step(self, lr: float, weight_decay: float) -> bool:
@@ -242,7 +241,7 @@ class Engine(ABC):
     def project(self, view: Tensor) -> Tensor:
         """z [B, D] of centre crops, with the running statistics; a collective."""
         self.online.eval()
-        z, _ = self.online(view.to(self.dtype))
+        z, _, _ = self.online(view.to(self.dtype))
         self.online.train()
         return z
 
@@ -251,59 +250,54 @@ class Engine(ABC):
 
         `online.*` and `momentum.*` as in the nets' state dicts, and `optimizer.<parameter>.<key>`.
         """
-        partitions = {"optimizer.num_steps": Partition.replicated(torch.tensor(self._num_steps))}
+        state = {"optimizer.num_steps": Partition.replicated(torch.tensor(self._num_steps))}
         for prefix, net in (("online", self.online), ("momentum", self.momentum)):
-            partitions |= {
-                f"{prefix}.{name}": Partition.replicated(x) for name, x in net.named_buffers()
-            }
-            for name, parameter in net.named_parameters():
-                values, start = self._part(parameter)
-                shape, is_replicated = self._wholes[name].shape, self.net_group is None
-                partitions[f"{prefix}.{name}"] = Partition(values, start, shape, is_replicated)
-        for shard in self._shards:
-            own = self._optimizer.state[shard.value]
+            state |= {f"{prefix}.{k}": Partition.replicated(x) for k, x in net.named_buffers()}
+            state |= {f"{prefix}.{k}": self._partition(x) for k, x in net.named_parameters()}
+        is_replicated = self.norm_group is None
+        for part in self.partitions:
+            own, shape = self._optimizer.state[part.value], self._parameters[part.name].shape
             for key in self._state_keys:  # zeros before the first step
-                values = own[key] if own else torch.zeros_like(shard.value)
-                shape, is_replicated = self._wholes[shard.name].shape, self.norm_group is None
-                name = f"optimizer.{shard.name}.{key}"
-                partitions[name] = Partition(values.detach(), shard.start, shape, is_replicated)
-        return partitions
+                values = own[key].detach() if own else torch.zeros_like(part.value).detach()
+                name = f"optimizer.{part.name}.{key}"
+                state[name] = Partition(values, part.start, shape, is_replicated)
+        return state
 
     @torch.no_grad()
-    def load(self, values: dict[str, Tensor]) -> None:
-        """Takes values for its partitions, saved by any engine on any number of ranks."""
+    def load_state_dict(self, values: dict[str, Tensor]) -> None:
+        """Takes this rank's values of `state_dict`, saved by any engine on any number of ranks."""
         self._num_steps = int(values["optimizer.num_steps"])
         for name, partition in self.state_dict().items():
             if not name.startswith("optimizer."):
                 partition.values.copy_(values[name])
         parameters = dict(self.online.named_parameters())
-        for shard in self._shards:
-            part = self._part(parameters[shard.name])
-            offset = shard.start - part.start  # a master copy may be a part of this rank's part
-            shard.value.copy_(_view_as(part.values.reshape(-1)[offset:], shard.value))
+        for part in self.partitions:
+            held = self._partition(parameters[part.name])
+            offset = part.start - held.start  # a master copy may be a range of what is held
+            part.value.copy_(_view_as(held.values.reshape(-1)[offset:], part.value))
             own: dict[str, Tensor] = {}
             for key in self._state_keys:
-                saved = values[f"optimizer.{shard.name}.{key}"]
-                own[key] = torch.empty_like(shard.value).copy_(saved)
+                saved = values[f"optimizer.{part.name}.{key}"]
+                own[key] = torch.empty_like(part.value).copy_(saved)
             if self._optimizer_config.name == "adamw":
                 own["step"] = torch.tensor(float(self._num_steps))
-            self._optimizer.state[shard.value] = own
+            self._optimizer.state[part.value] = own
 
     def _update(self) -> None:
-        """Runs the optimizer on the shards, whose gradients are there, and drops these."""
+        """Runs the optimizer on the partitions, whose gradients are there, and drops these."""
         self._is_applied = self._is_finite()
         if self._is_applied:
             if self._optimizer_config.clip_norm:
-                longest = self._optimizer_config.clip_norm
-                clip_gradients(self._shards, longest, self.norm_group, self.device)
+                max_norm = self._optimizer_config.clip_norm
+                clip_gradients(self.partitions, max_norm, self.norm_group, self.device)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
     def _is_finite(self) -> bool:
         """Whether every rank's z', loss and gradients are; the one place where a step waits."""
-        grads = [shard.value.grad for shard in self._shards if shard.value.grad is not None]
+        grads = [p.value.grad for p in self.partitions if p.value.grad is not None]
         norms = list(torch._foreach_norm(grads)) if grads else []
-        total = torch.stack([*self._outcomes.values(), *norms]).sum()
+        total = torch.stack([*self._finite_if.values(), *norms]).sum()
         num_bad = distributed.all_reduce((~total.isfinite()).float())
         return num_bad.item() == 0
 
@@ -323,15 +317,10 @@ class Engine(ABC):
         """Momentum parameters and the online ones they follow, in the same order."""
         online = dict(self.online.named_parameters())
         pairs = [
-            (self._part(x).values, self._part(online[name]).values)
+            (self._partition(x).values, self._partition(online[name]).values)
             for name, x in self.momentum.named_parameters()
         ]
         return [m for m, _ in pairs], [o for _, o in pairs]
-
-
-def _is_excluded(name: str, parameter: Tensor) -> bool:
-    """Biases and norms (BYOL, MoCo v3, Barlow Twins), and Swin's relative positions."""
-    return parameter.dim() <= 1 or "relative_position_bias" in name
 
 
 def _view_as(flat: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Takes back what a forward pass does to the nets: it moves the running statistics."""
+"""Undoes what a forward pass does to the nets: it moves the running statistics."""
 
 from collections.abc import Iterable
 
@@ -21,13 +21,13 @@ class BufferSnapshot:
         self._pairs = [(x, [b.clone() for b in x]) for x in by_dtype.values()]
 
     @torch.no_grad()
-    def keep(self) -> None:
+    def take(self) -> None:
         """Copies them, before a forward pass."""
         for buffers, copies in self._pairs:
             torch._foreach_copy_(copies, buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Gives them the values of the last `keep`."""
+        """Gives them the values of the last `take`."""
         for buffers, copies in self._pairs:
             torch._foreach_copy_(buffers, copies)

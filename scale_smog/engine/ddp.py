@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scale_smog import distributed
 from scale_smog.engine.base import Engine
-from scale_smog.optim import Shard
+from scale_smog.optim import ParameterPartition
 
 # torch 2.15 has a new name for the flag and warns of the old one.
 _FLAGS = inspect.signature(DistributedDataParallel).parameters
@@ -40,10 +40,12 @@ class DdpEngine(Engine):
             wrapped.register_comm_hook(None, bf16_compress_hook)
         return wrapped, self.momentum
 
-    def _build_shards(self) -> list[Shard]:
+    def _parameter_partitions(self) -> list[ParameterPartition]:
         return [
-            Shard(name, self._wholes[name].number, p, 0, self._wholes[name].is_excluded)
-            for name, p in self.online.named_parameters()
+            ParameterPartition(name, info.layer_id, p, 0, info.is_excluded)
+            for (name, p), info in zip(
+                self.online.named_parameters(), self._parameters.values(), strict=True
+            )
         ]
 
     def _micro_batch(self, is_last: bool) -> AbstractContextManager[object]:

@@ -18,10 +18,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from scale_smog import distributed
-from scale_smog.engine.base import Engine, Part
+from scale_smog.distributed import Partition
+from scale_smog.engine.base import Engine
 from scale_smog.errors import UserError
 from scale_smog.models import MomentumNet, OnlineNet, stages
-from scale_smog.optim import Shard
+from scale_smog.optim import ParameterPartition
 
 
 class FsdpEngine(Engine):
@@ -63,26 +64,27 @@ class FsdpEngine(Engine):
         for module in dict.fromkeys([*parts, net]):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
-    def _part(self, parameter: Tensor) -> Part:
+    def _partition(self, parameter: Tensor) -> Partition:
         assert isinstance(parameter, DTensor)
         rows = parameter.shape[0]
         row_numel = parameter.numel() // rows
         first_row = min(self._rank * -(-rows // self._num_ranks), rows)
-        return Part(parameter.to_local().detach().view(-1), first_row * row_numel)
+        local = parameter.to_local().detach().view(-1)
+        return Partition(local, first_row * row_numel, parameter.shape, is_replicated=False)
 
-    def _build_shards(self) -> list[Shard]:
-        self._parameters = dict(self.online.named_parameters())
-        parts = {name: self._part(p) for name, p in self._parameters.items()}
+    def _parameter_partitions(self) -> list[ParameterPartition]:
+        self._dtensors = dict(self.online.named_parameters())
+        held = {name: self._partition(p) for name, p in self._dtensors.items()}
         return [
-            Shard(
+            ParameterPartition(
                 name,
-                self._wholes[name].number,
-                nn.Parameter(values),  # shares the memory of the DTensor
-                start,
-                self._wholes[name].is_excluded,
+                self._parameters[name].layer_id,
+                nn.Parameter(partition.values),  # shares the memory of the DTensor
+                partition.start,
+                self._parameters[name].is_excluded,
             )
-            for name, (values, start) in parts.items()
-            if values.numel()  # small tensors leave the last ranks without a row
+            for name, partition in held.items()
+            if partition.values.numel()  # small tensors leave the last ranks without a row
         ]
 
     def _micro_batch(self, is_last: bool) -> AbstractContextManager[object]:
@@ -91,10 +93,10 @@ class FsdpEngine(Engine):
         return nullcontext()
 
     def _step(self) -> None:
-        for shard in self._shards:
-            grad = self._parameters[shard.name].grad
+        for part in self.partitions:
+            grad = self._dtensors[part.name].grad
             assert isinstance(grad, DTensor)
-            shard.value.grad = grad.to_local().view(-1)
+            part.value.grad = grad.to_local().view(-1)
         self._update()
-        for parameter in self._parameters.values():
+        for parameter in self._dtensors.values():
             parameter.grad = None

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: every rank updates a slice of the parameters; the only importer of deepspeed.
+"""DeepSpeed ZeRO: every rank updates a partition of the parameters; only importer of deepspeed.
 
 DeepSpeed hands its optimizer one flat tensor, so a LARS given to it would see one layer. Here its
 optimizer is a callback that runs the engine's own over the parts of the parameters in that tensor.
@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scale_smog import distributed
-from scale_smog.engine.base import Engine, Part
+from scale_smog.distributed import Partition
+from scale_smog.engine.base import Engine
 from scale_smog.errors import UserError
-from scale_smog.optim import Shard
+from scale_smog.optim import ParameterPartition
 
 REDUCE_BUCKET_NUMEL = 50_000_000  # DeepSpeed allocates the whole bucket: 200 MB in fp32
 
@@ -58,10 +59,10 @@ class ZeroEngine(Engine):
 
     _zero_settings: ClassVar = {"compute_grad_norm": False}  # else one more reduction
 
-    def _build_shards(self) -> list[Shard]:
+    def _parameter_partitions(self) -> list[ParameterPartition]:
         zero = self._deepspeed.optimizer
         self._in_flat: list[tuple[nn.Parameter, Tensor, int]] = []
-        shards = []
+        partitions = []
         for flat, group in zip(
             zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
         ):
@@ -70,17 +71,20 @@ class ZeroEngine(Engine):
                 if mapping is not None:  # else this rank holds nothing of the parameter
                     there = mapping.hp_fragment_address
                     start = mapping.lp_fragment_address.start
-                    shards.append(self._shard(parameter, flat, there.start, there.numel, start))
-        return shards
+                    partitions.append(
+                        self._in_flat_tensor(parameter, flat, there.start, there.numel, start)
+                    )
+        return partitions
 
-    def _shard(
+    def _in_flat_tensor(
         self, parameter: nn.Parameter, flat: Tensor, offset: int, numel: int, start: int
-    ) -> Shard:
-        """The part of a parameter that begins at `start` and lies in `flat` from `offset` on."""
+    ) -> ParameterPartition:
+        """The range of a parameter from `start` on, which lies in `flat` from `offset` on."""
         name = self._names[parameter]
         value = nn.Parameter(flat.detach()[offset : offset + numel])  # shares the memory of `flat`
         self._in_flat.append((value, flat, offset))
-        return Shard(name, self._wholes[name].number, value, start, self._wholes[name].is_excluded)
+        info = self._parameters[name]
+        return ParameterPartition(name, info.layer_id, value, start, info.is_excluded)
 
     def _run_optimizer(self) -> None:
         """Called by DeepSpeed inside `step`, when the flat tensors hold averaged gradients."""
@@ -118,23 +122,25 @@ class Zero3Engine(ZeroEngine):
         )
         return online, momentum
 
-    def _part(self, parameter: Any) -> Part:
+    def _partition(self, parameter: Any) -> Partition:
         numel, per_rank = parameter.ds_numel, parameter.ds_tensor.numel()
         start = min(distributed.rank() * per_rank, numel)
         # Behind the last value the tensor is filled up with garbage.
-        return Part(parameter.ds_tensor.detach()[: min(per_rank, numel - start)], start)
+        values = parameter.ds_tensor.detach()[: min(per_rank, numel - start)]
+        return Partition(values, start, parameter.ds_shape, is_replicated=False)
 
-    def _build_shards(self) -> list[Shard]:
+    def _parameter_partitions(self) -> list[ParameterPartition]:
         zero = self._deepspeed.optimizer
         self._in_flat = []
-        shards = []
+        partitions = []
         for parameter in (p for group in zero.fp16_groups for p in group):
             group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-            values, start = self._part(parameter)
+            held = self._partition(parameter)
+            numel = held.values.numel()
             flat = zero.fp32_partitioned_groups_flat[group]
-            if values.numel():  # small tensors leave the last ranks without an element
-                shards.append(self._shard(parameter, flat, offset, values.numel(), start))
-        return shards
+            if numel:  # small tensors leave the last ranks without an element
+                partitions.append(self._in_flat_tensor(parameter, flat, offset, numel, held.start))
+        return partitions
 
     def _step(self) -> None:
         super()._step()

@@ -3,7 +3,7 @@
 from scale_smog.grouping.feature_bank import FeatureBank
 from scale_smog.grouping.groups import MomentumGroups, ResetReport, chance_loss
 from scale_smog.grouping.kmeans import KMeansResult, spherical_kmeans
-from scale_smog.grouping.usage import GroupUsage, collapse_warning, perplexity
+from scale_smog.grouping.usage import GroupUsage, perplexity
 
 __all__ = [
     "FeatureBank",
@@ -12,7 +12,6 @@ __all__ = [
     "MomentumGroups",
     "ResetReport",
     "chance_loss",
-    "collapse_warning",
     "perplexity",
     "spherical_kmeans",
 ]

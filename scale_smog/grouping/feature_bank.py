@@ -46,7 +46,7 @@ class FeatureBank:
         ring = Partition.from_rows(self._ring.transpose(0, 1))  # this rank's [B, S, D]
         return {"ring": ring, "num_pushed": Partition.replicated(torch.tensor(self._num_pushed))}
 
-    def load(self, values: dict[str, Tensor]) -> None:
-        """Takes values for its partitions."""
+    def load_state_dict(self, values: dict[str, Tensor]) -> None:
+        """Takes this rank's values of `state_dict`."""
         self._ring.copy_(values["ring"].transpose(0, 1))
         self._num_pushed = int(values["num_pushed"])

@@ -1,12 +1,9 @@
-"""How the groups are used: in use, perplexity, and the warning when they collapse."""
+"""How the groups are used over the last steps: counts and perplexity."""
 
 import torch
 from torch import Tensor
 
 from scale_smog.distributed import Partition
-
-COLLAPSED_SHARE = 0.1  # of the groups
-ENOUGH_FEATURES = 10  # a group, on average, before a verdict
 
 
 class GroupUsage:
@@ -39,8 +36,8 @@ class GroupUsage:
             "num_pushed": Partition.replicated(num_pushed),
         }
 
-    def load(self, values: dict[str, Tensor]) -> None:
-        """Takes values for its partitions."""
+    def load_state_dict(self, values: dict[str, Tensor]) -> None:
+        """Takes the values of `state_dict`."""
         self._window.copy_(values["window"])
         self._num_pushed = int(values["num_pushed"])
 
@@ -49,17 +46,3 @@ def perplexity(counts: Tensor) -> float:
     """exp of the entropy of the usage [K]: K when all groups are used alike, 1 after a collapse."""
     share = counts.double() / counts.sum().clamp(min=1)
     return torch.exp(torch.special.entr(share).sum()).item()
-
-
-def collapse_warning(counts: Tensor) -> str | None:
-    """One line with the remedy when the usage [K] has collapsed, else None."""
-    num_groups = len(counts)
-    now = perplexity(counts)
-    is_early = counts.sum() < ENOUGH_FEATURES * num_groups
-    if is_early or now >= max(2.0, COLLAPSED_SHARE * num_groups):
-        return None
-    return (
-        f"groups are collapsing: perplexity {now:.1f} of {num_groups} groups; keep grouping.kmeans "
-        "and grouping.reset_momentum on, reset more often (grouping.reset_every), or lower the "
-        "learning rate"
-    )

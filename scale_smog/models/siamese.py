@@ -11,7 +11,8 @@ from scale_smog.config import ModelConfig
 from scale_smog.models import heads
 from scale_smog.models.backbones import build_backbone
 
-# Shapes: B images per rank, D feature size, n small views, V = 1 + n views of the online net.
+# Shapes: B images per rank, F size of the backbone's features, D of the projections, n small views,
+# V = 1 + n views of the online net.
 
 
 def unit(x: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ class OnlineNet(nn.Module):
         self.projector = projector
         self.predictor = predictor
 
-    def forward(self, large: Tensor, small: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+    def forward(self, large: Tensor, small: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Projects the large view, which feeds the groups, and predicts from every view.
 
         Args:
@@ -37,16 +38,18 @@ class OnlineNet(nn.Module):
 
         Returns:
             z [B, D], the unit projections of the large view, and p [V, B, D], the unit predictions
-            of the large view (`p[0]`) and of the small views in order; both at least float32.
+            of the large view (`p[0]`) and of the small views in order; both at least float32. And
+            the backbone's features [B, F] of the large view, without gradient.
         """
-        projected = self.projector(self.backbone(large))  # [B, D]
+        features = self.backbone(large)  # [B, F]
+        projected = self.projector(features)  # [B, D]
         predicted = self.predictor(projected).unsqueeze(0)  # [1, B, D]
         if small:
             predicted = torch.cat([predicted, self._predict_small(small)])  # [V, B, D]
-        return unit(projected), unit(predicted)
+        return unit(projected), unit(predicted), features.detach()
 
     def features(self, view: Tensor) -> Tensor:
-        """The backbone's features [B, d] of a view [B, 3, H, W], for evaluation."""
+        """The backbone's features [B, F] of a view [B, 3, H, W], for evaluation."""
         return self.backbone(view)
 
     def _predict_small(self, small: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is wrong with a step or a rank, and whose fault it is."""
+"""What is wrong with the groups, a step or a rank: collapse, non-finite steps, stragglers."""
 
 import json
 import os
@@ -17,11 +17,28 @@ from scale_smog import distributed
 from scale_smog.config import RunConfig
 from scale_smog.data.batch import Batch
 from scale_smog.errors import UserError
+from scale_smog.grouping import perplexity
 
+COLLAPSED_SHARE = 0.1  # of the groups
+ENOUGH_FEATURES = 10  # a group, on average, before a warning
 SLOW_PROBE = 1.0 / 0.7  # times the median of the ranks
 LONG_WAIT = 0.2  # of a step, beyond the median of the ranks
 TIMES_IN_A_ROW = 2  # before a rank is named: one slow moment is nobody's fault
 PROBE_SIZE = {"cpu": 256, "cuda": 4096}
+
+
+def collapse_warning(counts: Tensor) -> str | None:
+    """One line with the remedy when the usage [K] has collapsed, else None."""
+    num_groups = len(counts)
+    now = perplexity(counts)
+    is_early = counts.sum() < ENOUGH_FEATURES * num_groups
+    if is_early or now >= max(2.0, COLLAPSED_SHARE * num_groups):
+        return None
+    return (
+        f"groups are collapsing: perplexity {now:.1f} of {num_groups} groups; keep grouping.kmeans "
+        "and grouping.reset_momentum on, reset more often (grouping.reset_every), or lower the "
+        "learning rate"
+    )
 
 
 class SkippedSteps:

@@ -3,11 +3,9 @@
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,35 +17,6 @@ from scale_smog import distributed
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-
-
-class StepClock:
-    """Wall time since the last report, and how much of it was spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts a new report."""
-        self._start = time.perf_counter()
-        self._waited_s = 0.0
-        self._num_steps = 0
-
-    def next(self, batches: Any) -> Any:
-        """The next batch; the time it takes counts as waiting."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self._waited_s += time.perf_counter() - start
-        self._num_steps += 1
-        return batch
-
-    def report(self, global_batch: int) -> dict[str, float]:
-        """Images a second over all ranks, and the share of the time spent waiting; restarts."""
-        elapsed = time.perf_counter() - self._start
-        speed = self._num_steps * global_batch / elapsed
-        share = self._waited_s / elapsed
-        self.restart()
-        return {"images_per_s": speed, "data_wait": share}
 
 
 class Metrics:

@@ -71,9 +71,9 @@ def trust_ratios(folder: Path, engine: str) -> Ratios:
         runs.run(recipe, state, num_steps=1)
     ratios: Ratios = {name: [] for name in dict(state.engine.online.named_parameters())}
     of_adapted = iter(found)
-    for shard in state.engine.shards():
-        ratio = 1.0 if shard.excluded else next(of_adapted).item()
-        ratios[shard.name].append((ratio, shard.start, shard.value.numel()))
+    for part in state.engine.partitions:
+        ratio = 1.0 if part.is_excluded else next(of_adapted).item()
+        ratios[part.name].append((ratio, part.start, part.value.numel()))
     return ratios
 
 
@@ -93,7 +93,7 @@ def load_and_go_on(folder: Path, saved: str, engine: str) -> None:
     saved_run = runs.recipe_of(folder / f"{saved} saved").run
     restored = Checkpoints(saved_run, {}).load_newest(state.state_dict())
     assert restored and restored.step == SAVED_STEP
-    state.load(restored.values, restored.step)
+    state.load_state_dict(restored.values, restored.step)
     runs.run(recipe, state, LAST_STEP)
 
 

@@ -244,7 +244,7 @@ def restore_bank(ring):
     size = BATCH // distributed.world_size()
     bank = FeatureBank(3, size, DIM, CPU)
     own = ring[distributed.rank() * size :][:size]
-    bank.load({"ring": own, "num_pushed": torch.tensor(5)})
+    bank.load_state_dict({"ring": own, "num_pushed": torch.tensor(5)})
     bank.push(unit(BATCH, DIM, seed=9).float()[:size] * 0)
     groups = MomentumGroups(NUM_GROUPS, DIM, seed=3)
     groups.reseed_from(bank)

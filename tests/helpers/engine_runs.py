@@ -16,7 +16,7 @@ from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.engine import build_engine
 from scale_smog.grouping import FeatureBank, GroupUsage, MomentumGroups
-from scale_smog.loop import TrainState, train
+from scale_smog.loop import train
 from scale_smog.loss import group_contrastive_loss
 from scale_smog.models import (
     MomentumNet,
@@ -26,7 +26,9 @@ from scale_smog.models import (
     synchronise_batch_norm,
 )
 from scale_smog.reporting.metrics import Metrics
+from scale_smog.reporting.progress import Progress
 from scale_smog.schedules import Schedules, due
+from scale_smog.state import TrainState
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 NUM_STEPS, GLOBAL_BATCH, DIM, NUM_GROUPS = 8, 24, 16, 10
@@ -135,7 +137,7 @@ def batches(first: int):
 
 
 def build_state(recipe: Recipe, ranks_per_node: int | None = None) -> TrainState:
-    """As `pretrain.build_state`, with tiny nets and another seed on every rank."""
+    """As `state.build_state`, with tiny nets and another seed on every rank."""
     size = distributed.world_size()
     os.environ["LOCAL_RANK"] = str(distributed.rank())
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node or size)
@@ -166,7 +168,8 @@ def run(recipe: Recipe, state: TrainState, num_steps: int = NUM_STEPS) -> None:
     schedules = schedules_of(recipe, num_steps)
     loader = batches(state.step)
     checkpoints = checkpoint.Checkpoints(recipe.run, {})
-    train(recipe, state, loader, schedules, Silence(), lambda step: None, checkpoints)
+    progress = Progress(recipe, Silence(), num_steps, state.engine.device)
+    train(recipe, state, loader, schedules, progress, checkpoints, lambda step: None)
 
 
 def final_state(folder: Path) -> States:
@@ -229,7 +232,7 @@ def _train_plainly(
             own = {k: v for k, v in online.state_dict().items() if not k.startswith("predictor")}
             momentum.load_state_dict(own)
         outputs = [online(online_view[i], [small[i]]) for i in rows]
-        z, p = (torch.cat(x, dim=-2)[..., order, :] for x in zip(*outputs, strict=True))
+        z, p, _ = (torch.cat(x, dim=-2)[..., order, :] for x in zip(*outputs, strict=True))
         momentum_z = torch.cat([momentum(momentum_view[i]) for i in rows])[order]
         target = groups.assign(momentum_z)
         new_groups = groups.updated_by(z, now.beta)

@@ -15,8 +15,10 @@ from scale_smog import UserError, distributed
 from scale_smog.checkpoint import Checkpoints
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
-from scale_smog.loop import TrainState, train, train_step
-from scale_smog.reporting.health import Stragglers
+from scale_smog.loop import train, train_step
+from scale_smog.reporting.health import Stragglers, collapse_warning
+from scale_smog.reporting.progress import Progress
+from scale_smog.state import TrainState
 
 POISONED = 3  # the step whose batch is not finite on the last rank
 ENGINES = ("ddp", "zero1", "zero3", "fsdp")  # zero2 and hsdp share what is at stake with these
@@ -94,7 +96,8 @@ def train_on_poison(recipe: Recipe) -> tuple[str, list[str]]:
     state, schedules = runs.build_state(recipe), runs.schedules_of(recipe, runs.NUM_STEPS)
     checkpoints = Checkpoints(recipe.run, {})
     try:
-        train(recipe, state, batches(), schedules, metrics, lambda step: None, checkpoints)
+        progress = Progress(recipe, metrics, runs.NUM_STEPS, state.engine.device)
+        train(recipe, state, batches(), schedules, progress, checkpoints, lambda step: None)
     except UserError as error:
         return str(error), said
     return "", said
@@ -135,3 +138,11 @@ def test_a_straggling_rank_is_named_at_the_second_report(kind):
 
 def test_one_rank_has_no_stragglers():
     assert Stragglers(torch.device("cpu")).found(0.9) is None
+
+
+def test_a_collapse_is_named_with_its_remedy_and_health_is_not():
+    collapsed = torch.zeros(100, dtype=torch.int64)
+    collapsed[:3] = 1000
+    assert "grouping.kmeans" in (collapse_warning(collapsed) or "")
+    assert collapse_warning(torch.full((100,), 30)) is None
+    assert collapse_warning(collapsed // 100) is None  # too few features for a verdict

@@ -1,0 +1,96 @@
+"""The end of a run: one evaluation, results.json, the picture of the groups, the table."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scale_smog import checkpoint, distributed
+from scale_smog.config import Recipe
+from scale_smog.data import TarDataset
+from scale_smog.evaluation.features import embed_images
+from scale_smog.evaluation.groups.pictures import draw_groups
+from scale_smog.evaluation.knn import KnnProbe
+from scale_smog.grouping import perplexity
+from scale_smog.models import build_nets
+from scale_smog.reporting import run_folder
+from scale_smog.reporting.curves import CURVES_FILE
+from scale_smog.reporting.metrics import Metrics
+from scale_smog.state import TrainState, stoppable
+
+PICTURE_FILE = "groups.png"
+NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
+
+
+def conclude(
+    recipe: Recipe,
+    state: TrainState,
+    dataset: TarDataset,
+    knn: KnnProbe | None,
+    metrics: Metrics,
+) -> None:
+    """Evaluates the finished run once, writes results.json and the picture, prints the table.
+
+    Raises:
+        StopRequested: on all ranks alike.
+    """
+    run_dir = Path(recipe.run.dir)
+    results = distributed.broadcast_object(run_folder.read_results(run_dir))
+    if results.get("run", {}).get("step") != state.step:
+        usage = state.usage.counts()
+        results = {
+            "run": {"step": state.step},
+            "groups": {
+                "perplexity": perplexity(usage),
+                "in_use": int((usage > 0).sum()),
+                "num_groups": recipe.grouping.num_groups,
+            },
+        }
+        if knn:
+            results["knn"] = _knn_figures(recipe, state, knn)
+        _draw_groups(recipe, state, dataset, usage)
+        run_folder.add_results(run_dir, results)
+    metrics.say(_table(run_dir, results))
+
+
+def _draw_groups(recipe: Recipe, state: TrainState, dataset: TarDataset, usage: Tensor) -> None:
+    # Shards are shuffled, so the first images are a fair sample. Never more than were trained on:
+    # a run of a few steps must not end with a longer evaluation.
+    num_trained = state.step * recipe.data.global_batch
+    ids = np.arange(min(NUM_PICTURED, num_trained, dataset.num_samples))
+    engine = state.engine
+    z = embed_images(
+        stoppable(engine.project), recipe.data, recipe.evaluation, dataset, ids, engine.device
+    )
+    if distributed.is_main():
+        path = Path(recipe.run.dir) / PICTURE_FILE
+        draw_groups(path, dataset, ids, z, state.groups.centroids, usage)
+
+
+def _knn_figures(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, float]:
+    figures = {"trained": knn.accuracy(stoppable(state.engine.embed)), **knn.settings}
+    if recipe.evaluation.baselines:
+        torch.manual_seed(recipe.run.seed)
+        random_net = build_nets(recipe.model)[0].backbone.to(state.engine.device).eval()
+        with torch.no_grad():
+            figures["random"] = knn.accuracy(stoppable(random_net))
+        figures["raw_pixels"] = knn.accuracy(stoppable(lambda images: images.flatten(1)))
+    return figures
+
+
+def _table(run_dir: Path, results: dict[str, dict[str, float]]) -> str:
+    groups, knn = results["groups"], results.get("knn", {})
+    names = {"raw_pixels": "raw pixels", "random": "random net", "trained": "trained net"}
+    rows = [(f"kNN top-1, {names[key]}", f"{knn[key]:.3f}") for key in names if key in knn]
+    rows += [
+        ("groups in use", f"{groups['in_use']} of {groups['num_groups']}"),
+        ("group perplexity", f"{groups['perplexity']:.1f}"),
+        ("peak memory of a rank", f"{distributed.peak_memory_mib():.0f} MiB"),
+        ("results", str(run_dir / run_folder.RESULTS_FILE)),
+        ("TensorBoard log", str(run_dir / "tensorboard")),
+        ("checkpoint", str(checkpoint.list_checkpoints(run_dir)[-1])),
+        ("picture of the groups", str(run_dir / PICTURE_FILE)),
+        ("picture of the course", str(run_dir / CURVES_FILE)),
+    ]
+    return "\n".join(["", *(f"  {name:<24}{value}" for name, value in rows)])

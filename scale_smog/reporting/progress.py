@@ -1,0 +1,149 @@
+"""What a rank reports of its steps: speed, loss, usage of the groups, and what is wrong."""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scale_smog import distributed
+from scale_smog.config import Recipe
+from scale_smog.data.batch import Batch
+from scale_smog.errors import RankError, UserError
+from scale_smog.grouping import GroupUsage, ResetReport, chance_loss, perplexity
+from scale_smog.reporting.health import SkippedSteps, Stragglers, collapse_warning
+from scale_smog.reporting.metrics import Metrics
+from scale_smog.schedules import ScheduledValues, due
+
+
+class StepReport(NamedTuple):
+    """What a step says of itself."""
+
+    loss: Tensor  # [], of this rank
+    is_applied: bool  # on all ranks; False: not finite, and nothing has changed
+    reset: ResetReport | None  # what k-means did to the groups, where the step began with it
+
+
+class StepClock:
+    """Wall time since the last report, and how much of it was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new report."""
+        self._start = time.perf_counter()
+        self._waited_s = 0.0
+        self._num_steps = 0
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time it takes counts as waiting."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited_s += time.perf_counter() - start
+        self._num_steps += 1
+        return batch
+
+    def report(self, global_batch: int) -> dict[str, float]:
+        """Images a second over all ranks, and the share of the time spent waiting; restarts."""
+        elapsed = time.perf_counter() - self._start
+        speed = self._num_steps * global_batch / elapsed
+        share = self._waited_s / elapsed
+        self.restart()
+        return {"images_per_s": speed, "data_wait": share}
+
+
+class Progress:
+    """Follows the loop step by step, on every rank.
+
+    Args:
+        recipe: of the run.
+        metrics: where rank 0 writes.
+        num_steps: of the whole run.
+        device: of this rank.
+    """
+
+    def __init__(self, recipe: Recipe, metrics: Metrics, num_steps: int, device: torch.device):
+        self.metrics = metrics
+        self.clock = StepClock()
+        self._recipe, self._num_steps = recipe, num_steps
+        self._skipped, self._stragglers = SkippedSteps(recipe.run), Stragglers(device)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The loader's next batch.
+
+        Raises:
+            RankError: this rank's loader fails; the others wait for it in the step.
+        """
+        try:
+            return self.clock.next(batches)
+        except UserError as error:
+            raise RankError(
+                f"{distributed.rank_and_host()}: {error}; when the data is there again, the same "
+                "command goes on from the newest checkpoint"
+            ) from error
+
+    def after_step(
+        self,
+        step: int,
+        batch: Batch,
+        report: StepReport,
+        scheduled: ScheduledValues,
+        usage: GroupUsage,
+    ) -> None:
+        """Reports the step just finished; a collective at every `run.log_every`.
+
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        metrics = self.metrics
+        if report.reset:
+            values = {f"reset/{name}": value for name, value in vars(report.reset).items()}
+            metrics.scalars(step, values)
+        if step == 1:
+            metrics.images("views", [*batch.large, *batch.small])
+        metrics.advance()
+        self._skipped.note(step, report.is_applied, report.loss, batch, metrics.say)
+        if due(step, self._recipe.run.log_every) or step in (1, self._num_steps):
+            self._log(step, report, scheduled, usage)
+
+    def _log(
+        self, step: int, report: StepReport, scheduled: ScheduledValues, usage: GroupUsage
+    ) -> None:
+        """A step that was left out has been reported already."""
+        speed = self.clock.report(self._recipe.data.global_batch)
+        if warning := self._stragglers.found(speed["data_wait"]):
+            self.metrics.say(f"warning: {warning}")
+        if not report.is_applied:
+            return
+        loss = distributed.all_reduce(report.loss.detach().clone()) / distributed.world_size()
+        grouping = self._recipe.grouping
+        is_warm_up = step <= grouping.instance_warmup_steps  # the groups rest
+        num_choices = 2 * self._recipe.data.global_batch - 1 if is_warm_up else grouping.num_groups
+        figures = {
+            "step": step,
+            "epoch": scheduled.epoch,
+            "loss": loss.item(),
+            "chance_loss": chance_loss(num_choices),
+            "lr": scheduled.lr,
+            "beta": scheduled.beta,
+            **speed,
+        }
+        self.metrics.log(figures if is_warm_up else figures | _usage_figures(usage.counts()))
+        if not is_warm_up:
+            self._report_usage(step, usage.counts())
+
+    def _report_usage(self, step: int, counts: Tensor) -> None:
+        self.metrics.histogram(step, "group_usage", counts)
+        if warning := collapse_warning(counts):
+            self.metrics.say(f"warning: {warning}")
+
+
+def _usage_figures(counts: Tensor) -> dict[str, float]:
+    """Of the groups' usage [K]."""
+    return {
+        "groups_in_use": int((counts > 0).sum()),
+        "group_perplexity": perplexity(counts),
+        "largest_group_share": (counts.max() / counts.sum()).item(),
+    }
