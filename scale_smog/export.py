@@ -1,6 +1,7 @@
-"""A trained net for other libraries: timm, torchvision, a Hugging Face folder; safetensors."""
+"""A trained net for timm, torchvision and Hugging Face: keys renamed, safetensors, a card."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scale_smog.checkpoint.nets import find_checkpoint, load_online_net, read_part
 from scale_smog.config import ModelConfig, Recipe
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.errors import UserError
-from scale_smog.evaluation.checkpoints import find_checkpoint, load_online_net, read_part
-from scale_smog.models.weights import to_torchvision_swin
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
 from scale_smog.runtime.files import write_atomically
@@ -29,6 +29,9 @@ TIMM = {
 TORCHVISION = {"resnet18": "resnet18", "resnet50": "resnet50", "swin_tiny": "swin_t"}
 OURS = ("resnet_tiny", "resnet18", "resnet50", "swin_tiny")
 SWIN_BUFFER = "relative_position_index"
+# timm's Swin keys, ours too, with torchvision's place; stages and mergings alternate there.
+_SWIN_BLOCK = re.compile(r"layers\.(\d)\.blocks\.(\d+)\.")
+_SWIN_MERGING = re.compile(r"layers\.(\d)\.downsample\.")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def export(path: str, out: str, kind: str, with_state: bool = False) -> Exported
         raise UserError(f"unknown format '{kind}': {', '.join(FORMATS)}")
     folder, run_dir = find_checkpoint(Path(path))
     recipe = load_recipe(run_dir / run_folder.RECIPE_FILE)
-    backbone = load_online_net(folder, recipe).backbone
+    backbone = load_online_net(folder, recipe.model).backbone
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     architecture = _architecture(recipe.model, kind)
     if kind == "torchvision" and recipe.model.backbone == "swin_tiny":
@@ -121,6 +124,18 @@ def _usage(model: ModelConfig, kind: str, architecture: str, folder: str) -> str
     arguments = f'"{model.backbone}", width={model.width}, small_images={model.small_images}'
     make = f"from scale_smog.models import build_backbone\n{read}net = build_backbone({arguments})"
     return f"{make}\n{load.replace(', strict=False', '')}"
+
+
+def to_torchvision_swin(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Swin's keys renamed to torchvision's; `models/weights.py` has the inverse."""
+    renamed = {}
+    for key, value in weights.items():
+        key = _SWIN_BLOCK.sub(lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.", key)
+        key = _SWIN_MERGING.sub(lambda m: f"features.{2 * int(m[1])}.", key)
+        key = key.replace("patch_embed.proj.", "features.0.0.")
+        key = key.replace("patch_embed.norm.", "features.0.2.")
+        renamed[key.replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")] = value
+    return renamed
 
 
 def _swin_buffers() -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small_recipe import small_recipe
 
+from scale_smog.checkpoint import nets
 from scale_smog.errors import UserError
-from scale_smog.evaluation import checkpoints
-from scale_smog.export import export
+from scale_smog.export import export, to_torchvision_swin
 from scale_smog.models import build_backbone, build_nets
-from scale_smog.models.weights import from_torchvision_swin, load_weights, to_torchvision_swin
+from scale_smog.models.weights import from_torchvision_swin, load_weights
 from scale_smog.pretrain import pretrain
 from scale_smog.recipe import dump_recipe
 from scale_smog.reporting import run_folder
@@ -39,7 +39,7 @@ def fake_run(tmp_path, monkeypatch):
         (run_dir / run_folder.RECIPE_FILE).write_text(dump_recipe(recipe))
         parts = {"online": online.state_dict(), "momentum": momentum.state_dict()}
         parts["groups"] = {"centroids": torch.eye(3)}
-        monkeypatch.setattr(checkpoints, "read_part", lambda folder, part: parts[part])
+        monkeypatch.setattr(nets, "read_part", lambda folder, part: parts[part])
         monkeypatch.setattr("scale_smog.export.read_part", lambda folder, part: parts[part])
         found = (run_dir / "checkpoints" / "step-00000008", run_dir)
         monkeypatch.setattr("scale_smog.export.find_checkpoint", lambda path: found)
@@ -161,9 +161,9 @@ def test_a_run_starts_from_the_weights_of_a_file(tmp_path, tars):
         "optimizer.base_lr=1e-12",
     )
     pretrain(recipe)
-    folder, _ = checkpoints.find_checkpoint(Path(recipe.run.dir))
+    folder, _ = nets.find_checkpoint(Path(recipe.run.dir))
     for part in ("online", "momentum"):
-        weights = checkpoints.read_part(folder, part)
+        weights = nets.read_part(folder, part)
         for name in ("conv1.weight", "layer3.0.conv2.weight"):
             assert torch.allclose(weights[f"backbone.{name}"], start[name], atol=1e-6)
 

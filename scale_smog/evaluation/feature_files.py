@@ -13,9 +13,8 @@ from scale_smog.data.image_folder import FolderDataset, Images, has_split, open_
 from scale_smog.data.loaders.torch import decode
 from scale_smog.data.manifest import MANIFEST_NAME, load_manifest
 from scale_smog.errors import UserError
-from scale_smog.evaluation.features import embed_images
-from scale_smog.evaluation.job import Job
 from scale_smog.evaluation.protocols import FeaturesConfig
+from scale_smog.evaluation.task import EvaluationTask
 
 THUMBNAIL_PX = 32
 
@@ -34,22 +33,20 @@ def write_features(
     if len(paths) != 1:
         raise UserError(f"features takes one checkpoint, not {len(paths)}")
     with distributed.process_group() as device:
-        job = Job.open("features", paths[0], overrides, device)
-        config = job.protocols.features
+        task = EvaluationTask.open("features", paths[0], overrides, device)
+        config = task.protocols.features
         if config.format == "parquet":
             _import_pyarrow()
-        out = Path(config.out) if config.out else job.run_dir / "features"
-        embed = job.embeds()["trained"]
-        recipe = job.recipe
-        for name, dataset in _sets(config, recipe.data.path).items():
-            ids = np.arange(dataset.num_samples)
-            z = embed_images(embed, recipe.data, recipe.evaluation, dataset, ids, device).cpu()
+        out = Path(config.out) if config.out else task.run_dir / "features"
+        encoder = task.frozen(task.backbone())
+        for name, dataset in _sets(config, task.recipe.data.path).items():
+            z = task.embed(encoder, dataset, np.arange(dataset.num_samples)).cpu()
             if distributed.is_main():
                 _write(config.format, out, name, z, dataset)
                 print(f"{out / name}-features.{config.format}: {z.shape[0]} x {z.shape[1]}")
                 if config.projector:
                     shown = min(config.projector, len(z))
-                    _show_in_projector(job.run_dir / "tensorboard", name, z[:shown], dataset)
+                    _show_in_projector(task.run_dir / "tensorboard", name, z[:shown], dataset)
 
 
 def _sets(config: FeaturesConfig, data_path: str) -> dict[str, Images]:

@@ -1,6 +1,6 @@
-"""Embeds the images of a dataset, all ranks sharing the work."""
+"""Features of a dataset's images by a frozen net, all ranks sharing the work."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.image_folder import Images
 from scale_smog.data.loaders.build import build_evaluation_loader
 
+Encoder = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> features [B, F]
+
 
 def embed_images(
-    embed: Callable[[Tensor], Tensor],
+    encoder: Encoder,
     data: DataConfig,
     config: EvaluationConfig,
     dataset: Images,
@@ -23,7 +25,7 @@ def embed_images(
     """Features of centre crops; a collective.
 
     Args:
-        embed: [B, 3, H, W] -> [B, F].
+        encoder: [B, 3, H, W] -> [B, F].
         data: who decodes.
         config: size of the crops and of a batch.
         dataset: where the images are.
@@ -34,25 +36,6 @@ def embed_images(
         [N, F] float32 in the order of `ids`, on every rank.
     """
     batches = build_evaluation_loader(data, config, dataset, ids, device)
-    features = torch.stack([embed(batch.large[0]).float() for batch in batches])  # [S, B, F]
-    everyone = distributed.gather_columns(features)  # [S, W * B, F]
-    return everyone.flatten(0, 1)[: len(ids)]  # the last step repeats images to fill itself
-
-
-def each_once(
-    data: DataConfig,
-    config: EvaluationConfig,
-    dataset: Images,
-    ids: np.ndarray,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's centre crops [B, 3, H, W] and labels [B], no image twice; arguments as above.
-
-    Every rank gets equally many batches; the last may be empty.
-    """
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batches = build_evaluation_loader(data, config, dataset, ids, device)
-    for step, batch in enumerate(batches):
-        size = len(batch.label)
-        num = min(max(len(ids) - (step * world_size + rank) * size, 0), size)
-        yield batch.large[0][:num], batch.label[:num].to(device)
+    features = torch.stack([encoder(batch.large[0]).float() for batch in batches])  # [S, B, F]
+    gathered = distributed.gather_columns(features)  # [S, W * B, F]
+    return gathered.flatten(0, 1)[: len(ids)]  # the last step repeats images to fill itself

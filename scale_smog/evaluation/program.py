@@ -5,69 +5,67 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from scale_smog import distributed
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
 from scale_smog.evaluation.groups.program import evaluate_groups
-from scale_smog.evaluation.job import Job
 from scale_smog.evaluation.knn import KnnProbe
 from scale_smog.evaluation.paper import compare, paper_table
-from scale_smog.evaluation.supervised.finetune import chosen_samples, evaluate_finetuned
+from scale_smog.evaluation.supervised.finetune import evaluate_finetuned
+from scale_smog.evaluation.supervised.label_subsets import labelled_samples
 from scale_smog.evaluation.supervised.linear import evaluate_linear
+from scale_smog.evaluation.task import EvaluationTask, Results
 from scale_smog.reporting import run_folder
 
-Figures = dict[str, Any]
 
-
-def _knn(job: Job) -> Figures:
-    recipe = job.recipe
-    probe = KnnProbe(recipe.data, recipe.evaluation, job.device)
-    figures: Figures = {}
-    for name, embed in job.embeds().items():
-        figures[name], figures[f"{name}_top5"] = probe.accuracies(embed)
+def _knn(task: EvaluationTask) -> Results:
+    recipe = task.recipe
+    probe = KnnProbe(recipe.data, recipe.evaluation, task.device)
+    results: Results = {}
+    for name, encoder in task.frozen_encoders().items():
+        results[name], results[f"{name}_top5"] = probe.accuracies(encoder)
     if recipe.evaluation.baselines:
-        figures["raw_pixels"] = probe.accuracy(lambda images: images.flatten(1))
-    return figures | probe.settings
+        results["raw_pixels"] = probe.accuracy(lambda images: images.flatten(1))
+    return results | probe.settings
 
 
-def _linear(job: Job) -> Figures:
-    train_set, test_set = job.labelled_splits()
-    own = {
-        name: evaluate_linear(job, name, embed, train_set, test_set)
-        for name, embed in job.embeds().items()
+def _linear(task: EvaluationTask) -> Results:
+    train_set, test_set = task.labelled_splits()
+    by_net = {
+        name: evaluate_linear(task, name, encoder, train_set, test_set)
+        for name, encoder in task.frozen_encoders().items()
     }
-    return own["trained"] | {"setting": job.protocols.linear.setting} | _baseline(own)
+    return by_net["trained"] | {"setting": task.protocols.linear.setting} | _baseline(by_net)
 
 
-def _finetune(job: Job) -> Figures:
-    train_set, test_set = job.labelled_splits()
-    nets = job.backbones()
-    own = {
-        name: evaluate_finetuned(job, name, net, train_set, test_set) for name, net in nets.items()
+def _finetune(task: EvaluationTask) -> Results:
+    train_set, test_set = task.labelled_splits()
+    by_net = {
+        name: evaluate_finetuned(task, name, net, train_set, test_set)
+        for name, net in task.backbones().items()
     }
-    return own["trained"] | {"share": job.protocols.finetune.share} | _baseline(own)
+    return by_net["trained"] | {"share": task.protocols.finetune.share} | _baseline(by_net)
 
 
-def _segmentation(job: Job) -> Figures:
+def _segmentation(task: EvaluationTask) -> Results:
     from scale_smog.evaluation.dense.segmentation import evaluate_segmentation
 
-    return evaluate_segmentation(job)
+    return evaluate_segmentation(task)
 
 
-def _detection(job: Job) -> Figures:
+def _detection(task: EvaluationTask) -> Results:
     from scale_smog.evaluation.dense.detection import evaluate_detection
 
-    return evaluate_detection(job)
+    return evaluate_detection(task)
 
 
-def _baseline(own: dict[str, Figures]) -> Figures:
-    random = own.get("random", {})
+def _baseline(by_net: dict[str, Results]) -> Results:
+    random = by_net.get("random", {})
     return {f"random_{key}": random[key] for key in ("top1", "top5") if key in random}
 
 
-EVALUATORS: dict[str, Callable[[Job], Figures]] = {
+EVALUATORS: dict[str, Callable[[EvaluationTask], Results]] = {
     "knn": _knn,
     "linear": _linear,
     "finetune": _finetune,
@@ -93,45 +91,45 @@ def evaluate(
     if len(paths) != 1:
         raise UserError(f"{name} takes one checkpoint, not {len(paths)}")
     with distributed.process_group() as device:
-        job = _prepared(Job.open(name, paths[0], overrides, device))
-        figures = EVALUATORS[name](job)
-        job.finish(figures)
+        task = _prepared(EvaluationTask.open(name, paths[0], overrides, device))
+        results = EVALUATORS[name](task)
+        task.finish(results)
         if distributed.is_main():
-            print(_table(job, figures))
+            print(_table(task, results))
             if with_paper:
-                print(_comparison(job, figures))
+                print(_comparison(task, results))
 
 
-def _prepared(job: Job) -> Job:
-    """The job with all that its result depends on; says early what is wrong with its images."""
-    settings = {"evaluation": job.recipe.evaluation.model_dump()}
-    if job.name in type(job.protocols).model_fields:
-        settings[job.name] = getattr(job.protocols, job.name).model_dump()
-    hashes = _HASHES.get(job.name, _labelled_hashes)
-    return replace(job, settings=settings, data_sha256=hashes(job))
+def _prepared(task: EvaluationTask) -> EvaluationTask:
+    """The task with all that its result depends on; says early what is wrong with its images."""
+    settings = {"evaluation": task.recipe.evaluation.model_dump()}
+    if task.name in type(task.protocols).model_fields:
+        settings[task.name] = getattr(task.protocols, task.name).model_dump()
+    hashes = _HASHES.get(task.name, _labelled_hashes)
+    return replace(task, settings=settings, data_sha256=hashes(task))
 
 
-def _labelled_hashes(job: Job) -> dict[str, str]:
-    job.labelled_splits()
-    return job.labelled_hashes()
+def _labelled_hashes(task: EvaluationTask) -> dict[str, str]:
+    task.labelled_splits()
+    return task.labelled_hashes()
 
 
-def _finetune_hashes(job: Job) -> dict[str, str]:
-    train_set, _ = job.labelled_splits()
-    ids = chosen_samples(job.protocols.finetune, train_set)
-    return job.labelled_hashes() | {"labelled_ids": hashlib.sha256(ids.tobytes()).hexdigest()}
+def _finetune_hashes(task: EvaluationTask) -> dict[str, str]:
+    train_set, _ = task.labelled_splits()
+    ids = labelled_samples(task.protocols.finetune, train_set)
+    return task.labelled_hashes() | {"labelled_ids": hashlib.sha256(ids.tobytes()).hexdigest()}
 
 
-def _segmentation_hashes(job: Job) -> dict[str, str]:
+def _segmentation_hashes(task: EvaluationTask) -> dict[str, str]:
     from scale_smog.evaluation.dense.segmentation import segmentation_hashes
 
-    return segmentation_hashes(job)
+    return segmentation_hashes(task)
 
 
-def _detection_hashes(job: Job) -> dict[str, str]:
+def _detection_hashes(task: EvaluationTask) -> dict[str, str]:
     from scale_smog.evaluation.dense.detection import detection_hashes
 
-    return detection_hashes(job)
+    return detection_hashes(task)
 
 
 _HASHES = {
@@ -141,27 +139,27 @@ _HASHES = {
 }
 
 
-def _table(job: Job, figures: Figures) -> str:
-    shown = {k: v for k, v in figures.items() if isinstance(v, str | int | float)}
+def _table(task: EvaluationTask, results: Results) -> str:
+    shown = {k: v for k, v in results.items() if isinstance(v, str | int | float)}
     rows = [(k, f"{v:.4f}" if isinstance(v, float) else str(v)) for k, v in shown.items()]
-    rows.append(("results", str(job.folder / run_folder.RESULTS_FILE)))
-    return "\n".join([f"{job.name} of {job.checkpoint}", *(f"  {k:<20}{v}" for k, v in rows)])
+    rows.append(("results", str(task.folder / run_folder.RESULTS_FILE)))
+    return "\n".join([f"{task.name} of {task.checkpoint}", *(f"  {k:<20}{v}" for k, v in rows)])
 
 
-def _comparison(job: Job, figures: Figures) -> str:
-    model, protocols = job.recipe.model, job.protocols
+def _comparison(task: EvaluationTask, results: Results) -> str:
+    model, protocols = task.recipe.model, task.protocols
     table = paper_table(
-        job.name,
+        task.name,
         model.backbone,
         model.width,
         protocols.finetune.share,
         protocols.segmentation.setting,
     )
     if table is None:
-        return f"the paper has no table for {job.name}"
+        return f"the paper has no table for {task.name}"
     images = {"segmentation": protocols.segmentation.path, "detection": protocols.detection.path}
-    shown = Path(images.get(job.name, job.recipe.data.path)).name
-    return compare(table, f"ours: {model.backbone} on {shown}", figures)
+    shown = Path(images.get(task.name, task.recipe.data.path)).name
+    return compare(table, f"ours: {model.backbone} on {shown}", results)
 
 
 PROGRAMS: dict[str, Callable[[Sequence[str], Iterable[str], bool], None]] = {

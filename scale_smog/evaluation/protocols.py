@@ -5,13 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from scale_smog.config import NonNegative, Pair, Positive, Recipe, Section, Share
+from scale_smog.config import NonNegative, Positive, Recipe, Section, Share
 from scale_smog.errors import UserError
 from scale_smog.recipe import apply_override, validate
 
 Rate = Annotated[float, Field(gt=0)]
 Rates = Annotated[tuple[Rate, ...], Field(strict=False, min_length=1)]
 Steps = Annotated[tuple[Positive, ...], Field(strict=False)]
+Milestones = Annotated[tuple[Rate, ...], Field(strict=False)]
 Decay = Annotated[float, Field(ge=0)]
 
 
@@ -22,11 +23,9 @@ class LinearConfig(Section):
     epochs: Rate = 90.0
     batch: Positive = 1024  # images of a step over all ranks
     learning_rates: Rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # trained side by side
-    momentum: Share = 0.9
     nesterov: bool = False
     weight_decay: Decay = 0.0
     held_out: Share = 0.02  # of the training images: chooses among several learning rates
-    scale: Pair = (0.08, 1.0)  # area of the random crops
     inverse_penalty: Rate = 1.0  # logistic only: C of the objective C Σ loss + ‖w‖² / 2
     checkpoint_every: Positive = 1000  # steps
     seed: NonNegative = 0
@@ -42,12 +41,8 @@ class FinetuneConfig(Section):
     batch: Positive = 4096
     trunk_rate: Rate = 0.05
     head_rate: Rate = 0.05
-    schedule: Literal["cosine", "steps"] = "cosine"
-    milestones: Annotated[tuple[Rate, ...], Field(strict=False)] = ()  # epochs; then times 0.2
-    momentum: Share = 0.9
+    milestones: Milestones = ()  # epochs at which the rates fall to a fifth; none: a cosine
     nesterov: bool = True
-    weight_decay: Decay = 0.0
-    scale: Pair = (0.08, 1.0)
     checkpoint_every: Positive = 1000
     seed: NonNegative = 0
 
@@ -66,8 +61,8 @@ class SegmentationConfig(Section):
     """FCN on a dilated ResNet (Long et al. 2015, as in MoCo's section 4.2.3).
 
     Steps, batch, rate and decay are mmsegmentation's of both sets. Here images keep their size
-    before the random factor and are judged whole, and there is no auxiliary head and no change of
-    colour; there VOC is first enlarged to 512 px and Cityscapes is judged in windows.
+    before the random factor and are evaluated whole, and there is no auxiliary head and no change
+    of colour; there VOC is first enlarged to 512 px and Cityscapes is evaluated in windows.
     """
 
     setting: Literal["voc", "cityscapes"] = "voc"  # the dataset, in its own layout
@@ -75,13 +70,9 @@ class SegmentationConfig(Section):
     train_split: str = "trainaug"
     val_split: str = "val"
     crop_px: Positive = 512
-    resize: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.5, 2.0)  # factors
     steps: Positive = 20_000
     batch: Positive = 16
     rate: Rate = 0.01
-    power: Decay = 0.9  # of the polynomial decay
-    momentum: Share = 0.9
-    weight_decay: Decay = 5e-4
     workers: NonNegative = 4  # processes of a rank
     checkpoint_every: Positive = 1000
     seed: NonNegative = 0
@@ -102,8 +93,6 @@ class DetectionConfig(Section):
     warmup: NonNegative = 500
     batch: Positive = 16
     rate: Rate = 0.02
-    momentum: Share = 0.9
-    weight_decay: Decay = 1e-4
     workers: NonNegative = 4
     checkpoint_every: Positive = 1000
     seed: NonNegative = 0
@@ -141,7 +130,6 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
         "swav": {
             "epochs": 20,
             "batch": 256,
-            "schedule": "steps",
             "milestones": [12, 16],
             "nesterov": False,
         },
@@ -179,7 +167,7 @@ def load_protocols(overrides: Iterable[str] = ()) -> Protocols:
     """
     given: dict[str, dict[str, Any]] = {}
     for override in overrides:
-        apply_override(given, override)
+        apply_override(given, override, Protocols)
     tree = {}
     for section, values in given.items():
         named = NAMED.get(section, {}).get(str(values.get("setting")), {})

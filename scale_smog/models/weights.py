@@ -1,4 +1,4 @@
-"""Backbones' weights under the names that timm and torchvision use, and back."""
+"""Files of weights that others trained: read, renamed to our keys, put into a backbone."""
 
 import re
 from pathlib import Path
@@ -13,25 +13,13 @@ from scale_smog.errors import UserError
 Weights = dict[str, Tensor]
 
 CLASSIFIERS = ("fc.", "head.", "classifier.")  # of ResNets, Swin and most other nets
-# timm's Swin against torchvision's: (pattern, replacement); stages and mergings alternate there.
-_SWIN_BLOCK = re.compile(r"layers\.(\d)\.blocks\.(\d+)\.")
-_SWIN_MERGING = re.compile(r"layers\.(\d)\.downsample\.")
-
-
-def to_torchvision_swin(weights: Weights) -> Weights:
-    """timm's Swin names (ours too) in torchvision's."""
-    renamed = {}
-    for name, value in weights.items():
-        name = _SWIN_BLOCK.sub(lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.", name)
-        name = _SWIN_MERGING.sub(lambda m: f"features.{2 * int(m[1])}.", name)
-        name = name.replace("patch_embed.proj.", "features.0.0.")
-        name = name.replace("patch_embed.norm.", "features.0.2.")
-        renamed[name.replace("mlp.fc1.", "mlp.0.").replace("mlp.fc2.", "mlp.3.")] = value
-    return renamed
 
 
 def from_torchvision_swin(weights: Weights) -> Weights:
-    """The inverse; torchvision's index buffers, which timm computes, are left out."""
+    """torchvision's Swin keys renamed to timm's, which are ours; `export.py` has the inverse.
+
+    torchvision's index buffers, which timm computes, are left out.
+    """
     renamed = {}
     for name, value in weights.items():
         if name.endswith("relative_position_index"):

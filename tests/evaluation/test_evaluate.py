@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from images import jpeg
-from small_recipe import small_recipe
 
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
 from scale_smog.evaluation.program import PROGRAMS, evaluate
 from scale_smog.evaluation.supervised import linear
-from scale_smog.recipe import dump_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = ["linear.epochs=4", "linear.batch=8", "linear.checkpoint_every=3"]
@@ -99,7 +97,7 @@ def test_an_interrupted_linear_evaluation_goes_on(run_dir, monkeypatch, capsys):
     for path in newest.iterdir():
         path.unlink()
 
-    original = linear.crops
+    original = linear.random_crops
 
     def cut_short(*args):
         batches, num_steps = original(*args)
@@ -113,7 +111,7 @@ def test_an_interrupted_linear_evaluation_goes_on(run_dir, monkeypatch, capsys):
         return ending, num_steps
 
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "crops", cut_short)
+        patch.setattr(linear, "random_crops", cut_short)
         with pytest.raises(KeyboardInterrupt):
             evaluate("linear", [str(run_dir)], command)
     evaluate("linear", [str(run_dir)], command)
@@ -167,22 +165,6 @@ def test_bad_input_is_one_clear_line(tmp_path, run_dir, name, make, words):
     with pytest.raises(UserError) as refusal:
         PROGRAMS[name]([str(run_dir)], make(tmp_path), False)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-def test_segmentation_of_a_net_without_maps_is_one_clear_line(tmp_path, run_dir):
-    from dense_sets import write_voc
-
-    from scale_smog.evaluation.dense.training import feature_net
-    from scale_smog.evaluation.job import Job
-
-    recipe = small_recipe(tmp_path, "nowhere", "model.backbone=mobilenetv3_small_100")
-    job = Job("segmentation", run_dir, run_dir, recipe, None, torch.device("cpu"))  # type: ignore
-    from scale_smog.models import build_backbone
-
-    object.__setattr__(job, "backbone", lambda: build_backbone("mobilenetv3_small_100"))
-    with pytest.raises(UserError, match=r"segmentation needs a ResNet.* mobilenetv3_small_100"):
-        feature_net(job)
-    assert write_voc(tmp_path / "voc") and dump_recipe(recipe)
 
 
 @pytest.mark.launcher

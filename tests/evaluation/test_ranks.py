@@ -21,7 +21,7 @@ FINETUNE = ["finetune.share=0.5", "finetune.epochs=2", "finetune.batch=8"]
 def on_a_rank(name: str, run: str, overrides: list[str]) -> None:
     """The whole command, on ranks that exist already."""
     cpu = torch.device("cpu")
-    with mock.patch.object(distributed, "joined", lambda: nullcontext(cpu)):
+    with mock.patch.object(distributed, "process_group", lambda: nullcontext(cpu)):
         PROGRAMS[name]([run], overrides, False)
 
 

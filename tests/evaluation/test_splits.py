@@ -1,43 +1,8 @@
-"""Which images an evaluation trains on."""
+"""Which images an evaluation takes of a split."""
 
 import numpy as np
-import pytest
-from images import jpeg
 
-from scale_smog.data.image_folder import FolderDataset
-from scale_smog.errors import UserError
-from scale_smog.evaluation.protocols import FinetuneConfig
-from scale_smog.evaluation.splits import (
-    SubsetPlan,
-    balanced_share,
-    held_out_share,
-    listed_samples,
-    random_subset,
-)
-from scale_smog.evaluation.supervised.finetune import chosen_samples
-
-
-@pytest.mark.parametrize("share", [0.01, 0.1])
-def test_a_share_is_balanced_reproducible_and_of_the_right_size(share):
-    labels = np.random.default_rng(0).permutation(np.arange(20_000) % 20)
-    ids = balanced_share(labels, share, seed=3)
-    counts = np.bincount(labels[ids], minlength=20)
-    assert len(ids) == share * len(labels) and counts.min() == counts.max() == share * 1000
-    assert np.array_equal(ids, balanced_share(labels, share, seed=3))
-    assert not np.array_equal(ids, balanced_share(labels, share, seed=4))
-    assert len(np.unique(ids)) == len(ids)
-
-
-def test_every_class_has_an_image_even_in_a_tiny_share():
-    labels = np.repeat(np.arange(50), 3)
-    assert np.array_equal(labels[balanced_share(labels, 0.01, 0)], np.arange(50))
-
-
-def test_held_out_images_are_not_trained_on():
-    labels = np.arange(1000) % 10
-    own, kept = held_out_share(labels, 0.1, seed=0)
-    assert len(kept) == 100 and np.array_equal(np.union1d(own, kept), np.arange(1000))
-    assert not np.intersect1d(own, kept).size
+from scale_smog.evaluation.splits import random_subset
 
 
 def test_some_of_a_folder_are_of_all_its_classes():
@@ -46,43 +11,3 @@ def test_some_of_a_folder_are_of_all_its_classes():
     assert len(ids) == 200 and (np.diff(ids) > 0).all() and len(set(labels[ids])) == 10
     assert np.array_equal(random_subset(5, 0), np.arange(5))
     assert np.array_equal(random_subset(5, 9), np.arange(5))
-
-
-def test_a_plan_of_a_subset_visits_it_and_nothing_else():
-    ids = np.array([3, 5, 8, 13, 21, 34])
-    plan = SubsetPlan(ids, batch=2, seed=0)
-    epoch = np.concatenate([plan.ids(step) for step in range(3)])
-    assert sorted(epoch) == ids.tolist()
-    halves = [plan.ids(1, rank, 2) for rank in range(2)]
-    assert np.array_equal(np.concatenate(halves), plan.ids(1))
-
-
-@pytest.fixture
-def imagenet_like(tmp_path):
-    for synset in ("n01440764", "n01443537"):
-        (tmp_path / "train" / synset).mkdir(parents=True)
-        for number in (10043, 7, 99):
-            name = f"{synset}_{number}.JPEG"
-            (tmp_path / "train" / synset / name).write_bytes(jpeg(20, 20, number))
-    return FolderDataset(tmp_path, "train")
-
-
-def test_the_published_lists_of_simclr_are_read(tmp_path, imagenet_like):
-    listing = tmp_path / "1percent.txt"
-    listing.write_text("n01443537_7.JPEG\nn01440764_10043.JPEG\n")
-    config = FinetuneConfig(list=str(listing), share=1 / 3)
-    with pytest.raises(UserError, match=r"names 0\.33 of the images.* give finetune\.share=0\.33"):
-        chosen_samples(FinetuneConfig(list=str(listing)), imagenet_like)
-    ids = chosen_samples(config, imagenet_like)
-    names = sorted(imagenet_like.names[i].rpartition("/")[2] for i in ids)
-    assert names == ["n01440764_10043.JPEG", "n01443537_7.JPEG"]
-    assert imagenet_like.labels[ids].tolist() == [0, 1]
-
-
-def test_a_list_of_other_images_is_refused_by_name(tmp_path, imagenet_like):
-    listing = tmp_path / "list.txt"
-    listing.write_text("n01443537_7.JPEG\nn09999999_1.JPEG\n")
-    with pytest.raises(UserError, match=r"1 of 2 names .* n09999999_1\.JPEG"):
-        listed_samples(imagenet_like, str(listing))
-    with pytest.raises(UserError, match="cannot read"):
-        listed_samples(imagenet_like, str(tmp_path / "none.txt"))

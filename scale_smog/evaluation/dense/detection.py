@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_gather_object
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
@@ -17,28 +16,24 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from scale_smog import distributed
 from scale_smog.data import EpochPlan
 from scale_smog.errors import UserError
+from scale_smog.evaluation.dense.batches import own_samples, training_batches
 from scale_smog.evaluation.dense.detection_data import (
     DetectionImages,
     TrainingSamples,
-    import_pycocotools,
     open_detection,
 )
-from scale_smog.evaluation.dense.training import (
-    feature_net,
-    own_samples,
-    stage_channels,
-    stage_names,
-    training_batches,
-)
-from scale_smog.evaluation.job import Job
+from scale_smog.evaluation.dense.feature_maps import require_resnet, stage_channels, stage_names
+from scale_smog.evaluation.dense.requirements import import_pycocotools
 from scale_smog.evaluation.protocols import DetectionConfig
-from scale_smog.evaluation.supervised.training import Training, train
+from scale_smog.evaluation.task import EvaluationTask, Results
+from scale_smog.evaluation.training import MOMENTUM, Training, train
 from scale_smog.models import process_group_for, synchronise_batch_norm
 from scale_smog.models.resnet import ResNet
 from scale_smog.runtime.files import write_atomically
 
 PYRAMID_CHANNELS = 256
 BOX_FEATURES = 1024
+WEIGHT_DECAY = 1e-4
 STEP_FACTOR = 0.1
 DETECTIONS_FILE = "detections.json"
 
@@ -66,21 +61,21 @@ def build_mask_rcnn(net: ResNet, num_categories: int, config: DetectionConfig) -
     )
 
 
-def detection_hashes(job: Job) -> dict[str, str]:
+def detection_hashes(task: EvaluationTask) -> dict[str, str]:
     """Of the two splits in use."""
-    config = job.protocols.detection
+    config = task.protocols.detection
     splits = (config.train_split, config.val_split)
     return {split: open_detection(config, split).sha256 for split in splits}
 
 
-def evaluate_detection(job: Job) -> dict[str, float]:
+def evaluate_detection(task: EvaluationTask) -> Results:
     """Trains on the training split; AP of boxes and masks on the other; a collective.
 
     Raises:
         UserError: the dataset is incomplete, its splits differ in categories, pycocotools is
             missing, or the net is no ResNet.
     """
-    config = job.protocols.detection
+    config = task.protocols.detection
     train_set = open_detection(config, config.train_split).with_objects()
     val_set = open_detection(config, config.val_split)
     if train_set.names != val_set.names or train_set.categories != val_set.categories:
@@ -90,36 +85,35 @@ def evaluate_detection(job: Job) -> dict[str, float]:
             f"match: {', '.join(sorted(odd)[:3])}"
         )
     torch.manual_seed(config.seed)  # of pyramid and heads
-    net = build_mask_rcnn(feature_net(job), len(train_set.names), config).to(job.device).train()
+    net = (
+        build_mask_rcnn(require_resnet(task.backbone(), task.name), len(train_set.names), config)
+        .to(task.device)
+        .train()
+    )
     synchronise_batch_norm(net, process_group_for("global"))
     optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=config.rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        net.parameters(), lr=config.rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
 
     def loss(wrapped: nn.Module, batch: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
-        images = [image.to(job.device) for image, _ in batch]
-        targets = [{k: v.to(job.device) for k, v in target.items()} for _, target in batch]
-        with _autocast(job):
+        images = [image.to(task.device) for image, _ in batch]
+        targets = [{k: v.to(task.device) for k, v in target.items()} for _, target in batch]
+        with _autocast(task):
             losses: dict[str, Tensor] = wrapped(images, targets)
         return torch.stack([value.float() for value in losses.values()]).sum()
 
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / (config.warmup + 1)) * STEP_FACTOR ** bisect_right(
-            config.milestones, step
-        )
+    def lr_factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / (config.warmup + 1))
+        return warmup * STEP_FACTOR ** bisect_right(config.milestones, step)
 
     plan = EpochPlan(len(train_set.ids), config.batch, config.seed)
     batches = training_batches(plan, TrainingSamples(train_set), config.workers)
-    steps = config.steps
-    training = Training(net, optimizer, rate, loss, steps, config.checkpoint_every)
-    train(job, "mask_rcnn", training, batches)
+    training = Training(net, optimizer, lr_factor, loss, config.steps, config.checkpoint_every)
+    train(task, "mask_rcnn", training, batches)
     setattr(net.transform, "min_size", (config.test_px,))  # noqa: B010  # for pyright a module
-    found = _detect(job, net.eval(), val_set)
+    found = _detect(task, net.eval(), val_set)
     if distributed.is_main():
-        write_atomically(job.made_folder() / DETECTIONS_FILE, json.dumps(found).encode())
+        write_atomically(task.made_folder() / DETECTIONS_FILE, json.dumps(found).encode())
     return {
         f"{kind}_{name}": value
         for kind, iou_type in (("box", "bbox"), ("mask", "segm"))
@@ -149,19 +143,16 @@ def average_precision(
 
 
 @torch.no_grad()
-def _detect(job: Job, net: nn.Module, images: DetectionImages) -> list[dict[str, Any]]:
+def _detect(task: EvaluationTask, net: nn.Module, images: DetectionImages) -> list[dict[str, Any]]:
     """Detections of all images in COCO's result format, on every rank."""
     own = []
     for index in own_samples(len(images.ids)):
-        image = images.image(index).to(job.device).float() / 255
-        with _autocast(job):
+        image = images.image(index).to(task.device).float() / 255
+        with _autocast(task):
             (output,) = net([image])
         own += as_results(images, images.ids[index], output)
-    all_votes = [own]
-    if distributed.world_size() > 1:
-        all_votes = [own] * distributed.world_size()
-        all_gather_object(all_votes, own)
-    return sorted((x for results in all_votes for x in results), key=lambda x: x["image_id"])
+    gathered = distributed.gather_objects(own)
+    return sorted((x for results in gathered for x in results), key=lambda x: x["image_id"])
 
 
 def as_results(
@@ -189,10 +180,10 @@ def as_results(
     return results
 
 
-def _autocast(job: Job) -> torch.autocast:
+def _autocast(task: EvaluationTask) -> torch.autocast:
     """bf16 on a GPU only: torchvision's operators on boxes know no autocast on a CPU."""
-    is_on = job.device.type == "cuda" and job.recipe.engine.precision == "bf16"
-    return torch.autocast(job.device.type, torch.bfloat16, enabled=is_on)
+    is_on = task.device.type == "cuda" and task.recipe.engine.precision == "bf16"
+    return torch.autocast(task.device.type, torch.bfloat16, enabled=is_on)
 
 
 def _anchors(num_maps: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from scale_smog.errors import UserError
-from scale_smog.evaluation.dense.training import INSTALL, require_file
+from scale_smog.evaluation.dense.requirements import import_pycocotools, require_file
 from scale_smog.evaluation.protocols import DetectionConfig
 
 
@@ -100,19 +100,6 @@ def open_detection(config: DetectionConfig, split: str) -> DetectionImages:
         raise UserError(f"{len(missing)} images are missing from {folder / split}: {missing[0]}")
     ids, sha256 = tuple(sorted(coco.imgs)), hashlib.sha256(content).hexdigest()
     return DetectionImages(folder / split, coco, ids, categories, names, sha256)
-
-
-def import_pycocotools() -> tuple[Any, Any, Any]:
-    """Its modules coco, cocoeval and mask.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        from pycocotools import coco, cocoeval, mask
-    except ImportError:
-        raise UserError(f"detection needs pycocotools: {INSTALL}") from None
-    return coco, cocoeval, mask
 
 
 def _is_there(folder: Path, image: dict[str, Any]) -> bool:

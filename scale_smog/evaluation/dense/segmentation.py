@@ -11,7 +11,9 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from scale_smog import distributed
 from scale_smog.data import EpochPlan
-from scale_smog.errors import UserError
+from scale_smog.evaluation.dense.batches import own_samples, training_batches
+from scale_smog.evaluation.dense.feature_maps import dilate, require_resnet, stage_names
+from scale_smog.evaluation.dense.requirements import import_torchmetrics
 from scale_smog.evaluation.dense.segmentation_data import (
     IGNORED,
     SegmentationImages,
@@ -19,19 +21,13 @@ from scale_smog.evaluation.dense.segmentation_data import (
     normalised,
     open_segmentation,
 )
-from scale_smog.evaluation.dense.training import (
-    INSTALL,
-    autocast,
-    dilate,
-    feature_net,
-    own_samples,
-    stage_names,
-    training_batches,
-)
-from scale_smog.evaluation.job import Job
-from scale_smog.evaluation.supervised.training import Training, train
+from scale_smog.evaluation.task import EvaluationTask, Results
+from scale_smog.evaluation.training import MOMENTUM, Training, train
 from scale_smog.models import process_group_for, synchronise_batch_norm
 from scale_smog.models.resnet import ResNet
+
+WEIGHT_DECAY = 5e-4
+POLY_POWER = 0.9  # of the polynomial decay of the learning rate
 
 
 def build_fcn(net: ResNet, num_classes: int) -> FCN:
@@ -41,78 +37,71 @@ def build_fcn(net: ResNet, num_classes: int) -> FCN:
     return FCN(backbone, FCNHead(net.num_features, num_classes))
 
 
-def segmentation_hashes(job: Job) -> dict[str, str]:
+def segmentation_hashes(task: EvaluationTask) -> dict[str, str]:
     """Of the two splits in use."""
-    config = job.protocols.segmentation
+    config = task.protocols.segmentation
     splits = (config.train_split, config.val_split)
     return {split: open_segmentation(config, split).sha256 for split in splits}
 
 
-def evaluate_segmentation(job: Job) -> dict[str, float]:
+def evaluate_segmentation(task: EvaluationTask) -> Results:
     """Trains on the training split; mIoU and mAcc on the other, single scale; a collective.
 
     Raises:
         UserError: the dataset is incomplete, torchmetrics is missing, or the net is no ResNet.
     """
-    config = job.protocols.segmentation
-    metrics = _metrics()
+    config = task.protocols.segmentation
+    metrics = import_torchmetrics()
     train_set = open_segmentation(config, config.train_split)
     val_set = open_segmentation(config, config.val_split)
     torch.manual_seed(config.seed)  # of the head
-    net = build_fcn(feature_net(job), train_set.num_classes).to(job.device).train()
+    net = (
+        build_fcn(require_resnet(task.backbone(), task.name), train_set.num_classes)
+        .to(task.device)
+        .train()
+    )
     synchronise_batch_norm(net, process_group_for("global"))
     optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=config.rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        net.parameters(), lr=config.rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
 
     def loss(wrapped: nn.Module, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
-        images = torch.stack([image for image, _ in batch]).to(job.device)  # [B, 3, H, W]
-        classes = torch.stack([classes for _, classes in batch]).to(job.device)  # [B, H, W]
-        with autocast(job):
+        images = torch.stack([image for image, _ in batch]).to(task.device)  # [B, 3, H, W]
+        classes = torch.stack([classes for _, classes in batch]).to(task.device)  # [B, H, W]
+        with task.autocast():
             scores = wrapped(images)["out"]  # [B, C, H, W]
         counted = (classes != IGNORED).sum().clamp(min=1)
         summed = F.cross_entropy(scores.float(), classes, ignore_index=IGNORED, reduction="sum")
         return summed / counted  # zero, not nan, for a batch of ignored pixels
 
-    samples = TrainingSamples(train_set, config.crop_px, config.resize)
+    samples = TrainingSamples(train_set, config.crop_px)
     plan = EpochPlan(len(train_set.pairs), config.batch, config.seed)
     training = Training(
         net,
         optimizer,
-        lambda step: (1 - step / config.steps) ** config.power,
+        lambda step: (1 - step / config.steps) ** POLY_POWER,
         loss,
         config.steps,
         config.checkpoint_every,
     )
-    train(job, "fcn", training, training_batches(plan, samples, config.workers))
-    return _measure(job, net.eval(), val_set, metrics)
+    train(task, "fcn", training, training_batches(plan, samples, config.workers))
+    return _measure(task, net.eval(), val_set, metrics)
 
 
 @torch.no_grad()
 def _measure(
-    job: Job, net: nn.Module, images: SegmentationImages, metrics: Any
+    task: EvaluationTask, net: nn.Module, images: SegmentationImages, metrics: Any
 ) -> dict[str, float]:
     """Whole images, one at a time; every rank its part."""
     settings = {"num_classes": images.num_classes, "ignore_index": IGNORED, "average": "macro"}
-    miou = metrics.MulticlassJaccardIndex(**settings).to(job.device)
-    macc = metrics.MulticlassAccuracy(**settings).to(job.device)
+    miou = metrics.MulticlassJaccardIndex(**settings).to(task.device)
+    macc = metrics.MulticlassAccuracy(**settings).to(task.device)
     for index in own_samples(len(images.pairs)):
         image, classes = images.load(index)
-        with autocast(job):
-            scores = net(normalised(image)[None].to(job.device))["out"].float()  # [1, C, H, W]
-        predicted, wanted = scores.argmax(dim=1), classes[None].long().to(job.device)
+        with task.autocast():
+            scores = net(normalised(image)[None].to(task.device))["out"].float()  # [1, C, H, W]
+        predicted, wanted = scores.argmax(dim=1), classes[None].long().to(task.device)
         miou.update(predicted, wanted)
         macc.update(predicted, wanted)
     distributed.barrier()
     return {"miou": miou.compute().item(), "macc": macc.compute().item()}  # over all ranks
-
-
-def _metrics() -> Any:
-    try:
-        from torchmetrics import classification
-    except ImportError:
-        raise UserError(f"segmentation needs torchmetrics: {INSTALL}") from None
-    return classification

@@ -15,10 +15,11 @@ from torchvision.transforms.v2 import functional as vision
 
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.errors import UserError
-from scale_smog.evaluation.dense.training import require_file
+from scale_smog.evaluation.dense.requirements import require_file
 from scale_smog.evaluation.protocols import SegmentationConfig
 
 IGNORED = 255  # pixels that do not count: borders in VOC, unused classes in Cityscapes
+RESIZE_FACTORS = (0.5, 2.0)  # of random scaling
 NUM_VOC_CLASSES = 21
 NUM_CITYSCAPES_CLASSES = 19
 
@@ -131,14 +132,13 @@ class TrainingSamples:
 
     images: SegmentationImages
     crop_px: int
-    resize: tuple[float, float]
 
     def __call__(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
         """Normalised [3, crop, crop] float32 and classes [crop, crop] int64."""
         image, classes = self.images.load(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            low, high = self.resize
+            low, high = RESIZE_FACTORS
             factor = low + (high - low) * torch.rand(()).item()
             size = [max(1, round(side * factor)) for side in classes.shape]
             fill = {tv_tensors.Image: MEAN.tolist(), tv_tensors.Mask: IGNORED}

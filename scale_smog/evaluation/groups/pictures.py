@@ -1,4 +1,4 @@
-"""Pictures of a run for people to look at."""
+"""Pictures of groups: the images that they hold, their use, their purity."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -19,8 +19,6 @@ from scale_smog.grouping import perplexity
 NUM_GROUPS_SHOWN = 10
 NUM_IMAGES_SHOWN = 8
 INK, ACCENT = "#222222", "#2a6f97"
-
-Curve = tuple[Sequence[int], Sequence[float]]  # steps, values
 
 
 def draw_groups(
@@ -77,32 +75,6 @@ def _draw_members(
             if row == 0 and column == 0:
                 title = f"Images closest to the {len(members)} {kind} groups, a row a group"
                 axes.set_title(title, loc="left", fontsize=11, color=INK)
-
-
-def draw_curves(path: Path, loss: Curve, chance_loss: float, accuracies: dict[str, Curve]) -> None:
-    """Loss and accuracies of a run over its steps.
-
-    Args:
-        path: PNG to write.
-        loss: steps and values.
-        chance_loss: of a net that knows nothing.
-        accuracies: name -> steps and values, 0 to 1.
-    """
-    figure = Figure(figsize=(8, 4.5), dpi=110)
-    axes = figure.add_subplot()
-    axes.plot(*loss, color=INK, lw=1.2)
-    axes.axhline(chance_loss, color=INK, lw=1, ls=(0, (4, 3)))
-    axes.text(0.01, chance_loss, "chance", transform=axes.get_yaxis_transform(), va="bottom")
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes.spines[["top"]].set_visible(False)
-    if accuracies:
-        right = axes.twinx()
-        for number, (name, curve) in enumerate(accuracies.items()):
-            right.plot(*curve, f"C{number}", marker=".", label=name)
-        right.set(ylabel="top-1 accuracy", ylim=(0, 1))
-        right.legend(frameon=False, fontsize=9, loc="upper center")
-        right.spines[["top"]].set_visible(False)
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
 
 
 def draw_group_entropy(path: Path, curves: Mapping[str, GroupQuality]) -> None:

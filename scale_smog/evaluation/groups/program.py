@@ -5,24 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import nn
 
 from scale_smog import distributed
+from scale_smog.checkpoint.nets import load_online_net, read_part
 from scale_smog.config import GroupingConfig
 from scale_smog.data.image_folder import open_split
 from scale_smog.errors import UserError
-from scale_smog.evaluation.checkpoints import (
-    Embed,
-    frozen,
-    load_groups,
-    load_projection,
-    random_backbone,
-)
-from scale_smog.evaluation.features import embed_images
+from scale_smog.evaluation.features import Encoder
 from scale_smog.evaluation.groups.pictures import draw_group_entropy, draw_groups
 from scale_smog.evaluation.groups.quality import GroupQuality, cluster_features, group_quality
-from scale_smog.evaluation.job import Job
 from scale_smog.evaluation.splits import require_labels
+from scale_smog.evaluation.task import EvaluationTask
+from scale_smog.grouping import MomentumGroups
 from scale_smog.reporting import run_folder
 
 ENTROPY_PICTURE, GROUPS_PICTURE = "group_entropy.png", "groups.png"
@@ -36,7 +32,7 @@ def evaluate_groups(
 
     A path is a checkpoint, or an .npz file of another method with `features` [N, D] and `labels`
     [N], which k-means puts into as many groups as the first checkpoint has. The pictures, and the
-    figures of a checkpoint, go into the run's folder; without a checkpoint, beside the first file.
+    results of a checkpoint, go into the run's folder; without a checkpoint, beside the first file.
     With `evaluation.baselines=true`, k-means of raw pixels and of the random net's features too.
 
     Raises:
@@ -46,15 +42,15 @@ def evaluate_groups(
         qualities: dict[str, GroupQuality] = {}
         folders = []
         for path in (path for path in paths if not path.endswith(".npz")):
-            job = Job.open("groups", path, overrides, device)
-            own = _checkpoint_groups(job)
-            figures = own["trained"].figures
+            task = EvaluationTask.open("groups", path, overrides, device)
+            own = _checkpoint_groups(task)
+            results = own["trained"].results
             for name in own.keys() - {"trained"}:
-                figures |= {f"{name}_{key}": value for key, value in own[name].figures.items()}
-            run_folder.add_results(job.run_dir, {"groups": figures})
-            trained = f"{job.run_dir.name}, {job.checkpoint.name}"
+                results |= {f"{name}_{key}": value for key, value in own[name].results.items()}
+            run_folder.add_results(task.run_dir, {"groups": results})
+            trained = f"{task.run_dir.name}, {task.checkpoint.name}"
             qualities |= {trained if k == "trained" else k: v for k, v in own.items()}
-            folders.append(job.run_dir)
+            folders.append(task.run_dir)
         num_groups = [quality.num_groups for quality in qualities.values()]
         for path in (Path(path) for path in paths if path.endswith(".npz")):
             wanted = num_groups[0] if num_groups else GroupingConfig().num_groups
@@ -65,39 +61,49 @@ def evaluate_groups(
             print(_table(qualities))
             print(f"pictures: {folders[0] / ENTROPY_PICTURE}, {GROUPS_PICTURE}")
             if with_paper:
-                print("the paper shows these groups' entropy as Figure 5, without figures")
+                print("the paper shows these groups' entropy as Figure 5, without numbers")
 
 
-def _checkpoint_groups(job: Job) -> dict[str, GroupQuality]:
+def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
     """The training images, centre crops, in a checkpoint's groups and, if asked, in baselines'."""
-    recipe, device = job.recipe, job.device
-    dataset = open_split(recipe.data.path, "train")
-    require_labels(dataset, recipe.data.path, "the purity of groups")
+    path = task.recipe.data.path
+    dataset = open_split(path, "train")
+    require_labels(dataset, path, "the purity of groups")
     ids = np.arange(dataset.num_samples)
-    labels = torch.from_numpy(dataset.labels[ids])
-
-    def features(embed: Embed) -> Tensor:
-        return embed_images(embed, recipe.data, recipe.evaluation, dataset, ids, device)
-
-    z = features(load_projection(job.checkpoint, recipe, device))
-    groups = load_groups(job.checkpoint, device)
+    labels = torch.from_numpy(dataset.labels)
+    z, groups = task.embed(_projection(task), dataset, ids), _groups(task)
     num_groups = len(groups.centroids)
-    own = groups.assign(z).cpu()
-    qualities = {"trained": group_quality(own, labels, num_groups)}
+    assigned = groups.assign(z).cpu()
+    qualities = {"trained": group_quality(assigned, labels, num_groups)}
     if distributed.is_main():
         shown = slice(min(NUM_PICTURED, len(ids)))  # shards are shuffled: a fair sample
-        usage = torch.bincount(own, minlength=num_groups)
-        picture = job.run_dir / GROUPS_PICTURE
+        usage = torch.bincount(assigned, minlength=num_groups)
+        picture = task.run_dir / GROUPS_PICTURE
         draw_groups(picture, dataset, ids[shown], z[shown], groups.centroids, usage)
-    if recipe.evaluation.baselines:
-        baselines = {
+    if task.recipe.evaluation.baselines:
+        baselines: dict[str, Encoder] = {
             "raw_pixels": lambda images: images.flatten(1),
-            "random_net": frozen(random_backbone(recipe), recipe, device),
+            "random_net": task.frozen(task.random_backbone()),
         }
-        for name, embed in baselines.items():
-            clusters = cluster_features(features(embed), num_groups).cpu()
+        for name, encoder in baselines.items():
+            clusters = cluster_features(task.embed(encoder, dataset, ids), num_groups).cpu()
             qualities[name] = group_quality(clusters, labels, num_groups)
     return qualities
+
+
+def _projection(task: EvaluationTask) -> Encoder:
+    """The frozen backbone and projector: images [B, 3, H, W] -> unit z [B, D]."""
+    net = load_online_net(task.checkpoint, task.recipe.model)
+    project = task.frozen(nn.Sequential(net.backbone, net.projector))
+    return lambda images: F.normalize(project(images).float())
+
+
+def _groups(task: EvaluationTask) -> MomentumGroups:
+    centroids = read_part(task.checkpoint, "groups")["centroids"].to(task.device)  # [K, D]
+    num_groups, dim = centroids.shape
+    groups = MomentumGroups(num_groups, dim).to(task.device)
+    groups.commit(centroids)
+    return groups
 
 
 def _file_groups(path: Path, num_groups: int) -> GroupQuality:
@@ -116,5 +122,5 @@ def _table(qualities: dict[str, GroupQuality]) -> str:
     lines = []
     for name, quality in qualities.items():
         lines.append(name)
-        lines += [f"  {key:<18}{value:.4g}" for key, value in quality.figures.items()]
+        lines += [f"  {key:<18}{value:.4g}" for key, value in quality.results.items()]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How pure the groups are, judged by labels (SMoG Figure 5)."""
+"""How pure the groups are, measured by labels (SMoG Figure 5)."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class GroupQuality:
         return (self.entropy * self.sizes).sum().item() / int(self.sizes.sum())
 
     @property
-    def figures(self) -> dict[str, float]:
+    def results(self) -> dict[str, float]:
         """What a results file keeps."""
         return {
             "num_groups": self.num_groups,

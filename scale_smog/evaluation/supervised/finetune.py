@@ -1,25 +1,25 @@
 """Semi-supervised evaluation: the whole net trained on a share of the labels (SMoG Table 4)."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_smog.data.batch import Batch
 from scale_smog.data.image_folder import Images
-from scale_smog.errors import UserError
-from scale_smog.evaluation.job import Job
 from scale_smog.evaluation.protocols import FinetuneConfig
-from scale_smog.evaluation.splits import balanced_share, listed_samples, random_subset
-from scale_smog.evaluation.supervised.classifiers import RATE_BATCH, accuracies, crops
-from scale_smog.evaluation.supervised.training import Training, cosine, train
+from scale_smog.evaluation.splits import random_subset
+from scale_smog.evaluation.supervised.accuracy import topk_accuracies
+from scale_smog.evaluation.supervised.crops import random_crops
+from scale_smog.evaluation.supervised.label_subsets import labelled_samples
+from scale_smog.evaluation.task import EvaluationTask, Results
+from scale_smog.evaluation.training import LR_BATCH, MOMENTUM, Training, cosine, train
 from scale_smog.models import process_group_for, synchronise_batch_norm
 
-STEP_FACTOR = 0.2
-LARGEST_MISMATCH = 0.2  # of a list's share of the labels and the setting's
+MILESTONE_FACTOR = 0.2  # on the learning rate at each of SwAV's milestones
 
 
 class Classifier(nn.Module):
@@ -33,90 +33,63 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores [B, C] of images [B, 3, H, W]."""
+        """Logits [B, C] of images [B, 3, H, W]."""
         return self.head(self.backbone(images))
 
 
 def evaluate_finetuned(
-    job: Job, name: str, backbone: nn.Module, train_set: Images, test_set: Images
-) -> dict[str, float]:
+    task: EvaluationTask, name: str, backbone: nn.Module, train_set: Images, test_set: Images
+) -> Results:
     """Top-1 and top-5 accuracy after fine-tuning on the labelled share; a collective.
 
     Args:
-        job: settings and folder.
-        name: of the net within the job.
+        task: settings and folder.
+        name: of the net within the task.
         backbone: images [B, 3, H, W] -> features [B, F]; it is trained in place.
         train_set: labelled images, of which the share is taken.
-        test_set: labelled images to judge on.
+        test_set: labelled images to test on.
 
     Raises:
         UserError: the ranks do not divide the batch, or the list does not fit the images.
     """
-    config = job.protocols.finetune
-    ids = chosen_samples(config, train_set)
-    batches, num_steps = crops(job, train_set, ids, config)
+    config = task.protocols.finetune
+    ids = labelled_samples(config, train_set)
+    batches, num_steps = random_crops(task, train_set, ids, config)
     num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
     net = Classifier(backbone, num_features, train_set.num_classes)
-    net.to(job.device).train()
+    net.to(task.device).train()
     synchronise_batch_norm(net, process_group_for("global"))
-    autocast = torch.autocast(
-        job.device.type, torch.bfloat16, enabled=job.recipe.engine.precision == "bf16"
-    )
 
     def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
-        with autocast:
-            scores = wrapped(batch.large[0])
-        return F.cross_entropy(scores.float(), batch.label.to(job.device))
+        with task.autocast():
+            logits = wrapped(batch.large[0])  # [B, C]
+        return F.cross_entropy(logits.float(), batch.label.to(task.device))
 
-    def scores(images: Tensor) -> Tensor:
-        with autocast:
+    def classify(images: Tensor) -> Tensor:
+        with task.autocast():
             return net(images).float()[:, None]  # [B, 1, C]
 
-    rate = _rate(config, num_steps)
-    training = Training(
-        net, _optimizer(config, net), rate, loss, num_steps, config.checkpoint_every
-    )
-    train(job, name, training, batches)
+    optimizer, lr_factor = _optimizer(config, net), _lr_factor(config, num_steps)
+    training = Training(net, optimizer, lr_factor, loss, num_steps, config.checkpoint_every)
+    train(task, name, training, batches)
     net.eval()
-    test_ids = random_subset(test_set.num_samples, job.recipe.evaluation.num_test_images)
-    ((top1, top5),) = accuracies(job, scores, test_set, test_ids)
+    num_test = task.recipe.evaluation.num_test_images
+    test_ids = random_subset(test_set.num_samples, num_test)
+    ((top1, top5),) = topk_accuracies(task, classify, 1, test_set, test_ids)
     return {"top1": top1, "top5": top5, "num_labels": len(ids)}
 
 
-def chosen_samples(config: FinetuneConfig, dataset: Images) -> np.ndarray:
-    """The sample ids whose labels are used: of a list, else a balanced draw.
-
-    Raises:
-        UserError: the list does not fit the dataset.
-    """
-    if config.list:
-        ids = listed_samples(dataset, config.list)
-        share = len(ids) / dataset.num_samples
-        if abs(share / config.share - 1) > LARGEST_MISMATCH:
-            raise UserError(
-                f"{config.list} names {share:.2g} of the images, and the setting is that of "
-                f"finetune.share={config.share:g}: give finetune.share={share:.2g}"
-            )
-        return ids
-    return balanced_share(dataset.labels, config.share, config.seed)
-
-
 def _optimizer(config: FinetuneConfig, net: Classifier) -> torch.optim.SGD:
-    scale = config.batch / RATE_BATCH
+    scale = config.batch / LR_BATCH
     groups = [
         {"params": list(net.backbone.parameters()), "lr": config.trunk_rate * scale},
         {"params": list(net.head.parameters()), "lr": config.head_rate * scale},
     ]
-    return torch.optim.SGD(
-        groups,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
+    return torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=config.nesterov)
 
 
-def _rate(config: FinetuneConfig, num_steps: int):
-    if config.schedule == "cosine":
+def _lr_factor(config: FinetuneConfig, num_steps: int) -> Callable[[int], float]:
+    if not config.milestones:
         return partial(cosine, num_steps=num_steps)
     steps = [epoch / config.epochs * num_steps for epoch in config.milestones]
-    return lambda step: STEP_FACTOR ** bisect_right(steps, step)
+    return lambda step: MILESTONE_FACTOR ** bisect_right(steps, step)

@@ -21,9 +21,9 @@ from scale_smog.evaluation.dense.detection_data import (
     TrainingSamples,
     open_detection,
 )
+from scale_smog.evaluation.dense.feature_maps import dilate, require_resnet
 from scale_smog.evaluation.dense.segmentation import build_fcn
 from scale_smog.evaluation.dense.segmentation_data import normalised, open_segmentation
-from scale_smog.evaluation.dense.training import dilate
 from scale_smog.evaluation.program import evaluate
 from scale_smog.evaluation.protocols import load_protocols
 from scale_smog.models import build_backbone
@@ -52,7 +52,7 @@ DETECT = [
 ]
 
 
-def job_folder(run_dir: Path, name: str) -> Path:
+def task_folder(run_dir: Path, name: str) -> Path:
     (folder,) = (run_dir / "evaluations").glob(f"{name}-*")
     return folder
 
@@ -80,7 +80,7 @@ def interrupt_after(num_steps: int, module, monkeypatch) -> None:
 
 @pytest.fixture
 def every_loss(monkeypatch):
-    monkeypatch.setattr("scale_smog.evaluation.supervised.training.LOG_EVERY", 1)
+    monkeypatch.setattr("scale_smog.evaluation.training.LOG_EVERY", 1)
 
 
 def test_dilated_maps_are_those_of_torchvision():
@@ -94,12 +94,18 @@ def test_dilated_maps_are_those_of_torchvision():
         assert torch.allclose(ours.eval()(images), other.eval()(images), atol=1e-5)
 
 
+def test_a_net_without_maps_is_refused_by_name():
+    net = build_backbone("mobilenetv3_small_100")
+    with pytest.raises(UserError, match=r"segmentation needs a ResNet.* MobileNetV3"):
+        require_resnet(net, "segmentation")
+
+
 def test_fcn_learns_resumes_and_reports_what_its_predictions_give(
     tmp_path, run_dir, every_loss, monkeypatch
 ):
     command = [*SEGMENT, f"segmentation.path={write_voc(tmp_path)}"]
     evaluate("segmentation", [str(run_dir)], command)
-    folder = job_folder(run_dir, "segmentation")
+    folder = task_folder(run_dir, "segmentation")
     course = losses(folder)
     assert len(course) == 12 and np.mean(course[-3:]) < 0.7 * np.mean(course[:3])
     results = json.loads((folder / "results.json").read_text())
@@ -159,7 +165,7 @@ def test_mask_rcnn_learns_and_goes_on_after_an_interruption(
         interrupt_after(6, detection, patch)
         with pytest.raises(KeyboardInterrupt):
             evaluate("detection", [str(run_dir)], command)
-    folder = job_folder(run_dir, "detection")
+    folder = task_folder(run_dir, "detection")
     assert torch.load(folder / "mask_rcnn-progress.pt", weights_only=True)["step"] == 4
     evaluate("detection", [str(run_dir)], command)
     course = losses(folder)

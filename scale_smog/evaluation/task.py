@@ -2,31 +2,27 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scale_smog import distributed
+from scale_smog.checkpoint.nets import find_checkpoint, load_online_net
 from scale_smog.config import Recipe
-from scale_smog.data.image_folder import Images, open_split, split_sha256
+from scale_smog.data.image_folder import Images, split_sha256
 from scale_smog.errors import UserError
-from scale_smog.evaluation.checkpoints import (
-    Embed,
-    find_checkpoint,
-    frozen,
-    load_online_net,
-    random_backbone,
-    weights_sha256,
-)
+from scale_smog.evaluation.features import Encoder, embed_images
 from scale_smog.evaluation.protocols import Protocols, load_protocols, split_overrides
-from scale_smog.evaluation.splits import require_labels, require_same_classes, test_split
+from scale_smog.evaluation.splits import open_labelled_splits, test_split
+from scale_smog.models import build_nets
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
 from scale_smog.runtime.files import write_atomically
@@ -34,10 +30,12 @@ from scale_smog.runtime.files import write_atomically
 PROGRESS_FILE = "progress.pt"
 METRICS_FILE = "metrics.jsonl"
 
+Results = dict[str, Any]  # accuracies as fractions, and what they depend on
+
 
 @dataclass(frozen=True)
-class Job:
-    """A checkpoint, the settings it is judged under, and the folder of this judgement.
+class EvaluationTask:
+    """A checkpoint, the settings of its evaluation, and the folder of the outcome.
 
     Attributes:
         name: of the evaluation, such as "linear".
@@ -60,7 +58,9 @@ class Job:
     data_sha256: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: str, path: str, overrides: Iterable[str], device: torch.device) -> "Job":
+    def open(
+        cls, name: str, path: str, overrides: Iterable[str], device: torch.device
+    ) -> "EvaluationTask":
         """Finds the checkpoint that `path` means.
 
         Raises:
@@ -77,12 +77,7 @@ class Job:
         Raises:
             UserError: one is missing, has no labels, or their classes differ.
         """
-        path = self.recipe.data.path
-        train, test = open_split(path, "train"), open_split(path, test_split(path))
-        for dataset in (train, test):
-            require_labels(dataset, path, self.name)
-        require_same_classes(train, test, path)
-        return train, test
+        return open_labelled_splits(self.recipe.data.path, self.name)
 
     def labelled_hashes(self) -> dict[str, str]:
         """The hashes of these two splits."""
@@ -95,19 +90,44 @@ class Job:
 
     @cached_property
     def _backbone(self) -> nn.Module:
-        return load_online_net(self.checkpoint, self.recipe).backbone
+        return load_online_net(self.checkpoint, self.recipe.model).backbone
+
+    def random_backbone(self) -> nn.Module:
+        """A backbone with random weights, of the run's seed, for comparison."""
+        torch.manual_seed(self.recipe.run.seed)
+        return build_nets(self.recipe.model)[0].backbone
 
     def backbones(self) -> dict[str, nn.Module]:
-        """The nets to judge: "trained", and "random" where the recipe asks for baselines."""
+        """The nets to evaluate: "trained", and "random" where the recipe asks for baselines."""
         nets = {"trained": self.backbone()}
         if self.recipe.evaluation.baselines:
-            nets["random"] = random_backbone(self.recipe)
+            nets["random"] = self.random_backbone()
         return nets
 
-    def embeds(self) -> dict[str, Embed]:
+    def frozen_encoders(self) -> dict[str, Encoder]:
         """The same, frozen: images [B, 3, H, W] -> features [B, F]."""
-        nets = self.backbones()
-        return {name: frozen(net, self.recipe, self.device) for name, net in nets.items()}
+        return {name: self.frozen(net) for name, net in self.backbones().items()}
+
+    def frozen(self, net: nn.Module) -> Encoder:
+        """`net` for inference on the device, in the recipe's precision."""
+        net.to(device=self.device, dtype=torch.float32).eval()
+
+        @torch.no_grad()
+        def encoder(images: Tensor) -> Tensor:
+            with self.autocast():
+                return net(images)
+
+        return encoder
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where the recipe has it."""
+        is_bf16 = self.recipe.engine.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
+
+    def embed(self, encoder: Encoder, dataset: Images, ids: np.ndarray) -> Tensor:
+        """Features [N, F] of centre crops of the images `ids` [N], on every rank; a collective."""
+        recipe = self.recipe
+        return embed_images(encoder, recipe.data, recipe.evaluation, dataset, ids, self.device)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -139,15 +159,11 @@ class Job:
 
     def save_progress(self, part: str, state: dict[str, Any]) -> None:
         """Keeps tensors and plain values of an unfinished evaluation; on rank 0 only."""
-        if not distributed.is_main():
-            return
-        path = self.made_folder() / f"{part}-{PROGRESS_FILE}"
-        aside = path.with_suffix(".tmp")
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        if distributed.is_main():
+            content = BytesIO()
+            torch.save(state, content)
+            path = self.made_folder() / f"{part}-{PROGRESS_FILE}"
+            write_atomically(path, content.getvalue())
 
     def log(self, line: dict[str, Any]) -> None:
         """Adds a line to the evaluation's metrics; on rank 0 only."""
@@ -155,12 +171,12 @@ class Job:
             with open(self.made_folder() / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def finish(self, figures: dict[str, float]) -> None:
-        """Writes results.json, with every setting and hash, and adds the figures to the run's."""
+    def finish(self, results: Results) -> None:
+        """Writes results.json, with every setting and hash, and adds the results to the run's."""
         if distributed.is_main():
-            text = json.dumps({"figures": figures, **self.facts}, indent=1) + "\n"
+            text = json.dumps({"figures": results, **self.facts}, indent=1) + "\n"
             write_atomically(self.made_folder() / run_folder.RESULTS_FILE, text.encode())
-        run_folder.add_results(self.run_dir, {self.name: figures})
+        run_folder.add_results(self.run_dir, {self.name: results})
 
     def made_folder(self) -> Path:
         """The folder, made if it is not there.
@@ -173,3 +189,16 @@ class Job:
         except OSError as error:
             raise UserError(f"cannot write {self.folder}: {error.strerror}") from None
         return self.folder
+
+
+def weights_sha256(net: nn.Module) -> str:
+    """Hex SHA-256 of a net's names and values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if value.dim()
+            else str(value.item()).encode()
+        )
+    return digest.hexdigest()

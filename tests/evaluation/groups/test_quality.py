@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import normalized_mutual_info_score
 
-from scale_smog.evaluation.groups import quality as group_quality
-from scale_smog.evaluation.groups.quality import cluster_features
+from scale_smog.evaluation.groups.quality import cluster_features, group_quality
 
 
 def test_entropies_are_of_the_classes_inside_the_groups_in_use():
@@ -18,7 +17,7 @@ def test_entropies_are_of_the_classes_inside_the_groups_in_use():
     assert torch.allclose(quality.entropy, torch.tensor([0, math.log(2)], dtype=torch.float64))
     assert abs(quality.entropy_mean - math.log(2) / 2) < 1e-12
     assert abs(quality.entropy_weighted - math.log(2) / 3) < 1e-12
-    assert quality.figures["in_use"] == 2 and quality.figures["largest_share"] == 4 / 6
+    assert quality.results["in_use"] == 2 and quality.results["largest_share"] == 4 / 6
 
 
 def test_mutual_information_is_that_of_scikit_learn():

@@ -6,8 +6,9 @@ from ranks import run_on_ranks
 from sklearn.linear_model import LogisticRegression
 
 from scale_smog.evaluation.protocols import LinearConfig
-from scale_smog.evaluation.supervised.classifiers import top_hits
-from scale_smog.evaluation.supervised.linear import build_heads, fit_logistic
+from scale_smog.evaluation.supervised.accuracy import topk_correct
+from scale_smog.evaluation.supervised.linear import build_heads
+from scale_smog.evaluation.supervised.logistic import fit_logistic
 
 
 def features(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,20 +24,20 @@ def test_the_minimum_is_that_of_scikit_learn():
     (z, y), (test_z, test_y) = features(2000, 0), features(1000, 1)
     oracle = LogisticRegression(C=0.5, max_iter=5000, tol=1e-8)
     oracle.fit(z.double().numpy(), y.numpy())
-    head = fit_logistic(z, y, 5, inverse_penalty=0.5)
-    predicted = head(test_z.double())[:, 0].argmax(1)
+    weight, bias = fit_logistic(z, y, 5, inverse_penalty=0.5)
+    predicted = F.linear(test_z.double(), weight, bias).argmax(1)
     expected = torch.from_numpy(oracle.predict(test_z.double().numpy()))
     assert (predicted == expected).double().mean() >= 0.999
     own = (predicted == test_y).double().mean()
     assert abs(own - (expected == test_y).double().mean()) <= 0.003 and own < 0.98
     coefficients = torch.from_numpy(oracle.coef_)
-    centred = head.weights[0] - head.weights[0].mean(0)  # softmax leaves a common part open
+    centred = weight - weight.mean(0)  # softmax leaves a common part open
     assert torch.allclose(centred, coefficients - coefficients.mean(0), atol=1e-3)
 
 
 def fitted() -> torch.Tensor:
     z, y = features(301, 0)
-    return fit_logistic(z, y, 5, inverse_penalty=1.0).weights[0].detach()
+    return fit_logistic(z, y, 5, inverse_penalty=1.0)[0]
 
 
 def test_two_ranks_find_the_same_minimum_as_one():
@@ -52,9 +53,9 @@ def test_heads_side_by_side_train_as_each_alone():
         own = config.model_copy(update={"learning_rates": rates})
         heads, optimizer = build_heads(own, 24, 5, torch.device("cpu"))
         for _ in range(20):
-            scores = heads(z)  # [64, L, 5]
-            labels = y[:, None].expand(scores.shape[:2])
-            loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+            logits = heads(z)  # [64, L, 5]
+            labels = y[:, None].expand(logits.shape[:2])
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
             optimizer.zero_grad()
             (loss * len(rates)).backward()
             optimizer.step()
@@ -66,7 +67,7 @@ def test_heads_side_by_side_train_as_each_alone():
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
-def test_hits_are_counted_for_each_classifier():
-    scores = torch.tensor([[[9.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]]])  # [1, 2, 6]
-    assert top_hits(scores, torch.tensor([0])).tolist() == [[1, 1], [0, 0]]
-    assert top_hits(scores, torch.tensor([1])).tolist() == [[0, 0], [0, 1]]
+def test_correct_predictions_are_counted_for_each_classifier():
+    logits = torch.tensor([[[9.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]]])  # [1, 2, 6]
+    assert topk_correct(logits, torch.tensor([0])).tolist() == [[1, 1], [0, 0]]
+    assert topk_correct(logits, torch.tensor([1])).tolist() == [[0, 0], [0, 1]]

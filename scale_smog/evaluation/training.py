@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 from scale_smog import distributed
 from scale_smog.errors import UserError
-from scale_smog.evaluation.job import Job
+from scale_smog.evaluation.task import EvaluationTask
 
 LOG_EVERY = 20  # steps
+LR_BATCH = 256  # images that a learning rate is meant for
+MOMENTUM = 0.9  # of SGD, in every protocol
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Training:
 
     Attributes:
         net: trained and saved; on its device.
-        optimizer: of its parameters; the groups' rates are the highest ones.
-        rate: factor on them at a step.
+        optimizer: of its parameters; the groups' learning rates are the highest ones.
+        lr_factor: on them at a step.
         loss: this rank's mean loss of a batch, of the net wrapped for several ranks.
         num_steps: all of them.
         checkpoint_every: steps.
@@ -32,20 +34,20 @@ class Training:
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
-    rate: Callable[[int], float]
+    lr_factor: Callable[[int], float]
     loss: Callable[[nn.Module, Any], Tensor]
     num_steps: int
     checkpoint_every: int
 
 
 def train(
-    job: Job, name: str, training: Training, batches: Callable[[range], Iterable[Any]]
+    task: EvaluationTask, name: str, training: Training, batches: Callable[[range], Iterable[Any]]
 ) -> None:
     """Trains to the end, or on from where an earlier call was interrupted; a collective.
 
     Args:
-        job: whose folder keeps the progress.
-        name: of this training within the job.
+        task: whose folder keeps the progress.
+        name: of this training within the task.
         training: changed in place.
         batches: of a range of steps.
 
@@ -53,16 +55,16 @@ def train(
         UserError: the loss is not a number.
     """
     net, optimizer = training.net, training.optimizer
-    step = _restore(job, name, net, optimizer)
-    highest = [group["lr"] for group in optimizer.param_groups]
+    step = _restore(task, name, net, optimizer)
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
     if step == 0:
         distributed.broadcast_module(net)
-    wrapped = _wrap(net, job.device)
+    wrapped = _wrap(net, task.device)
     shown = None if distributed.is_main() else True  # None: where there is a terminal
-    bar = tqdm(total=training.num_steps, initial=step, desc=f"{job.name} {name}", disable=shown)
+    bar = tqdm(total=training.num_steps, initial=step, desc=f"{task.name} {name}", disable=shown)
     for batch in batches(range(step, training.num_steps)):
-        for group, rate in zip(optimizer.param_groups, highest, strict=True):
-            group["lr"] = rate * training.rate(step)
+        for group, lr in zip(optimizer.param_groups, peak_lrs, strict=True):
+            group["lr"] = lr * training.lr_factor(step)
         # Dropout and sampled boxes: a resumed training draws the same.
         torch.manual_seed(step * distributed.world_size() + distributed.rank())
         loss = training.loss(wrapped, batch)
@@ -72,13 +74,13 @@ def train(
         step += 1
         bar.update()
         if step % LOG_EVERY == 0 or step in (1, training.num_steps):
-            _log(job, name, step, loss)
+            _log(task, name, step, loss)
         if step % training.checkpoint_every == 0 or step == training.num_steps:
-            # The rates are saved undimmed: a resumed run takes its factor from the step again.
-            for group, rate in zip(optimizer.param_groups, highest, strict=True):
-                group["lr"] = rate
+            # The peak rates are saved: a resumed run takes its factor from the step again.
+            for group, lr in zip(optimizer.param_groups, peak_lrs, strict=True):
+                group["lr"] = lr
             state = {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
-            job.save_progress(name, state)
+            task.save_progress(name, state)
     bar.close()
     distributed.barrier()
 
@@ -88,14 +90,16 @@ def cosine(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def _restore(job: Job, name: str, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    state = job.load_progress(name)
+def _restore(
+    task: EvaluationTask, name: str, net: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    state = task.load_progress(name)
     if state is None:
         return 0
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
     if distributed.is_main():
-        print(f"{job.name} {name}: going on after step {state['step']}", flush=True)
+        print(f"{task.name} {name}: going on after step {state['step']}", flush=True)
     return state["step"]
 
 
@@ -106,9 +110,9 @@ def _wrap(net: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(net, device_ids=ids)
 
 
-def _log(job: Job, name: str, step: int, loss: Tensor) -> None:
+def _log(task: EvaluationTask, name: str, step: int, loss: Tensor) -> None:
     """The only place where the host waits for a loss."""
     mean = distributed.all_reduce(loss.detach().clone()).item() / distributed.world_size()
     if not math.isfinite(mean):
-        raise UserError(f"{job.name} {name}: the loss is {mean} after step {step}: lower the rate")
-    job.log({"training": name, "step": step, "loss": mean})
+        raise UserError(f"{task.name} {name}: the loss is {mean} after step {step}: lower the rate")
+    task.log({"training": name, "step": step, "loss": mean})

@@ -1,0 +1,55 @@
+"""The nets that a checkpoint holds: found, read and built for whoever did not train them."""
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from scale_smog.checkpoint.loading import load
+from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
+from scale_smog.config import ModelConfig
+from scale_smog.errors import UserError
+from scale_smog.models import OnlineNet, build_nets
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """The checkpoint folder that `path` means, and its run's folder, both absolute.
+
+    Args:
+        path: a run's folder, its `checkpoints` (the newest whole one is meant) or one of these.
+
+    Raises:
+        UserError: neither a run with a whole checkpoint nor a whole checkpoint.
+    """
+    path = Path(os.path.abspath(path))  # names the parents of "." and "step-00000005" too
+    if path.parent.name == "checkpoints":
+        if problem := find_damage(path):
+            raise UserError(f"not a whole checkpoint: {problem}")
+        return path, path.parent.parent
+    run_dir = path.parent if path.name == "checkpoints" else path
+    whole = [folder for folder in list_checkpoints(run_dir) if find_damage(folder) is None]
+    if not whole:
+        raise UserError(f"no checkpoint in {run_dir}: give a run folder or its checkpoints/step-*")
+    return whole[-1], run_dir
+
+
+def read_part(folder: Path, part: str) -> dict[str, Tensor]:
+    """Tensors of one part, such as "online" or "groups", under their names without it."""
+    tensors, _ = load(folder, part)
+    return {name.removeprefix(f"{part}."): value for name, value in tensors.items()}
+
+
+def load_online_net(folder: Path, model: ModelConfig) -> OnlineNet:
+    """The online net of a checkpoint, on the CPU in float32.
+
+    Raises:
+        UserError: the checkpoint holds another net than the settings describe.
+    """
+    online, _ = build_nets(model)
+    try:
+        online.load_state_dict(read_part(folder, "online"))
+    except RuntimeError:
+        raise UserError(
+            f"{folder} does not hold a {model.backbone} of width {model.width}"
+        ) from None
+    return online
