@@ -94,7 +94,7 @@ def test_momentum_net_has_no_gradients_and_batch_statistics() -> None:
 
 def gradients_and_buffers(online: OnlineNet, images: list[Tensor], ddp: bool) -> dict[str, Tensor]:
     net = DistributedDataParallel(online) if ddp else online
-    z, p = net(images[0], images[1:])
+    z, p, _ = net(images[0], images[1:])
     (z[:, 0].mean() + p.square()[..., 0].mean()).backward()
     gradients = {f"gradient of {name}": p.grad for name, p in online.named_parameters()}
     return gradients | dict(online.named_buffers())
