@@ -10,7 +10,7 @@ from scale_smog import checkpoint, distributed
 from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
 from scale_smog.evaluation.features import embed_images
-from scale_smog.evaluation.groups.pictures import draw_groups
+from scale_smog.evaluation.groups.pictures import GROUPS_PICTURE, NUM_PICTURED, draw_groups
 from scale_smog.evaluation.knn import KnnProbe
 from scale_smog.grouping import perplexity
 from scale_smog.models import build_nets
@@ -18,9 +18,6 @@ from scale_smog.reporting import run_folder
 from scale_smog.reporting.curves import CURVES_FILE
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.state import TrainState, stoppable
-
-PICTURE_FILE = "groups.png"
-NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
 
 
 def conclude(
@@ -48,7 +45,7 @@ def conclude(
             },
         }
         if knn:
-            results["knn"] = _knn_figures(recipe, state, knn)
+            results["knn"] = _knn_results(recipe, state, knn)
         _draw_groups(recipe, state, dataset, usage)
         run_folder.add_results(run_dir, results)
     metrics.say(_table(run_dir, results))
@@ -64,19 +61,19 @@ def _draw_groups(recipe: Recipe, state: TrainState, dataset: TarDataset, usage: 
         stoppable(engine.project), recipe.data, recipe.evaluation, dataset, ids, engine.device
     )
     if distributed.is_main():
-        path = Path(recipe.run.dir) / PICTURE_FILE
+        path = Path(recipe.run.dir) / GROUPS_PICTURE
         draw_groups(path, dataset, ids, z, state.groups.centroids, usage)
 
 
-def _knn_figures(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, float]:
-    figures = {"trained": knn.accuracy(stoppable(state.engine.embed)), **knn.settings}
+def _knn_results(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, float]:
+    results = {"trained": knn.accuracy(stoppable(state.engine.embed)), **knn.settings}
     if recipe.evaluation.baselines:
         torch.manual_seed(recipe.run.seed)
         random_net = build_nets(recipe.model)[0].backbone.to(state.engine.device).eval()
         with torch.no_grad():
-            figures["random"] = knn.accuracy(stoppable(random_net))
-        figures["raw_pixels"] = knn.accuracy(stoppable(lambda images: images.flatten(1)))
-    return figures
+            results["random"] = knn.accuracy(stoppable(random_net))
+        results["raw_pixels"] = knn.accuracy(stoppable(lambda images: images.flatten(1)))
+    return results
 
 
 def _table(run_dir: Path, results: dict[str, dict[str, float]]) -> str:
@@ -90,7 +87,7 @@ def _table(run_dir: Path, results: dict[str, dict[str, float]]) -> str:
         ("results", str(run_dir / run_folder.RESULTS_FILE)),
         ("TensorBoard log", str(run_dir / "tensorboard")),
         ("checkpoint", str(checkpoint.list_checkpoints(run_dir)[-1])),
-        ("picture of the groups", str(run_dir / PICTURE_FILE)),
+        ("picture of the groups", str(run_dir / GROUPS_PICTURE)),
         ("picture of the course", str(run_dir / CURVES_FILE)),
     ]
     return "\n".join(["", *(f"  {name:<24}{value}" for name, value in rows)])

@@ -1,6 +1,5 @@
 """The weighted kNN classifier on frozen features."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,14 +10,9 @@ from torch import Tensor
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import MEAN, STD
-from scale_smog.data.image_folder import Images, open_split
-from scale_smog.evaluation.features import embed_images
-from scale_smog.evaluation.splits import (
-    random_subset,
-    require_labels,
-    require_same_classes,
-    test_split,
-)
+from scale_smog.data.image_folder import Images
+from scale_smog.evaluation.features import Encoder, embed_images
+from scale_smog.evaluation.splits import open_labelled_splits, random_subset
 
 CHUNK_ROWS = 512
 DEFAULTS = EvaluationConfig()  # of k and the temperature
@@ -86,12 +80,12 @@ def knn_accuracy(
 
 
 class KnnProbe:
-    """kNN accuracy of any embedding on a labelled dataset, all ranks sharing the work.
+    """kNN accuracy of any encoder on a labelled dataset, all ranks sharing the work.
 
     Args:
         data: which images, and who decodes them.
         config: the evaluation section.
-        device: of the embedding.
+        device: of the encoder.
 
     Raises:
         UserError: no test split, images without labels, or splits of other classes.
@@ -99,10 +93,7 @@ class KnnProbe:
 
     def __init__(self, data: DataConfig, config: EvaluationConfig, device: torch.device):
         self._data, self._config, self._device = data, config, device
-        train, test = open_split(data.path, "train"), open_split(data.path, test_split(data.path))
-        for dataset in (train, test):
-            require_labels(dataset, data.path, "kNN")
-        require_same_classes(train, test, data.path)
+        train, test = open_labelled_splits(data.path, "kNN")
         self._train = train, random_subset(train.num_samples, config.num_train_images)
         self._test = test, random_subset(test.num_samples, config.num_test_images)
 
@@ -112,26 +103,24 @@ class KnnProbe:
         pixels = {"pixel_mean": MEAN.tolist(), "pixel_std": STD.tolist()}
         return self._config.model_dump(exclude={"batch", "baselines"}) | pixels
 
-    def accuracy(self, embed: Callable[[Tensor], Tensor]) -> float:
-        """Top-1 accuracy, 0 to 1, of features embed([B, 3, H, W]) -> [B, F]; a collective."""
-        return self.accuracies(embed)[0]
+    def accuracy(self, encoder: Encoder) -> float:
+        """Top-1 accuracy, 0 to 1, of features encoder([B, 3, H, W]) -> [B, F]; a collective."""
+        return self.accuracies(encoder)[0]
 
-    def accuracies(self, embed: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    def accuracies(self, encoder: Encoder) -> tuple[float, float]:
         """Top-1 and top-5 accuracy; a collective."""
-        train_z, train_y = self._embed(embed, *self._train)
-        test_z, test_y = self._embed(embed, *self._test)
+        train_z, train_y = self._embed(encoder, *self._train)
+        test_z, test_y = self._embed(encoder, *self._test)
         own = slice(distributed.rank(), None, distributed.world_size())
         k, temperature = self._config.k, self._config.temperature
         votes = knn_votes(train_z, train_y, test_z[own], k=k, temperature=temperature)  # [m, C]
         first = votes.argmax(dim=1, keepdim=True)
         five = votes.topk(min(5, votes.shape[1]), dim=1).indices
         labels = test_y[own].to(votes.device)[:, None]
-        hits = torch.stack([(first == labels).sum(), (five == labels).sum()]).double()
-        top1, top5 = (distributed.all_reduce(hits) / len(test_y)).tolist()
+        correct = torch.stack([(first == labels).sum(), (five == labels).sum()]).double()
+        top1, top5 = (distributed.all_reduce(correct) / len(test_y)).tolist()
         return top1, top5
 
-    def _embed(
-        self, embed: Callable[[Tensor], Tensor], dataset: Images, ids: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
-        z = embed_images(embed, self._data, self._config, dataset, ids, self._device)
+    def _embed(self, encoder: Encoder, dataset: Images, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        z = embed_images(encoder, self._data, self._config, dataset, ids, self._device)
         return z, torch.from_numpy(dataset.labels[ids])

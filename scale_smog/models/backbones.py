@@ -5,7 +5,7 @@ import re
 from torch import nn
 
 from scale_smog.errors import UserError
-from scale_smog.models import resnet, swin
+from scale_smog.models import resnet, timm_nets
 
 RESNETS = {
     "resnet_tiny": resnet.resnet_tiny,
@@ -34,11 +34,11 @@ def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.
     if name in RESNETS:
         return RESNETS[name](width, small_images)
     if name != "swin_tiny":
-        swin.require_timm_name(name, other_names=[*RESNETS, "swin_tiny"])
+        timm_nets.require_timm_name(name, other_names=[*RESNETS, "swin_tiny"])
     if width != 1 or small_images:
         option = "width" if width != 1 else "small_images"
         raise UserError(f"{option}: only {', '.join(RESNETS)} have it, {name} does not")
-    return swin.swin_tiny() if name == "swin_tiny" else swin.timm_backbone(name)
+    return timm_nets.swin_tiny() if name == "swin_tiny" else timm_nets.timm_backbone(name)
 
 
 def stages(backbone: nn.Module) -> list[nn.Module]:

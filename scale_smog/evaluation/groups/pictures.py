@@ -16,6 +16,8 @@ from scale_smog.data.image_folder import Images
 from scale_smog.evaluation.groups.quality import GroupQuality
 from scale_smog.grouping import perplexity
 
+GROUPS_PICTURE = "groups.png"
+NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
 NUM_GROUPS_SHOWN = 10
 NUM_IMAGES_SHOWN = 8
 INK, ACCENT = "#222222", "#2a6f97"

@@ -14,15 +14,19 @@ from scale_smog.config import GroupingConfig
 from scale_smog.data.image_folder import open_split
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder
-from scale_smog.evaluation.groups.pictures import draw_group_entropy, draw_groups
+from scale_smog.evaluation.groups.pictures import (
+    GROUPS_PICTURE,
+    NUM_PICTURED,
+    draw_group_entropy,
+    draw_groups,
+)
 from scale_smog.evaluation.groups.quality import GroupQuality, cluster_features, group_quality
 from scale_smog.evaluation.splits import require_labels
 from scale_smog.evaluation.task import EvaluationTask
 from scale_smog.grouping import MomentumGroups
 from scale_smog.reporting import run_folder
 
-ENTROPY_PICTURE, GROUPS_PICTURE = "group_entropy.png", "groups.png"
-NUM_PICTURED = 2048
+ENTROPY_PICTURE = "group_entropy.png"
 
 
 def evaluate_groups(
@@ -38,30 +42,34 @@ def evaluate_groups(
     Raises:
         UserError: a path, the dataset or a setting does not fit; on every rank.
     """
+    checkpoints = [path for path in paths if not path.endswith(".npz")]
+    files = [Path(path) for path in paths if path.endswith(".npz")]
     with distributed.process_group() as device:
         qualities: dict[str, GroupQuality] = {}
-        folders = []
-        for path in (path for path in paths if not path.endswith(".npz")):
-            task = EvaluationTask.open("groups", path, overrides, device)
-            own = _checkpoint_groups(task)
-            results = own["trained"].results
-            for name in own.keys() - {"trained"}:
-                results |= {f"{name}_{key}": value for key, value in own[name].results.items()}
-            run_folder.add_results(task.run_dir, {"groups": results})
+        tasks = [EvaluationTask.open("groups", path, overrides, device) for path in checkpoints]
+        for task in tasks:
+            by_net = _checkpoint_groups(task)
+            run_folder.add_results(task.run_dir, {"groups": _results(by_net)})
             trained = f"{task.run_dir.name}, {task.checkpoint.name}"
-            qualities |= {trained if k == "trained" else k: v for k, v in own.items()}
-            folders.append(task.run_dir)
-        num_groups = [quality.num_groups for quality in qualities.values()]
-        for path in (Path(path) for path in paths if path.endswith(".npz")):
-            wanted = num_groups[0] if num_groups else GroupingConfig().num_groups
-            qualities[path.stem] = _file_groups(path, wanted)
-            folders.append(path.parent)
+            qualities |= {trained if k == "trained" else k: v for k, v in by_net.items()}
+        num_groups = next((q.num_groups for q in qualities.values()), GroupingConfig().num_groups)
+        qualities |= {path.stem: _file_groups(path, num_groups) for path in files}
         if distributed.is_main():
-            draw_group_entropy(folders[0] / ENTROPY_PICTURE, qualities)
+            folder = [*(task.run_dir for task in tasks), *(path.parent for path in files)][0]
+            draw_group_entropy(folder / ENTROPY_PICTURE, qualities)
             print(_table(qualities))
-            print(f"pictures: {folders[0] / ENTROPY_PICTURE}, {GROUPS_PICTURE}")
+            print(f"pictures: {folder / ENTROPY_PICTURE}, {GROUPS_PICTURE}")
             if with_paper:
                 print("the paper shows these groups' entropy as Figure 5, without numbers")
+
+
+def _results(by_net: dict[str, GroupQuality]) -> dict[str, float]:
+    """The trained net's under plain names, a baseline's with its name before them."""
+    return {
+        key if name == "trained" else f"{name}_{key}": value
+        for name, quality in by_net.items()
+        for key, value in quality.results.items()
+    }
 
 
 def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
