@@ -4,17 +4,22 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+INT64 = 2**63
+Positive = Annotated[int, Field(gt=0, lt=INT64)]
+NonNegative = Annotated[int, Field(ge=0, lt=INT64)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[int, Field(ge=10)]  # of a deadline: to find out who is late takes some
 Pair = Annotated[tuple[Share, Share], Field(strict=False)]  # YAML has lists, not tuples
 
 
-class Section(BaseModel):
-    """Base of all sections: unknown keys refused, nothing coerced, nothing changed later."""
+class StrictModel(BaseModel):
+    """Unknown keys are refused, nothing is coerced, nothing changed later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Section(StrictModel):
+    """A section of a recipe."""
 
 
 class RunConfig(Section):
@@ -130,7 +135,7 @@ class OptimizerConfig(Section):
     lr_batch: Positive = 256
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
     momentum: Share = 0.9  # of LARS and SGD
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0  # longest gradient of the whole net; 0: any
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0  # max global gradient norm; 0: no clipping
     warmup_epochs: Annotated[float, Field(ge=0)] = 10.0
 
 

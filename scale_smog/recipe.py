@@ -4,10 +4,11 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from scale_smog.config import Recipe
 from scale_smog.errors import UserError
@@ -15,24 +16,43 @@ from scale_smog.errors import UserError
 M = TypeVar("M", bound=BaseModel)
 
 
+_TAG = "tag:yaml.org,2002:"
+YAML_1_1_TAGS = {f"{_TAG}{name}" for name in ("int", "float", "timestamp")}
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads `1e-3` as a number (YAML 1.2)."""
+    """SafeLoader that refuses duplicate keys and reads numbers as YAML 1.2 does.
+
+    PyYAML's YAML 1.1 takes 1e-3 for text, 010 for eight, 1:30 for ninety and 2024-06-01 for a date.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in YAML_1_1_TAGS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"{_place(key_node)}: a key is a word, not a list or a mapping")
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
-                raise UserError(f"{key_node.start_mark.name}: key '{key}' appears twice")
+                raise UserError(f"{_place(key_node)}: key '{key}' appears twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+def _place(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}, line {node.start_mark.line + 1}"
+
+
+NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$",
+    "float": r"[-+]?((\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)$|\.nan$",
+}
+for _name, _pattern in NUMBERS.items():
+    _StrictLoader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list("-+.0123456789"))
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -40,7 +60,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         path: YAML file; sections and keys as in `scale_smog.config`.
-        overrides: `section.key=value` strings, the value in YAML.
+        overrides: `section.key=value` strings, as of `apply_override`.
 
     Returns:
         The resolved recipe, with `run.dir` filled in (`runs/<file name>` unless given).
@@ -57,14 +77,26 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"cannot read recipe {path}: it is not UTF-8 text") from None
-    if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
-        raise UserError(f"{path}: a recipe is a mapping of sections to their keys")
+    _require_sections(tree, path)
     for override in overrides:
-        apply_override(tree, override)
+        apply_override(tree, override, Recipe)
     run = tree.setdefault("run", {})
     if not run.get("dir"):
         run["dir"] = f"runs/{path.stem}"
     return validate(Recipe, tree)
+
+
+def _require_sections(tree: Any, path: Path) -> None:
+    if isinstance(tree, dict):
+        for key in tree:
+            section, dot, name = str(key).partition(".")
+            if dot:
+                raise UserError(
+                    f"{path}: write '{key}' as '{section}: {{{name}: ...}}'; only the command line "
+                    "has keys with dots"
+                )
+    if not isinstance(tree, dict) or not all(isinstance(v, dict) for v in tree.values()):
+        raise UserError(f"{path}: a recipe is a mapping of sections to their keys")
 
 
 def _nearest_recipe(path: Path) -> str:
@@ -86,8 +118,13 @@ def validate(model: type[M], tree: dict[str, Any]) -> M:
         raise UserError(_explain(error, model)) from None
 
 
-def apply_override(tree: dict[str, dict[str, Any]], override: str) -> None:
-    """Puts a `section.key=value` string, its value in YAML, into a tree of sections.
+def apply_override(tree: dict[str, dict[str, Any]], override: str, model: type[BaseModel]) -> None:
+    """Puts a `section.key=value` string into a tree of sections.
+
+    Args:
+        tree: changed in place.
+        override: a key that holds text takes the value as it stands, any other one reads YAML.
+        model: of the sections.
 
     Raises:
         UserError: it has another form.
@@ -96,11 +133,29 @@ def apply_override(tree: dict[str, dict[str, Any]], override: str) -> None:
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
         raise UserError(f"override '{override}' is not of the form section.key=value")
+    if "." in name:
+        first, *inner = name.split(".")
+        for part in reversed(inner):
+            value = f"{{{part}: {value}}}"
+        raise UserError(
+            f"override '{override}' has too many dots: the form is section.key=value, and a "
+            f"mapping is given whole, '{section}.{first}={value}'"
+        )
     values = tree.setdefault(section, {})
     if key in ("run.steps", "run.epochs"):  # one length replaces the other
         values.pop("steps", None)
         values.pop("epochs", None)
-    values[name] = _parse_yaml(value, f"override '{override}'")
+    is_text = _holds_text(model, section, name)
+    values[name] = value if is_text else _parse_yaml(value, f"override '{override}'")
+
+
+def _holds_text(model: type[BaseModel], section: str, name: str) -> bool:
+    """Whether a key is a string, of any or of given values, and nothing else."""
+    if section not in model.model_fields or name not in (fields := _fields(model, section)):
+        return False
+    annotation = fields[name].annotation
+    choices = get_args(annotation) if get_origin(annotation) is Literal else (None,)
+    return annotation is str or all(isinstance(choice, str) for choice in choices)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -113,7 +168,10 @@ def _parse_yaml(text: str, name: str) -> Any:
         loader = _StrictLoader(text)
         loader.name = name
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    except UserError:
+        raise
+    # What a number, a date or a tag says may be impossible, and a value too deep.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name} is not plain YAML: {' '.join(str(error).split())}") from None
 
 
@@ -143,7 +201,7 @@ def _suggestion(path: list[str], model: type[BaseModel]) -> str:
     return _nearest(path[1], candidates)
 
 
-def _fields(model: type[BaseModel], section: str) -> Iterable[str]:
+def _fields(model: type[BaseModel], section: str) -> dict[str, FieldInfo]:
     own = model.model_fields[section].annotation
     assert isinstance(own, type) and issubclass(own, BaseModel)
     return own.model_fields
