@@ -1,0 +1,26 @@
+"""Restarts by torchrun on several nodes."""
+
+from pathlib import Path
+
+from elastic import Agents
+
+MEETING = """
+from scale_smog import distributed
+
+with distributed.process_group(60):
+    print("met", *distributed.gather_objects(distributed.rank()), flush=True)
+"""
+
+
+def test_ranks_meet_again_when_agents_count_their_restarts_differently(tmp_path: Path):
+    program = tmp_path / "meeting.py"
+    program.write_text(MEETING)
+    agents = Agents(tmp_path, 2, 2, [str(program)])
+    try:
+        agents.wait_until(lambda: len(agents.starts(1)) == 2)
+        agents.kill_rank()
+        assert agents.wait() == [0, 0]
+        assert sorted(agents.restart_counts()) == [0, 1]
+        assert all(agents.said(number).count("met 0 1 2 3") == 2 for number in (0, 1))
+    finally:
+        agents.end()
