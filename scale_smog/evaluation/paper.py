@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One line of a table; figures in the order of the table's columns, None where not given."""
+    """One line of a table; values in the order of the table's columns, None where not given."""
 
     method: str
-    figures: tuple[float | None, ...]
+    values: tuple[float | None, ...]
 
 
 class Table(NamedTuple):
@@ -131,11 +131,11 @@ def paper_table(
     return COCO if evaluation == "detection" else None
 
 
-def compare(table: Table, name: str, figures: dict[str, float]) -> str:
-    """The table as text, with our figures as its last row."""
-    ours = tuple(100 * figures[c] if c in figures else None for c in table.columns)
+def compare(table: Table, name: str, results: dict[str, float]) -> str:
+    """The table as text, with our results as its last row."""
+    ours = tuple(100 * results[c] if c in results else None for c in table.columns)
     lines = [f"{table.title}, per cent", f"  {'':<32}" + "".join(f"{c:>9}" for c in table.columns)]
     for row in [*table.rows, Row(name, ours)]:
-        cells = ["–" if value is None else f"{value:.1f}" for value in row.figures]
+        cells = ["–" if value is None else f"{value:.1f}" for value in row.values]
         lines.append(f"  {row.method:<32}" + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
