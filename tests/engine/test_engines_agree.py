@@ -46,7 +46,7 @@ def train(folder: Path, num_steps: int = runs.NUM_STEPS, **settings: Any) -> Non
 
 def one_ratio(lars: Lars, values: Any, grads: Any, group: dict[str, Any]) -> Any:
     """LARS as a flat optimizer sees it: one layer."""
-    return REAL_RATIOS(lars, values, grads, group | {"numbers": group["numbers"] * 0})
+    return REAL_RATIOS(lars, values, grads, group | {"layer_ids": group["layer_ids"] * 0})
 
 
 FAULTY_ENGINES = ("zero1", "fsdp")  # flat slices, and rows
