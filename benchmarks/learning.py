@@ -195,7 +195,7 @@ def recipe_of(run: Run, device: torch.device) -> Any:
 
 def build_judge(recipe: Any, dataset: Any, num_train: int) -> Judge:
     """Centre crops of the first training images, of those held out, and of the test split."""
-    from scale_smog.data.image_folder import open_split
+    from scale_smog.data.datasets import open_split
     from scale_smog.evaluation import embed_images
     from scale_smog.evaluation.splits import test_split
 

@@ -32,7 +32,7 @@ from torchvision.transforms import InterpolationMode
 
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, TarDataset
-from scale_smog.data.augment import SIGMA, training_views
+from scale_smog.data.augment import MEAN, SIGMA, STD, training_views
 from scale_smog.data.loaders.build import build_training_loader
 from scale_smog.data.prepare.shard import shard_folder
 
@@ -66,7 +66,7 @@ class PillowViews:
                 transforms.RandomApply([_pillow_blur], a.blur[scheme]),
                 transforms.RandomSolarize(128, a.solarize[scheme]),
                 transforms.ToTensor(),
-                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+                transforms.Normalize((MEAN / 255).tolist(), (STD / 255).tolist()),
             ]
         )
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import webdataset
 from compare import claim, interleaved, parse_arguments
 
-from scale_smog.data.prepare.folder_source import folder_source
+from scale_smog.data.prepare.sources.folder import folder_source
 
 PROGRAM = Path(__file__).parents[1] / "data_tools" / "shard.py"
 NUM_QUICK = 3000

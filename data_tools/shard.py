@@ -3,7 +3,7 @@
 import argparse
 
 from scale_smog.data.prepare.shard import shard_folder
-from scale_smog.data.workers import default_workers
+from scale_smog.data.workers import num_usable_cores
 from scale_smog.errors import exits_on_user_error
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of the shuffle")
     add("--shard-mib", type=int, default=256, help="largest shard, MiB")
     add("--shard-samples", type=int, default=2000, help="most samples in a shard")
-    add("--workers", type=int, default=default_workers(), help="number of processes")
+    add("--workers", type=int, default=num_usable_cores(), help="number of processes")
     add("--resize-shorter", type=int, metavar="PX", help="shrink images to this shorter side")
     add("--reencode", type=int, metavar="QUALITY", help="make JPEGs of this quality of all images")
     add(

@@ -52,7 +52,7 @@ class DataConfig(Section):
     loader: Literal["dali", "torch", "memory", "fast", "stream", "synthetic"] = "dali"
     stream: str = ""  # loader=stream: tars to train on, https://host/train-{000000..000146}.tar
     allow_pipe: bool = False  # data.stream may name commands, as in pipe:cat train-000000.tar
-    device: Literal["auto", "cpu", "gpu"] = "auto"  # makes the views; torch on gpu: memory
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # makes the views
     workers: NonNegative = 8  # decoding threads (dali) or processes (torch) of a rank
     order: Literal["global", "block"] = "global"  # block: mixed within block_shards shards
     block_shards: Positive = 16

@@ -59,3 +59,9 @@ def uniforms(
 ) -> np.ndarray:
     """`random_words` as float64 in [0, 1): [N, num_words]."""
     return random_words(seed, sample_ids, epochs, stream, num_words) * 2.0**-32
+
+
+def permutation(num: int, seed: int) -> np.ndarray:
+    """A random order of 0..num - 1, int64 [num], the same with any version of numpy."""
+    # numpy may change what its permutation() returns; the raw stream of a bit generator is fixed.
+    return np.argsort(np.random.Philox(key=seed).random_raw(num), kind="stable")

@@ -18,7 +18,7 @@ from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.build import build_plan, build_training_loader
 from scale_smog.data.loaders.synthetic import SyntheticLoader
-from scale_smog.errors import UserError
+from scale_smog.data.plan import images_per_rank
 from scale_smog.grouping import spherical_kmeans
 from scale_smog.loop import train_step
 from scale_smog.profiling import report
@@ -80,7 +80,7 @@ def profile_loader(
 ) -> tuple[dict[str, Any], str]:
     """Figures of the loader alone, and the same as text."""
     num_batches = options.num_warm_up + options.num_steps
-    batch = images_of_a_rank(recipe)
+    batch = images_per_rank(recipe.data.global_batch, distributed.world_size())
     iterator = iter(build_batches(recipe, batch, num_batches, options.synthetic, device))
     for _ in islice(iterator, options.num_warm_up):
         pass
@@ -101,7 +101,8 @@ def profile_step(
     recipe: Recipe, options: Options, device: torch.device, target: Hardware
 ) -> tuple[dict[str, Any], str]:
     """Figures of the loop's step and what they predict for the target, and the same as text."""
-    batch, folder = images_of_a_rank(recipe), Path(recipe.run.dir)
+    folder = Path(recipe.run.dir)
+    batch = images_per_rank(recipe.data.global_batch, distributed.world_size())
     num_batches = options.num_warm_up + options.num_steps + NUM_TRACED
     batches = iter(build_batches(recipe, batch, num_batches, options.synthetic, device))
     state = build_state(recipe, batch, device)
@@ -139,18 +140,6 @@ def _write(facts: dict[str, Any], text: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "profile.json").write_text(json.dumps(facts, indent=1) + "\n")
         print(text + f"\nwritten to {folder / 'profile.json'}", flush=True)
-
-
-def images_of_a_rank(recipe: Recipe) -> int:
-    """B.
-
-    Raises:
-        UserError: the ranks do not divide the global batch.
-    """
-    total, ranks = recipe.data.global_batch, distributed.world_size()
-    if total % ranks:
-        raise UserError(f"data.global_batch={total} does not split over {ranks} ranks")
-    return total // ranks
 
 
 def build_batches(

@@ -1,4 +1,4 @@
-"""Views as params: crop windows, colour maps, blur and solarisation drawn before any decoding.
+"""Views as parameters: crop windows, colour maps, blur and solarisation, sampled before decoding.
 
 A view of a sample is a pure function of (seed, sample id, epoch, view), so that every loader makes
 the same picture of it, on any rank and after any restart.
@@ -43,7 +43,7 @@ class AugmentationParams:
     solarize: Array  # [B] bool
 
     def row(self, index: int) -> "AugmentationParams":
-        """The numbers of one image, still with a batch dimension of 1."""
+        """The parameters of one image, still with a batch dimension of 1."""
         return AugmentationParams(**{name: v[index : index + 1] for name, v in vars(self).items()})
 
 
@@ -99,7 +99,7 @@ class RandomView:
         widths: Array,
         heights: Array,
     ) -> AugmentationParams:
-        """Draws the numbers of B views.
+        """Draws the parameters of B views.
 
         Args:
             seed: of the run.

@@ -1,16 +1,85 @@
-"""A dataset in its own layout, a folder of images a split, read like one of tars."""
+"""Folders of images: one sub-folder a class, or flat and unlabelled."""
 
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from scale_smog.data.images import BadImageError, EncodedImage, Treatment, normalise
-from scale_smog.data.manifest import MANIFEST_NAME, TarDataset, load_manifest, manifest_sha256
-from scale_smog.data.prepare.folder_source import FolderReader, folder_source
+from scale_smog.data.images import (
+    AS_STORED,
+    IMAGE_EXTENSIONS,
+    BadImageError,
+    EncodedImage,
+    ImageEntry,
+    fingerprint,
+    preprocess,
+)
+from scale_smog.data.manifest import UNLABELLED
 from scale_smog.errors import UserError
 
-_AS_STORED = Treatment(full_check=False)
+NUM_ASKING, NAMES_AT_ONCE = 32, 1000  # threads, and files of one job of them
+SPLIT_NAMES = frozenset({"train", "val", "test"})
+
+
+class FolderListing(NamedTuple):
+    """The images of a folder, sorted by their names, and the classes that their labels index."""
+
+    classes: tuple[str, ...]
+    images: tuple[ImageEntry, ...]
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """Reads files by their name below a folder."""
+
+    folder: Path
+
+    def __call__(self, name: str) -> bytes:
+        try:
+            with open(f"{self.folder}/{name}", "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:  # the disk's fault, not the image's: not a case for quarantine
+            raise UserError(f"cannot read {self.folder / name}: {error.strerror}") from None
+
+
+def list_folder(folder: str | Path) -> FolderListing:
+    """Lists an image folder: one sub-folder per class, or a flat folder of unlabelled images.
+
+    Classes are the sub-folders in the order of their names; below a class folder any depth will
+    do. Hidden entries are ignored; other files that are not images are counted on stderr.
+
+    Raises:
+        UserError: the folder is missing, has no images, has images beside class folders, or a
+            class folder without images, or folders of splits instead of classes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no image folder {folder}" + (", it is a file" * folder.exists()))
+    names, num_skipped = _list_images(folder)
+    if num_skipped:
+        print(f"{folder}: skipped {num_skipped:,} files that are not images", file=sys.stderr)
+    if not names:
+        kinds = " ".join(sorted(IMAGE_EXTENSIONS))
+        raise UserError(f"no images in {folder} (looked for {kinds})")
+
+    classes = _class_names(folder, names)
+    if classes and SPLIT_NAMES.issuperset(classes):
+        raise UserError(
+            f"{folder} holds the splits {', '.join(classes)}, which would be its classes: shard "
+            f"each alone, as {folder / classes[0]} --split {classes[0]}"
+        )
+    label_of = {name: label for label, name in enumerate(classes)}
+    images = tuple(
+        ImageEntry(name, label_of.get(name.split("/")[0], UNLABELLED), size)
+        for name, size in zip(names, _sizes(folder, names), strict=True)
+    )
+    return FolderListing(classes, images)
 
 
 class FolderDataset:
@@ -25,15 +94,15 @@ class FolderDataset:
         Raises:
             UserError: no such folder, or no images in it.
         """
-        source = folder_source(Path(path) / split)
-        self.names = [image.name for image in source.images]
+        folder = Path(path) / split
+        self.classes, images = list_folder(folder)
+        self.names = [image.name for image in images]
         self.num_samples = len(self.names)
-        self.classes = source.classes
         self.num_classes = len(self.classes)
-        self.labels = np.array([image.label for image in source.images], dtype=np.int64)
+        self.labels = np.array([image.label for image in images], dtype=np.int64)
         self.widths, self.heights = _Sizes(self, "width"), _Sizes(self, "height")
-        self.sha256 = source.fingerprint()
-        self._read = FolderReader(Path(path) / split)
+        self.sha256 = fingerprint(images)
+        self._read = FolderReader(folder)
 
     def read(self, sample_id: int) -> bytes:
         """Returns the encoded image of a sample, in a form that every loader reads alike.
@@ -51,7 +120,7 @@ class FolderDataset:
 @lru_cache(maxsize=1024)  # of a batch both sizes are asked for, and then the images
 def _image(read: FolderReader, name: str) -> EncodedImage:
     try:
-        return normalise(read(name), _AS_STORED)
+        return preprocess(read(name), AS_STORED)
     except BadImageError as error:
         raise UserError(f"{read.folder / name} is not an image: {error}") from None
 
@@ -71,38 +140,54 @@ class _Sizes:
         return int(self[np.arange(self._dataset.num_samples)].max())
 
 
-Images = TarDataset | FolderDataset
+def _list_images(folder: Path) -> tuple[list[str], int]:
+    """Sorted names relative to `folder`, and the number of files that are not images."""
+    names, num_skipped = [], 0
+    for parent, folders, files in os.walk(folder, onerror=_raise_unlistable, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = Path(parent).relative_to(folder).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        for name in files:
+            # Hidden files are nobody's images, whatever their extension (macOS writes `._a.jpg`).
+            extension = os.path.splitext(name)[1][1:].lower()
+            if not name.startswith(".") and extension in IMAGE_EXTENSIONS:
+                names.append(prefix + name)
+            else:
+                num_skipped += 1
+    return sorted(names), num_skipped
 
 
-def open_split(path: str | Path, split: str) -> Images:
-    """Opens a split of a dataset of tars, or of a folder with a sub-folder for each split.
-
-    Raises:
-        UserError: there is no such dataset or split.
-    """
-    return TarDataset(path, split) if _is_tars(path) else FolderDataset(path, split)
+def _raise_unlistable(error: OSError) -> NoReturn:
+    raise UserError(f"cannot list {error.filename}: {error.strerror}") from None
 
 
-def has_split(path: str | Path, split: str) -> bool:
-    """Whether the dataset has a split of that name.
-
-    Raises:
-        UserError: the manifest of a dataset of tars is damaged.
-    """
-    if _is_tars(path):
-        return split in load_manifest(path).splits
-    return (Path(path) / split).is_dir()
-
-
-def split_sha256(path: str | Path, split: str) -> str:
-    """Hex SHA-256 that names a split's content: of the manifest, or of names, labels and sizes."""
-    if _is_tars(path):
-        return manifest_sha256(path, split)
-    return FolderDataset(path, split).sha256
+def _class_names(folder: Path, names: list[str]) -> tuple[str, ...]:
+    loose = [name for name in names if "/" not in name]
+    if len(loose) == len(names):
+        return ()
+    if loose:
+        raise UserError(f"{folder} has images beside its class folders, such as {loose[0]}")
+    with_images = {name.split("/")[0] for name in names}
+    folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    for name in folders:
+        if name not in with_images:
+            raise UserError(f"class folder {folder / name} has no images; fill or remove it")
+    return tuple(folders)
 
 
-def _is_tars(path: str | Path) -> bool:
-    # A folder without a manifest and without `train` is an unfinished set of tars: say that.
-    folder = Path(path)
-    known = any((folder / split).is_dir() for split in ("train", "val", "test"))
-    return (folder / MANIFEST_NAME).exists() or not known
+def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
+    """Bytes of each; asked for side by side, as a shared file system takes its time for each."""
+
+    def sizes(part: Sequence[str]) -> list[int]:
+        return [_size(f"{folder}/{name}") for name in part]
+
+    parts = [names[i : i + NAMES_AT_ONCE] for i in range(0, len(names), NAMES_AT_ONCE)]
+    with ThreadPoolExecutor(NUM_ASKING) as threads:
+        return [size for part in threads.map(sizes, parts) for size in part]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -1,6 +1,8 @@
 """One stored image: decoded in full, turned upright, in a form that every loader reads alike."""
 
+import hashlib
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import NamedTuple
@@ -8,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 _JPEG_QUALITY = 95
 _PASS_THROUGH = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format: extension
 
@@ -25,13 +28,34 @@ class EncodedImage(NamedTuple):
     height: int  # px
 
 
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """One image as a listing names it."""
+
+    name: str  # relative to its source: part of the fingerprint and of the quarantine list
+    label: int  # index into the source's classes, or -1
+    num_bytes: int  # at the source; only plans the shards
+
+
+def fingerprint(images: Iterable[ImageEntry]) -> str:
+    """Hex SHA-256 over names, labels and sizes: tells one list of images from another cheaply."""
+    digest = hashlib.sha256()
+    for image in images:
+        line = f"{image.name}\0{image.label}\0{image.num_bytes}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
-class Treatment:
+class Preprocessing:
     """What is done to images on their way into a shard."""
 
     full_check: bool = True  # decode every image, not only its header
     resize_shorter: int | None = None  # longest allowed shorter side, px; larger ones are shrunk
     reencode: int | None = None  # JPEG quality; all images become JPEGs of it
+
+
+AS_STORED = Preprocessing(full_check=False)  # only what readers disagree about is changed
 
 
 def decode(content: bytes, pixels: bool = True) -> Image.Image:
@@ -58,7 +82,7 @@ def decode(content: bytes, pixels: bool = True) -> Image.Image:
     return image
 
 
-def normalise(content: bytes, treatment: Treatment = Treatment()) -> EncodedImage:
+def preprocess(content: bytes, options: Preprocessing = Preprocessing()) -> EncodedImage:
     """Checks an image and brings it into a form every decoder reads alike.
 
     8-bit RGB or grey JPEG, PNG and WebP without an EXIF orientation pass byte for byte. All else
@@ -67,14 +91,14 @@ def normalise(content: bytes, treatment: Treatment = Treatment()) -> EncodedImag
 
     Args:
         content: the encoded image.
-        treatment: how much to check, and what to change.
+        options: how much to check, and what to change.
 
     Raises:
         BadImageError: the image cannot be decoded or encoded.
     """
-    image = decode(content, pixels=treatment.full_check)
-    shorter = treatment.resize_shorter or min(image.size)
-    may_pass = treatment.reencode is None and min(image.size) <= shorter
+    image = decode(content, pixels=options.full_check)
+    shorter = options.resize_shorter or min(image.size)
+    may_pass = options.reencode is None and min(image.size) <= shorter
     if may_pass and _reads_alike_everywhere(image, content):
         return EncodedImage(content, _PASS_THROUGH[str(image.format)], *image.size)
     try:
@@ -82,7 +106,7 @@ def normalise(content: bytes, treatment: Treatment = Treatment()) -> EncodedImag
         if min(image.size) > shorter:
             image = _shrink(image, shorter)
         encoded = BytesIO()
-        image.save(encoded, "JPEG", quality=treatment.reencode or _JPEG_QUALITY, exif=b"")
+        image.save(encoded, "JPEG", quality=options.reencode or _JPEG_QUALITY, exif=b"")
     except (OSError, ValueError, SyntaxError) as error:
         raise BadImageError(f"cannot become an RGB JPEG: {error}") from None
     return EncodedImage(encoded.getvalue(), "jpg", *image.size)

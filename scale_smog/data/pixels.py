@@ -1,4 +1,4 @@
-"""Views as pixels, in torch: the numbers of `augment.py` applied to decoded images, on any device.
+"""Views as pixels, in torch: sampled parameters applied to decoded images, on any device.
 
 The CPU loaders make one image after the other, the loader of sets in memory whole batches.
 """
@@ -49,7 +49,7 @@ def make_views(
         one = of_batch.row(row)
         cropped = crop(image, one.box[0], view.px, one.flip[0])[None]
         x = cropped.to(torch.float32, memory_format=torch.contiguous_format)
-        output[row] = finish(x, view, one)[0]
+        output[row] = augment_crops(x, view, one)[0]
 
 
 def empty_views(views: Sequence[View], num_images: int, pinned: bool = False) -> list[Tensor]:
@@ -91,7 +91,7 @@ def crop(image: Tensor, box: np.ndarray, px: int, flip: bool) -> Tensor:
     return x.flip(-1) if flip else x
 
 
-def finish(x: Tensor, view: View, params: AugmentationParams) -> Tensor:
+def augment_crops(x: Tensor, view: View, params: AugmentationParams) -> Tensor:
     """All that follows the crop: colour, blur, solarise, normalise.
 
     Args:
@@ -153,7 +153,7 @@ def _blur_bands(sigma: Tensor, px: int, window: int) -> Tensor:
     distance = torch.arange(window, device=sigma.device) - window // 2
     kernel = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)  # [n, window]
     kernel = kernel / kernel.sum(1, keepdim=True)
-    # Such weights change no pixel, but denormal params make the product seven times slower.
+    # Such weights change no pixel, but denormal numbers make the product seven times slower.
     kernel = torch.where(kernel < 1e-9, 0, kernel)
     block = math.gcd(px, BLUR_BLOCK_PX)
     reach = block + window - 1

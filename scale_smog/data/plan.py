@@ -9,6 +9,25 @@ from scale_smog.counter_rng import random_words
 from scale_smog.errors import UserError
 
 
+def images_per_rank(global_batch: int, world_size: int, key: str = "data.global_batch") -> int:
+    """B, a rank's part of a batch.
+
+    Args:
+        global_batch: images of a step over all ranks.
+        world_size: number of ranks.
+        key: setting that names the batch.
+
+    Raises:
+        UserError: the ranks do not divide the batch.
+    """
+    if global_batch % world_size:
+        raise UserError(
+            f"{key}={global_batch} is not a multiple of {world_size} ranks: "
+            f"take {-(-global_batch // world_size) * world_size}"
+        )
+    return global_batch // world_size
+
+
 class EpochPlan:
     """Sample order of a run.
 
@@ -59,6 +78,14 @@ class EpochPlan:
             ids[here] = order[position[here] % self.num_samples]
         return ids
 
+    def images_per_rank(self, world_size: int) -> int:
+        """B.
+
+        Raises:
+            UserError: the ranks do not divide the global batch.
+        """
+        return images_per_rank(self.global_batch, world_size)
+
     def epochs(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """The epoch [B] int64 that each of `ids` belongs to; a batch may straddle two."""
         return self._positions(step, rank, world_size) // self.num_samples
@@ -73,12 +100,7 @@ class EpochPlan:
         return _block_order(self._shard_sizes, self._block_shards, self.seed, epoch)
 
     def _positions(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        if self.global_batch % world_size:
-            raise UserError(
-                f"data.global_batch={self.global_batch} is not a multiple of {world_size} ranks: "
-                f"take {-(-self.global_batch // world_size) * world_size}"
-            )
-        size = self.global_batch // world_size
+        size = self.images_per_rank(world_size)
         start = step * self.global_batch + rank * size
         return np.arange(start, start + size, dtype=np.int64)
 
@@ -101,6 +123,10 @@ class SequentialPlan:
     def num_steps(self, world_size: int = 1) -> int:
         """Steps until every sample is visited."""
         return -(-len(self.sample_ids) // (self.batch * world_size))
+
+    def images_per_rank(self, world_size: int) -> int:
+        """B, at any number of ranks."""
+        return self.batch
 
     def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Sample ids [B] int64; past the end the last one again."""

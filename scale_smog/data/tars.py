@@ -6,25 +6,35 @@ a library in a tar is a line in a list of refusals and nothing more.
 
 import math
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from scale_smog.data.manifest import UNLABELLED, Member
+from scale_smog.data.images import IMAGE_EXTENSIONS
+from scale_smog.data.manifest import UNLABELLED
 from scale_smog.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 LABEL_EXTENSION = "cls"
 _IGNORED_EXTENSIONS = frozenset({"json", "txt"})  # descriptions, which nobody here reads
+
+
+class TarMember(NamedTuple):
+    """One file inside a tar."""
+
+    extension: str
+    offset: int  # of the content, bytes
+    size: int  # of the content, bytes
+    name: str
 
 
 class TarSample(NamedTuple):
     """One image of a tar, with the members that share its key."""
 
     key: str
-    image: Member
+    image: TarMember
     label: int  # UNLABELLED where the tar has none
-    members: tuple[Member, ...]  # in the tar's order, the image among them
+    members: tuple[TarMember, ...]  # in the tar's order, the image among them
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ def list_tar(path: Path) -> TarListing:
         UserError: the file cannot be read, or is no uncompressed tar.
     """
     members, refused = _safe_members(path)
-    groups: dict[str, list[Member]] = {}
+    groups: dict[str, list[TarMember]] = {}
     for key, member in members:
         groups.setdefault(key, []).append(member)
 
@@ -66,7 +76,7 @@ def list_tar(path: Path) -> TarListing:
     return TarListing(tuple(samples), tuple(refused))
 
 
-def _safe_members(path: Path) -> tuple[list[tuple[str, Member]], list[tuple[str, str]]]:
+def _safe_members(path: Path) -> tuple[list[tuple[str, TarMember]], list[tuple[str, str]]]:
     """(key, member) of all that may be read, and (name, reason) of the rest."""
     members, refused = [], []
     try:
@@ -86,11 +96,11 @@ def _safe_members(path: Path) -> tuple[list[tuple[str, Member]], list[tuple[str,
     return members, refused
 
 
-def split_name(info: tarfile.TarInfo) -> tuple[str, Member]:
+def split_name(info: tarfile.TarInfo) -> tuple[str, TarMember]:
     """As webdataset does: the key ends at the first dot of the last part of the path."""
     folder, slash, base = info.name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return f"{folder}{slash}{stem}", Member(extension, info.offset_data, info.size, info.name)
+    return f"{folder}{slash}{stem}", TarMember(extension, info.offset_data, info.size, info.name)
 
 
 def reason_to_refuse(info: tarfile.TarInfo, extension: str, tar_size: float = math.inf) -> str:
@@ -108,6 +118,15 @@ def reason_to_refuse(info: tarfile.TarInfo, extension: str, tar_size: float = ma
     return ""
 
 
-def _content(file, member: Member) -> bytes:
+def format_index(samples: Sequence[Sequence[TarMember]]) -> bytes:
+    """The DALI index (v1.2) of a tar, byte for byte what DALI's own `wds2idx` writes."""
+    lines = [
+        " ".join(f"{m.extension} {m.offset} {m.size} {m.name}" for m in members)
+        for members in samples
+    ]
+    return "\n".join([f"v1.2 {len(samples)}", *lines, ""]).encode()
+
+
+def _content(file, member: TarMember) -> bytes:
     file.seek(member.offset)
     return file.read(min(member.size, 64))

@@ -15,12 +15,12 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 
-def default_workers() -> int:
+def num_usable_cores() -> int:
     """Number of cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def prepare_processes(*modules: str) -> None:
+def start_forkserver(*modules: str) -> None:
     """Starts the forkserver of the workers in the background, with `modules` preloaded."""
     multiprocessing.set_forkserver_preload([__name__, *modules])
     forkserver.ensure_running()

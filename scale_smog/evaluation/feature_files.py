@@ -9,7 +9,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from scale_smog import distributed
-from scale_smog.data.image_folder import FolderDataset, Images, has_split, open_split
+from scale_smog.data.datasets import Images, has_split, open_split
+from scale_smog.data.image_folder import FolderDataset
 from scale_smog.data.loaders.torch import decode
 from scale_smog.data.manifest import MANIFEST_NAME, load_manifest
 from scale_smog.errors import UserError

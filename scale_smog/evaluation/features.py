@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.build import build_evaluation_loader
 
 Encoder = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> features [B, F]

@@ -10,7 +10,7 @@ from torch import Tensor
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import MEAN, STD
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 from scale_smog.evaluation.features import Encoder, embed_images
 from scale_smog.evaluation.splits import open_labelled_splits, random_subset
 
@@ -39,7 +39,8 @@ def knn_votes(
         temperature: of the votes.
 
     Returns:
-        [M, C] float32, on the device of the features; the largest single vote of a row is 1.
+        [M, C] float32, on the device of the features; the largest single vote of a row is 1, and
+        0 is a class without any.
     """
     train_z, test_z = F.normalize(train_z.float()), F.normalize(test_z.float())
     train_y = train_y.to(train_z.device)
@@ -50,6 +51,7 @@ def knn_votes(
         similarity, nearest = (rows @ train_z.T).topk(min(k, len(train_z)), dim=1)  # [m, k]
         # The largest weight is 1 whatever the temperature: no overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        weight.clamp_(min=torch.finfo(weight.dtype).tiny)  # a vote, however small
         votes.scatter_add_(1, train_y[nearest], weight)
     return all_votes
 
@@ -77,6 +79,21 @@ def knn_accuracy(
     """Share of the test images [M] that `knn_predict` puts into their class, 0 to 1."""
     predicted = knn_predict(train_z, train_y, test_z, k=k, temperature=temperature)
     return (predicted.cpu() == test_y.cpu()).double().mean().item()
+
+
+def topk_correct(votes: Tensor, labels: Tensor) -> Tensor:
+    """How many of M images have their class first, and among the first five with a vote.
+
+    Args:
+        votes: [M, C].
+        labels: [M] int64.
+
+    Returns:
+        [2] float64.
+    """
+    values, top5 = votes.topk(min(5, votes.shape[1]), dim=1)  # [M, 5]
+    correct = (top5 == labels[:, None]) & (values > 0)
+    return torch.stack([correct[:, 0].sum(), correct.any(1).sum()]).double()
 
 
 class KnnProbe:
@@ -111,13 +128,10 @@ class KnnProbe:
         """Top-1 and top-5 accuracy; a collective."""
         train_z, train_y = self._embed(encoder, *self._train)
         test_z, test_y = self._embed(encoder, *self._test)
-        own = slice(distributed.rank(), None, distributed.world_size())
+        part = slice(distributed.rank(), None, distributed.world_size())
         k, temperature = self._config.k, self._config.temperature
-        votes = knn_votes(train_z, train_y, test_z[own], k=k, temperature=temperature)  # [m, C]
-        first = votes.argmax(dim=1, keepdim=True)
-        five = votes.topk(min(5, votes.shape[1]), dim=1).indices
-        labels = test_y[own].to(votes.device)[:, None]
-        correct = torch.stack([(first == labels).sum(), (five == labels).sum()]).double()
+        votes = knn_votes(train_z, train_y, test_z[part], k=k, temperature=temperature)  # [m, C]
+        correct = topk_correct(votes, test_y[part].to(votes.device))  # [2]
         top1, top5 = (distributed.all_reduce(correct) / len(test_y)).tolist()
         return top1, top5
 

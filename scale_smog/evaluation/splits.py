@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from scale_smog.data.image_folder import Images, has_split, open_split
+from scale_smog.data.datasets import Images, has_split, open_split
 from scale_smog.errors import UserError
 
 

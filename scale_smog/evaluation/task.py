@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scale_smog import distributed
 from scale_smog.checkpoint.nets import find_checkpoint, load_online_net
 from scale_smog.config import Recipe
-from scale_smog.data.image_folder import Images, split_sha256
+from scale_smog.data.datasets import Images, split_sha256
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder, embed_images
 from scale_smog.evaluation.protocols import Protocols, load_protocols, split_overrides

@@ -13,6 +13,7 @@ from scale_smog import distributed
 from scale_smog.checkpoint.disk_space import probe_space
 from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
+from scale_smog.data.plan import images_per_rank
 from scale_smog.errors import UserError
 from scale_smog.preflight import dataset, versions
 from scale_smog.preflight.network import check_collectives, check_links
@@ -182,9 +183,10 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 def check_memory(recipe: Recipe, device: torch.device) -> Row:
     """The memory plan of a rank against what its device has; a collective."""
     ranks, per_node = distributed.world_size(), distributed.ranks_per_node()
-    if recipe.data.global_batch % ranks:
-        fault = f"data.global_batch={recipe.data.global_batch} does not split over {ranks} ranks"
-        return Row("memory", "", [fault])
+    try:
+        images_per_rank(recipe.data.global_batch, ranks)
+    except UserError as error:
+        return Row("memory", "", [str(error)])
     planned = plan_memory(recipe, ranks, per_node).total_mib
     have = min(distributed.gather_objects(_memory_mib(device, per_node)))
     said = f"a rank plans {planned:.0f} MiB of {have:.0f}"

@@ -14,9 +14,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from scale_smog import distributed
+from scale_smog.data.augment import MEAN, STD
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+_MEAN, _STD = (torch.tensor(v / 255, dtype=torch.float32)[:, None, None] for v in (MEAN, STD))
 
 
 class Metrics:
@@ -86,7 +86,7 @@ class Metrics:
         """Shows the first images of each kind of view [B, 3, H, W]: a row of what the nets see."""
         if not self._is_main:
             return
-        rows = [view[:num].cpu().float() * IMAGENET_STD + IMAGENET_MEAN for view in views]
+        rows = [view[:num].cpu().float() * _STD + _MEAN for view in views]
         grids = [make_grid(row.clamp(0, 1), nrow=num) for row in rows]
         with self._disk_may_be_full():
             for i, grid in enumerate(grids):

@@ -9,8 +9,9 @@ import torch
 from images import jpeg
 
 from scale_smog.config import AugmentConfig, DataConfig
-from scale_smog.data import TarDataset
+from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import training_views
+from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.prepare.index import index_folder
 from scale_smog.data.prepare.shard import shard_folder
 
@@ -35,8 +36,9 @@ def load(dataset, steps, batch, rank=0, world_size=1):
     views = training_views(
         DataConfig(path="", num_small_crops=1, large_px=24, small_px=16), AugmentConfig()
     )
-    loader = fast.FastDaliLoader(dataset, views, batch, 3, steps, 1, CPU, False, rank, world_size)
-    return list(loader)
+    plan = EpochPlan(dataset.num_samples, batch * world_size)
+    source = BatchSource(dataset, plan, views, 3, rank, world_size)
+    return list(fast.FastDaliLoader(source, steps, 1, CPU, on_gpu=False))
 
 
 def test_ranks_together_see_every_label_as_often_as_it_is_there(many):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from scale_smog.data.images import decode
-from scale_smog.data.manifest import TarDataset
 from scale_smog.data.prepare import demo as demo_images
 from scale_smog.data.prepare.demo import CLASSES, OUTLINES, draw, make_demo
+from scale_smog.data.tar_dataset import TarDataset
 
 
 def _rng(*seed: int) -> np.random.Generator:

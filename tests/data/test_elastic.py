@@ -14,12 +14,13 @@ from images import jpeg
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import training_views
+from scale_smog.data.images import ImageEntry
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.build import build_plan
 from scale_smog.data.loaders.torch import TorchLoader
-from scale_smog.data.manifest import MAX_OPEN_FILES
-from scale_smog.data.prepare.folder_source import Source, SourceImage
 from scale_smog.data.prepare.shard import shard_source
+from scale_smog.data.prepare.sources import Source
+from scale_smog.data.tar_dataset import MAX_OPEN_FILES
 
 CPU = torch.device("cpu")
 NUM_STEPS = 50
@@ -63,7 +64,7 @@ def test_fifty_batches_after_a_stop_are_the_same_bits_on_other_ranks(
 def many_shards(tmp_path_factory) -> Path:
     """500 shards of four small images."""
     folder = tmp_path_factory.mktemp("many")
-    images = tuple(SourceImage(str(i), 0, 1000) for i in range(2000))
+    images = tuple(ImageEntry(str(i), 0, 1000) for i in range(2000))
     source = Source(("a",), images, _read_small)
     shard_source(source, folder, shard_samples=4, workers=1, full_check=False)
     return folder

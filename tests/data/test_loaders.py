@@ -12,7 +12,12 @@ import torch
 from scale_smog.config import AugmentConfig, DataConfig, EvaluationConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import STD, training_views
-from scale_smog.data.loaders.build import build_evaluation_loader, build_training_loader
+from scale_smog.data.loaders.build import (
+    build_evaluation_loader,
+    build_training_loader,
+    require_loader,
+    with_random_access,
+)
 from scale_smog.errors import UserError
 
 CPU = torch.device("cpu")
@@ -135,3 +140,20 @@ def test_dali_missing_is_one_clear_line(tars, monkeypatch):
     monkeypatch.setitem(sys.modules, "scale_smog.data.loaders.dali", None)
     with pytest.raises(UserError, match=r"data\.loader=torch"):
         load(tars, "dali", range(1))
+
+
+@pytest.mark.parametrize("loader", ["torch", "stream"])
+def test_a_loader_of_the_cpu_is_not_replaced_where_a_gpu_is_to_make_the_views(loader):
+    url = {"stream": "https://host/a.tar"} if loader == "stream" else {}
+    data = DataConfig(path="", loader=loader, device="gpu", **url)
+    with pytest.raises(UserError, match=rf"loader={loader} makes its views on the CPU.*memory"):
+        require_loader(data, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("loader", ["memory", "torch", "stream", "dali", "fast"])
+def test_evaluations_get_a_loader_of_any_samples_whatever_the_run_had(loader):
+    url = {"stream": "https://host/a.tar"} if loader == "stream" else {}
+    data = with_random_access(DataConfig(path="", loader=loader, device="gpu", **url))
+    assert data.loader == ("dali" if loader in ("dali", "fast") else "torch")
+    assert data.device == ("gpu" if loader in ("dali", "fast") else "auto")
+    assert data.stream == ""

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scale_smog.data import manifest as manifest_module
-from scale_smog.data.manifest import TarDataset, load_manifest, manifest_sha256
-from scale_smog.data.prepare.folder_source import Source, SourceImage
+from scale_smog.data import tar_dataset
+from scale_smog.data.images import ImageEntry
+from scale_smog.data.manifest import load_manifest, manifest_sha256
 from scale_smog.data.prepare.shard import shard_source
+from scale_smog.data.prepare.sources import Source
+from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError
 from scale_smog.runtime import retries
 from scale_smog.runtime.files import write_atomically
@@ -34,7 +36,7 @@ def _read(name: str) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-    images = tuple(SourceImage(str(i), i % 3, len(_png(i))) for i in range(NUM_SAMPLES))
+    images = tuple(ImageEntry(str(i), i % 3, len(_png(i))) for i in range(NUM_SAMPLES))
     source = Source(("a", "b", "c"), images, _read)
     shard_source(source, tmp_path / "data", shard_samples=2, workers=1)
     return tmp_path / "data"
@@ -162,7 +164,7 @@ def test_a_pickled_dataset_reads_the_same(folder):
 
 
 def test_many_threads_share_few_open_files(folder, monkeypatch):
-    monkeypatch.setattr(manifest_module, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(tar_dataset, "MAX_OPEN_FILES", 2)
     dataset = TarDataset(folder, "train")
     expected = [dataset.read(i) for i in range(NUM_SAMPLES)]
     num_open = len(os.listdir("/proc/self/fd"))

@@ -31,7 +31,7 @@ class WholeImage(RandomView):
 
     def sample(self, seed, ids, epochs, widths, heights) -> AugmentationParams:
         box = np.stack([0 * widths, 0 * widths, widths, heights], axis=1).astype(np.int32)
-        return replace(super().params(seed, ids, epochs, widths, heights), box=box)
+        return replace(super().sample(seed, ids, epochs, widths, heights), box=box)
 
 
 @pytest.fixture(scope="module")

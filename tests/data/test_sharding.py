@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scale_smog.data.images import BadImageError, Treatment, decode, normalise
-from scale_smog.data.manifest import TarDataset, load_manifest
+from scale_smog.counter_rng import permutation
+from scale_smog.data.images import BadImageError, Preprocessing, decode, preprocess
+from scale_smog.data.manifest import load_manifest
 from scale_smog.data.prepare import shard as sharding
-from scale_smog.data.prepare.folder_source import folder_source
-from scale_smog.data.prepare.shard import cut_into_shards, shard_folder, shuffled
+from scale_smog.data.prepare.shard import cut_into_shards, shard_folder
+from scale_smog.data.prepare.sources.folder import folder_source
+from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -143,9 +145,9 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(source, tm
 
 def test_the_order_depends_on_the_seed_alone():
     # Pinned: another numpy must not reorder a dataset that is half written.
-    assert shuffled(10, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    assert shuffled(10, 1).tolist() != shuffled(10, 0).tolist()
-    assert sorted(shuffled(1000, 3)) == list(range(1000))
+    assert permutation(10, 0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert permutation(10, 1).tolist() != permutation(10, 0).tolist()
+    assert sorted(permutation(1000, 3)) == list(range(1000))
 
 
 def test_another_seed_gives_another_order_of_the_same_samples(source, tmp_path):
@@ -256,7 +258,7 @@ def test_splits_share_a_folder_and_its_classes(source, tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_plain_images_pass_byte_for_byte(kind, mode):
     content = _encoded(_photo().convert(mode), kind)
-    image = normalise(content)
+    image = preprocess(content)
     assert image.content == content
     assert image.extension == {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
     assert (image.width, image.height) == (40, 30)
@@ -280,7 +282,7 @@ def test_plain_images_pass_byte_for_byte(kind, mode):
     ],
 )
 def test_all_else_becomes_an_rgb_jpeg_that_looks_the_same(content):
-    image = normalise(content)
+    image = preprocess(content)
     decoded = Image.open(BytesIO(image.content))
     assert (image.extension, decoded.format, decoded.mode) == ("jpg", "JPEG", "RGB")
     assert decoded.size == (image.width, image.height) == (40, 30)
@@ -290,7 +292,7 @@ def test_all_else_becomes_an_rgb_jpeg_that_looks_the_same(content):
 
 def test_16_bit_grey_is_scaled_not_clipped():
     ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (16, 1))
-    image = normalise(_encoded(Image.fromarray(ramp), "PNG"))
+    image = preprocess(_encoded(Image.fromarray(ramp), "PNG"))
     decoded = np.asarray(Image.open(BytesIO(image.content)), float)
     assert np.abs(decoded[8, :, 0] - np.linspace(0, 255, 64)).max() < 4
 
@@ -301,7 +303,7 @@ def test_exif_orientation_is_baked_in(kind):
     image.paste((255, 255, 255), (0, 0, 40, 40))  # bright top
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: the bright half is right
-    turned = normalise(_encoded(image, kind, exif=exif))
+    turned = preprocess(_encoded(image, kind, exif=exif))
     decoded = Image.open(BytesIO(turned.content))
     assert (turned.width, turned.height) == decoded.size == (80, 40)
     assert 0x0112 not in decoded.getexif()
@@ -311,8 +313,8 @@ def test_exif_orientation_is_baked_in(kind):
 
 def test_resize_shorter_only_shrinks():
     small = _encoded(_photo(0, 40, 30), "PNG")
-    assert normalise(small, Treatment(resize_shorter=30)).content == small
-    large = normalise(_encoded(_photo(0, 301, 150), "PNG"), Treatment(resize_shorter=30))
+    assert preprocess(small, Preprocessing(resize_shorter=30)).content == small
+    large = preprocess(_encoded(_photo(0, 301, 150), "PNG"), Preprocessing(resize_shorter=30))
     assert (large.extension, large.width, large.height) == ("jpg", 60, 30)
 
 
@@ -362,7 +364,7 @@ def test_a_shard_without_a_good_image_is_left_out(tmp_path):
     source.mkdir()
     for index in range(6):
         (source / f"{index}.png").write_bytes(_encoded(_photo(index), "PNG"))
-    for index in shuffled(6, 0)[2:4]:
+    for index in permutation(6, 0)[2:4]:
         (source / f"{index}.png").write_bytes(b"bad")
     files = _shard(source, tmp_path / "out", shard_samples=2, max_bad=0.5)
     assert "train-000001.tar" not in files

@@ -18,12 +18,13 @@ from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan
 from scale_smog.data.augment import training_views
 from scale_smog.data.loaders.build import build_training_loader
-from scale_smog.data.manifest import TarDataset, load_manifest, manifest_sha256
+from scale_smog.data.manifest import load_manifest, manifest_sha256
 from scale_smog.data.prepare.index import index_folder
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.data.prepare.sources import open_source
 from scale_smog.data.prepare.stats import describe, draw_samples
 from scale_smog.data.prepare.verify import verify_folder
+from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError
 
 ROOT = Path(__file__).parents[2]

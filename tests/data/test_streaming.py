@@ -71,7 +71,9 @@ def serve():
 
 def stream(urls, batch, steps, rank=0, world_size=1, threads=2):
     views = training_views(DataConfig(path="", large_px=16), AugmentConfig())
-    return StreamLoader(urls, views, batch, 3, steps, threads, CPU, rank, world_size)
+    plan = EpochPlan(batch * world_size, batch * world_size)  # only the size of a batch counts
+    source = BatchSource(None, plan, views, 3, rank, world_size)
+    return StreamLoader(urls, source, steps, threads, CPU)
 
 
 @needs_curl
@@ -122,7 +124,7 @@ def test_views_are_the_torch_loaders(tars, serve):
     view, dataset = CentreView(24, 0.875), TarDataset(tars, "train")
     source = BatchSource(dataset, SequentialPlan(np.arange(16), 16), [view], 0, 0, 1)
     (expected,) = TorchLoader(source, range(1), 0, CPU)
-    loader = StreamLoader([url], [view], 16, 0, range(1), 2, CPU)
+    loader = StreamLoader([url], source, range(1), 2, CPU)
     with ThreadPoolExecutor(2) as threads:
         batch = loader._make(read_tar(url), threads)
     assert torch.equal(batch.large[0], expected.large[0])

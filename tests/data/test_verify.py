@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scale_smog.data.manifest import SIDECAR_DTYPE
+from scale_smog.data.images import ImageEntry
 from scale_smog.data.prepare import verify
-from scale_smog.data.prepare.folder_source import Source, SourceImage
 from scale_smog.data.prepare.shard import shard_source
+from scale_smog.data.prepare.sources import Source
 from scale_smog.data.prepare.verify import verify_folder
+from scale_smog.data.tar_dataset import SIDECAR_DTYPE
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import file_sha256
 
@@ -30,8 +31,8 @@ def _read(name: str) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(verify, "default_workers", lambda: 1)
-    images = tuple(SourceImage(str(i), i % 2, len(_read(str(i)))) for i in range(6))
+    monkeypatch.setattr(verify, "num_usable_cores", lambda: 1)
+    images = tuple(ImageEntry(str(i), i % 2, len(_read(str(i)))) for i in range(6))
     source = Source(("a", "b"), images, _read)
     shard_source(source, tmp_path / "data", shard_samples=3, workers=1)
     return tmp_path / "data"

@@ -1,4 +1,4 @@
-"""One rank's part of a plan: which samples, and what to do to them, step by step."""
+"""One rank's part of a plan: which samples, and how to augment them, step by step."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from scale_smog.data.augment import AugmentationParams, View
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 
 NUM_READERS = 16  # threads: a shared file system answers many requests as soon as one
 
@@ -21,6 +21,8 @@ def _readers() -> ThreadPoolExecutor:
 
 class Plan(Protocol):
     """Sample ids and epochs as a function of the step."""
+
+    def images_per_rank(self, world_size: int) -> int: ...
 
     def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray: ...
 
@@ -37,6 +39,15 @@ class BatchSource:
     seed: int
     rank: int
     world_size: int
+
+    @property
+    def batch_size(self) -> int:
+        """B, this rank's images of a step.
+
+        Raises:
+            UserError: the ranks do not divide the batch.
+        """
+        return self.plan.images_per_rank(self.world_size)
 
     def ids(self, step: int) -> np.ndarray:
         """Sample ids [B] int64 of this rank."""

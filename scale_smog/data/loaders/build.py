@@ -11,14 +11,14 @@ from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import CentreView, View
 from scale_smog.data.batch import Batch
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.memory import MemoryLoader
 from scale_smog.data.loaders.stream import StreamLoader, shard_urls
 from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.data.loaders.torch import TorchLoader
-from scale_smog.data.manifest import TarDataset
 from scale_smog.data.plan import EpochPlan, SequentialPlan
+from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError
 
 # On a CPU, views up to this size are DALI's own: of 32 px a view costs less than torch's calls that
@@ -47,32 +47,17 @@ def build_training_loader(
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     source = BatchSource(dataset, plan, views, plan.seed, rank, world_size)
-    if data.loader == "synthetic":
-        return SyntheticLoader(views, len(source.ids(0)), len(steps), device)
-    if data.loader == "stream":
-        require_loader(data, device)
-        urls = shard_urls(data.stream, data.allow_pipe)
-        batch, threads = len(source.ids(0)), data.workers
-        return StreamLoader(urls, views, batch, plan.seed, steps, threads, device, rank, world_size)
-    if data.loader == "fast":
-        require_loader(data, device)
-        on_gpu, batch = _on_gpu(data, device), len(source.ids(0))
-        return import_module("scale_smog.data.loaders.dali_fast").FastDaliLoader(
-            dataset, views, batch, plan.seed, steps, data.workers, device, on_gpu, rank, world_size
-        )
-    if data.loader == "memory" or (data.loader == "torch" and data.device == "gpu"):
-        require_loader(data, device)
-        return MemoryLoader(source, steps, device)
     return _build(data, source, steps, device)
 
 
-def exact_loader_settings(data: DataConfig) -> DataConfig:
-    """The settings with a loader that shows the images of any plan, for runs trained by another.
+def with_random_access(data: DataConfig) -> DataConfig:
+    """The settings with a loader that reads any samples in any order, whichever the run had.
 
     DALI where it was one of DALI's, else torch.
     """
-    loader = "dali" if data.loader in ("dali", "fast") else "torch"
-    return data.model_copy(update={"loader": loader, "stream": ""})
+    if data.loader in ("dali", "fast"):
+        return data.model_copy(update={"loader": "dali"})
+    return data.model_copy(update={"loader": "torch", "device": "auto", "stream": ""})
 
 
 def build_evaluation_loader(
@@ -88,7 +73,7 @@ def build_evaluation_loader(
     plan = SequentialPlan(sample_ids, min(evaluation.batch, share))  # few images: a small batch
     view = CentreView(evaluation.image_px, evaluation.crop_share)
     source = BatchSource(dataset, plan, [view], 0, rank, world_size)
-    return _build(exact_loader_settings(data), source, range(plan.num_steps(world_size)), device)
+    return _build(with_random_access(data), source, range(plan.num_steps(world_size)), device)
 
 
 def require_loader(data: DataConfig, device: torch.device) -> None:
@@ -99,6 +84,11 @@ def require_loader(data: DataConfig, device: torch.device) -> None:
     """
     if data.device == "gpu" and device.type != "cuda":
         raise UserError("data.device=gpu, but no GPU is visible: take data.device=auto or cpu")
+    if data.device == "gpu" and data.loader in ("torch", "stream"):
+        raise UserError(
+            f"data.loader={data.loader} makes its views on the CPU, not with data.device=gpu: "
+            "take data.loader=memory or dali, or data.device=auto"
+        )
     if data.loader in ("dali", "fast"):
         _import_dali(data.loader)
     if data.loader == "stream":
@@ -109,17 +99,23 @@ def _build(
     data: DataConfig, source: BatchSource, steps: range, device: torch.device
 ) -> Iterable[Batch]:
     require_loader(data, device)
+    on_gpu = device.type == "cuda" and data.device != "cpu"
+    if data.loader == "synthetic":
+        return SyntheticLoader(source.views, source.batch_size, len(steps), device)
+    if data.loader == "stream":
+        urls = shard_urls(data.stream, data.allow_pipe)
+        return StreamLoader(urls, source, steps, data.workers, device)
+    if data.loader == "memory":
+        return MemoryLoader(source, steps, device)
+    if data.loader == "fast":
+        fast = import_module("scale_smog.data.loaders.dali_fast")
+        return fast.FastDaliLoader(source, steps, data.workers, device, on_gpu)
     if data.loader == "dali":
         dali = _import_dali(data.loader)
-        on_gpu = _on_gpu(data, device)
         if on_gpu or max(view.px for view in source.views) <= SMALL_VIEW_PX:
             return dali.DaliLoader(source, steps, data.workers, device, on_gpu)
         return dali.DaliCpuLoader(source, steps, data.workers, device)
     return TorchLoader(source, steps, data.workers, device)
-
-
-def _on_gpu(data: DataConfig, device: torch.device) -> bool:
-    return device.type == "cuda" and data.device != "cpu"
 
 
 def _import_dali(loader: str) -> ModuleType:

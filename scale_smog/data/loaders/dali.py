@@ -1,8 +1,7 @@
 """The DALI loaders, for the GPU and the CPU.
 
 On a GPU, and for small views, the whole way from the file to the views is one DALI graph. For
-large views on the CPU DALI decodes and torch, several times as fast there, makes the views of the
-same params.
+large views on the CPU DALI decodes and torch, several times as fast there, makes the same views.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from scale_smog.data.augment import (
 )
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.batch_source import BatchSource
-from scale_smog.data.loaders.prefetch import in_background
+from scale_smog.data.loaders.prefetch import prefetch
 from scale_smog.data.pixels import empty_views, make_views
 from scale_smog.errors import UserError
 
@@ -58,23 +57,22 @@ class DaliLoader:
         self._device = device
         self._pipeline = _view_pipeline(
             source.views,
-            _Feed(source, steps.start),
+            _ExternalSource(source, steps.start),
             on_gpu=on_gpu,
-            **pipeline_settings(len(source.ids(steps.start)), threads, device, on_gpu),
+            **pipeline_settings(source.batch_size, threads, device, on_gpu),
         )
         self._pipeline.build()
 
     def __iter__(self) -> Iterator[Batch]:
-        num_large = sum(not view.small for view in self._source.views)
         labels = self._source.dataset.labels
-        # The thread reads the files and draws the params, which DALI asks for in `run`.
+        # The thread reads the files and samples the parameters that DALI asks for in `run`.
         run = partial(run_pipeline, self._pipeline)
-        batches = in_background(run, self._steps, PREFETCH_BATCHES)
+        batches = prefetch(run, self._steps, PREFETCH_BATCHES)
         for step, outputs in zip(self._steps, batches, strict=True):
             views = [to_torch(output, self._device) for output in outputs]
             ids = self._source.ids(step)
             label = torch.from_numpy(labels[ids]).to(self._device, non_blocking=True)
-            yield Batch(views[:num_large], views[num_large:], label, torch.from_numpy(ids))
+            yield Batch.from_views(self._source.views, views, label, torch.from_numpy(ids))
 
 
 def pipeline_settings(
@@ -126,7 +124,7 @@ class DaliCpuLoader:
         self._device = device
         self._pipeline = _decoding_pipeline(
             lambda iteration: source.encoded(source.ids(steps.start + iteration)),
-            **pipeline_settings(len(source.ids(steps.start)), threads, device, on_gpu=False),
+            **pipeline_settings(source.batch_size, threads, device, on_gpu=False),
         )
         self._pipeline.build()
 
@@ -134,7 +132,7 @@ class DaliCpuLoader:
         threads = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=[1])
         with threads:
             make = partial(self._make, threads=threads)
-            yield from in_background(make, self._steps, PREFETCH_BATCHES)
+            yield from prefetch(make, self._steps, PREFETCH_BATCHES)
 
     def _make(self, step: int, threads: ThreadPoolExecutor) -> Batch:
         source = self._source
@@ -147,15 +145,14 @@ class DaliCpuLoader:
             make_views(image, row, source.views, params, outputs)
 
         list(threads.map(make_views_of, range(len(ids))))
-        num_large = sum(not view.small for view in source.views)
         views = [view.to(self._device, non_blocking=True) for view in outputs]
         label = torch.from_numpy(source.dataset.labels[ids]).to(self._device)
-        return Batch(views[:num_large], views[num_large:], label, torch.from_numpy(ids))
+        return Batch.from_views(source.views, views, label, torch.from_numpy(ids))
 
 
 @pipeline_def
-def _decoding_pipeline(feed: Callable[[int], list[np.ndarray]]) -> Any:
-    files = fn.external_source(source=feed, batch=True)
+def _decoding_pipeline(source: Callable[[int], list[np.ndarray]]) -> Any:
+    files = fn.external_source(source=source, batch=True)
     return decode(files, on_gpu=False)
 
 
@@ -169,8 +166,8 @@ def decode(files: Any, on_gpu: bool) -> Any:
     )
 
 
-class _Feed:
-    """The callable behind `external_source`: encoded images, then the params that views need."""
+class _ExternalSource:
+    """What `external_source` calls: encoded images, then the parameters that the graph reads."""
 
     def __init__(self, source: BatchSource, start: int):
         self.source = source
@@ -178,12 +175,12 @@ class _Feed:
 
     def __call__(self, iteration: int) -> list[list[np.ndarray] | np.ndarray]:
         step = self.start + iteration
-        feed: list[list[np.ndarray] | np.ndarray] = [self.source.encoded(self.source.ids(step))]
+        outputs: list[list[np.ndarray] | np.ndarray] = [self.source.encoded(self.source.ids(step))]
         for view, params in zip(
             self.source.views, self.source.augmentation_params(step), strict=True
         ):
-            feed += [params.box, *(getattr(params, name) for name in needed_params(view))]
-        return feed
+            outputs += [params.box, *(getattr(params, name) for name in needed_params(view))]
+        return outputs
 
 
 def needed_params(view: View) -> list[str]:
@@ -196,20 +193,20 @@ def needed_params(view: View) -> list[str]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _view_pipeline(views: Sequence[View], feed: _Feed, on_gpu: bool) -> tuple[Any, ...]:
+def _view_pipeline(views: Sequence[View], source: _ExternalSource, on_gpu: bool) -> tuple[Any, ...]:
     names = [(i, name) for i, view in enumerate(views) for name in ["box", *needed_params(view)]]
-    files, *nodes = fn.external_source(source=feed, num_outputs=1 + len(names), batch=True)
+    files, *nodes = fn.external_source(source=source, num_outputs=1 + len(names), batch=True)
     image = decode(files, on_gpu)
     outputs = []
     for i in range(len(views)):
         own = {names[k][1]: nodes[k] for k in range(len(names)) if names[k][0] == i}
         box = own["box"]
         window = fn.slice(image, box[:2], box[2:], axis_names="WH")
-        outputs.append(make_view(window, views[i], own))
+        outputs.append(augment_window(window, views[i], own))
     return tuple(outputs)
 
 
-def make_view(window: Any, view: View, params: dict[str, Any]) -> Any:
+def augment_window(window: Any, view: View, params: dict[str, Any]) -> Any:
     """One view of a cropped window as graph nodes: HWC float32, normalised."""
     # torch and Pillow round to 8 bits between the two passes, so this does too.
     x = fn.resize(window, resize_x=view.px, mode="stretch", **CUBIC)

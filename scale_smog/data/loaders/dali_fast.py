@@ -9,7 +9,7 @@ not:
   of ranks. Between a start and a stop everything repeats to the bit on a CPU.
 - Crops are drawn by DALI, and no checksum of an image is compared. `sample_id` is -1.
 
-All other params are drawn as for the other loaders, with a sample's place in the run as its id.
+All other parameters are sampled as for the other loaders, with a place in the run as the id.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,20 +24,23 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from torch import Tensor
 
-from scale_smog.data.augment import ASPECT, NUM_CROP_TRIES, RandomView
+from scale_smog.data.augment import ASPECT, NUM_CROP_TRIES, View
 from scale_smog.data.batch import Batch
+from scale_smog.data.images import IMAGE_EXTENSIONS
+from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.dali import (
     PREFETCH_BATCHES,
+    augment_window,
     decode,
-    make_view,
     needed_params,
     pipeline_settings,
     run_pipeline,
     to_torch,
 )
-from scale_smog.data.loaders.prefetch import in_background
-from scale_smog.data.manifest import UNLABELLED, TarDataset
-from scale_smog.data.tars import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from scale_smog.data.loaders.prefetch import prefetch
+from scale_smog.data.manifest import UNLABELLED
+from scale_smog.data.tar_dataset import TarDataset
+from scale_smog.data.tars import LABEL_EXTENSION
 
 SHUFFLE_BUFFER = 1000  # encoded samples a rank keeps
 
@@ -46,80 +49,64 @@ class FastDaliLoader:
     """Batches of `steps` from the tars of a dataset, in DALI's order.
 
     Args:
-        dataset: whose tars to read.
-        views: kinds of views.
-        batch: samples of this rank, B.
-        seed: of the run.
+        source: of its plan only the size of a batch counts.
         steps: how many batches; the first one's number chooses the order.
         threads: of the CPU part.
         device: where the batches go.
         on_gpu: run the graph on that GPU, else on the CPU.
-        rank: of this process.
-        world_size: number of ranks.
     """
 
     def __init__(
         self,
-        dataset: TarDataset,
-        views: Sequence[RandomView],
-        batch: int,
-        seed: int,
+        source: BatchSource,
         steps: range,
         threads: int,
         device: torch.device,
         on_gpu: bool,
-        rank: int,
-        world_size: int,
     ):
+        assert isinstance(source.dataset, TarDataset), "this loader reads tars only"
+        self._source = source
         self._steps = steps
         self._device = device
-        self._num_large = sum(not view.small for view in views)
         self._pipeline = _reader_pipeline(
-            dataset.tar_paths,
-            views,
-            _Draws(views, batch, seed, steps.start, rank, world_size),
+            source.dataset.tar_paths,
+            source.views,
+            _ParamsSource(source, steps.start),
             on_gpu,
-            shard=(rank, world_size),
-            order_seed=seed * 1_000_003 + steps.start,
-            **pipeline_settings(batch, threads, device, on_gpu),
+            shard=(source.rank, source.world_size),
+            order_seed=source.seed * 1_000_003 + steps.start,
+            **pipeline_settings(source.batch_size, threads, device, on_gpu),
         )
         self._pipeline.build()
 
     def __iter__(self) -> Iterator[Batch]:
         run = partial(run_pipeline, self._pipeline)
-        batches = in_background(run, self._steps, PREFETCH_BATCHES)
+        batches = prefetch(run, self._steps, PREFETCH_BATCHES)
         for labels, *outputs in batches:
             views = [to_torch(output, self._device) for output in outputs]
             label = _to_numbers(labels).to(self._device, non_blocking=True)
             unknown = torch.full((len(label),), -1)
-            yield Batch(views[: self._num_large], views[self._num_large :], label, unknown)
+            yield Batch.from_views(self._source.views, views, label, unknown)
 
 
-class _Draws:
-    """The callable behind `external_source`: the numbers of a batch, its crops aside."""
+class _ParamsSource:
+    """What `external_source` calls: the augmentation parameters of a batch, its crops aside."""
 
-    def __init__(
-        self,
-        views: Sequence[RandomView],
-        batch: int,
-        seed: int,
-        start: int,
-        rank: int,
-        world_size: int,
-    ):
-        self.views, self.seed, self.start = views, seed, start
-        self.batch, self.rank, self.world_size = batch, rank, world_size
+    def __init__(self, source: BatchSource, start: int):
+        self.source = source
+        self.start = start
 
     def __call__(self, iteration: int) -> list[np.ndarray]:
-        first = ((self.start + iteration) * self.world_size + self.rank) * self.batch
-        place = first + np.arange(self.batch)
+        source, size = self.source, self.source.batch_size
+        first = ((self.start + iteration) * source.world_size + source.rank) * size
+        place = first + np.arange(size)
         ids, epochs = place % 2**32, place // 2**32
-        any_size = np.ones(self.batch, dtype=np.int64)
-        feed = []
-        for view in self.views:
-            params = view.sample(self.seed, ids, epochs, any_size, any_size)
-            feed += [getattr(params, name) for name in needed_params(view)]
-        return feed
+        any_size = np.ones(size, dtype=np.int64)
+        outputs = []
+        for view in source.views:
+            params = view.sample(source.seed, ids, epochs, any_size, any_size)
+            outputs += [getattr(params, name) for name in needed_params(view)]
+        return outputs
 
 
 def _to_numbers(labels: Any) -> Tensor:
@@ -130,8 +117,8 @@ def _to_numbers(labels: Any) -> Tensor:
 @pipeline_def(enable_conditionals=True)
 def _reader_pipeline(
     tars: Sequence[str],
-    views: Sequence[RandomView],
-    draws: _Draws,
+    views: Sequence[View],
+    params: _ParamsSource,
     on_gpu: bool,
     shard: tuple[int, int],
     order_seed: int,
@@ -153,7 +140,7 @@ def _reader_pipeline(
     image = decode(files, on_gpu)
     size = fn.peek_image_shape(files, adjust_orientation=False)
     names = [(i, name) for i, view in enumerate(views) for name in needed_params(view)]
-    nodes = fn.external_source(source=draws, num_outputs=len(names), batch=True)
+    nodes = fn.external_source(source=params, num_outputs=len(names), batch=True)
     outputs = []
     for i, view in enumerate(views):
         own = {names[k][1]: nodes[k] for k in range(len(names)) if names[k][0] == i}
@@ -165,5 +152,5 @@ def _reader_pipeline(
             seed=order_seed + i,
         )
         window = fn.slice(image, start, extent, axis_names="HW")
-        outputs.append(make_view(window, view, own))
+        outputs.append(augment_window(window, view, own))
     return (labels, *outputs)

@@ -15,8 +15,8 @@ from scale_smog.data.augment import AugmentationParams
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.torch import decode
-from scale_smog.data.pixels import finish
-from scale_smog.data.workers import default_workers
+from scale_smog.data.pixels import augment_crops
+from scale_smog.data.workers import num_usable_cores
 from scale_smog.errors import UserError
 
 LARGEST_SHARE = 0.5  # of the device's free memory, or of 16 GiB on a CPU
@@ -26,7 +26,7 @@ _CPU_BYTES = 16 * 2**30
 class MemoryLoader:
     """Batches of `steps` from decoded images on `device`.
 
-    The same params as the other loaders', within the tolerances of their comparison.
+    The same views as the other loaders', within the tolerances of their comparison.
 
     Args:
         source: what to load.
@@ -45,17 +45,16 @@ class MemoryLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         source = self._source
-        num_large = sum(not view.small for view in source.views)
         for step in self._steps:
             ids = source.ids(step)
             images = self._images[torch.from_numpy(ids).to(self._device)].float()  # [B, 3, H, W]
             views = []
             for view, params in zip(source.views, source.augmentation_params(step), strict=True):
                 cropped = crop_batch(images, params, view.px)
-                made = finish(cropped, view, params)
+                made = augment_crops(cropped, view, params)
                 views.append(made.contiguous(memory_format=torch.channels_last))
             label = torch.from_numpy(source.dataset.labels[ids]).to(self._device)
-            yield Batch(views[:num_large], views[num_large:], label, torch.from_numpy(ids))
+            yield Batch.from_views(source.views, views, label, torch.from_numpy(ids))
 
 
 def _decode_all(source: BatchSource, device: torch.device) -> Tensor:
@@ -80,7 +79,7 @@ def _decode_all(source: BatchSource, device: torch.device) -> Tensor:
         image = decode(encoded)
         images[row, :, : image.shape[1], : image.shape[2]] = image
 
-    with ThreadPoolExecutor(default_workers()) as threads:
+    with ThreadPoolExecutor(num_usable_cores()) as threads:
         list(threads.map(decode_into, range(len(ids))))
     return images.to(device)
 

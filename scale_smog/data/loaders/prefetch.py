@@ -9,10 +9,10 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def in_background(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
+def prefetch(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], depth: int
 ) -> Iterator[_Result]:
-    """Yields `function(item)` in order; one thread computes up to `ahead` results in advance.
+    """Yields `function(item)` in order; one thread computes up to `depth` results in advance.
 
     What the function raises is raised here, at its item.
     """
@@ -21,7 +21,7 @@ def in_background(
     try:
         for item in items:
             pending.append(thread.submit(function, item))
-            if len(pending) > ahead:
+            if len(pending) > depth:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -10,7 +10,7 @@ It gives up what needs random access. The other loaders keep these promises, thi
   connection broke.
 - Image sizes and labels come from the tars as they pass; no hash is checked.
 
-The views are made from the same kind of params, by the same code, as in the torch loader.
+Views are sampled and made by the same code as in the torch loader.
 """
 
 import random
@@ -31,9 +31,10 @@ from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
-from scale_smog.data.augment import View
 from scale_smog.data.batch import Batch
-from scale_smog.data.loaders.prefetch import in_background
+from scale_smog.data.images import AS_STORED, IMAGE_EXTENSIONS, BadImageError, preprocess
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.prefetch import prefetch
 from scale_smog.data.loaders.torch import decode
 from scale_smog.data.manifest import UNLABELLED
 from scale_smog.data.pixels import empty_views, make_views
@@ -45,7 +46,6 @@ SCHEMES = ("http", "https", "s3", "pipe")
 NUM_TRIES = 3  # to read a tar
 PREFETCH_BATCHES = 2
 LARGEST_BAD_SHARE = 0.05  # of the samples so far, beyond the first hundred bad ones
-_IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class StreamSample(NamedTuple):
@@ -80,14 +80,10 @@ class StreamLoader:
 
     Args:
         urls: of the tars, in any order; the same on all ranks.
-        views: kinds of views.
-        batch: samples of this rank, B.
-        seed: of the run.
+        source: kinds of views, seed and ranks; of its plan only the size of a batch counts.
         steps: how many batches; the first one's number chooses the order.
         threads: that decode and make views.
         device: where the batches go.
-        rank: of this process.
-        world_size: number of ranks.
 
     Raises:
         UserError: fewer tars than ranks. While loading: a tar cannot be read, or too many of its
@@ -97,34 +93,29 @@ class StreamLoader:
     def __init__(
         self,
         urls: Sequence[str],
-        views: Sequence[View],
-        batch: int,
-        seed: int,
+        source: BatchSource,
         steps: range,
         threads: int,
         device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
     ):
-        if len(urls) < world_size:
-            raise UserError(f"data.stream names {len(urls)} tars, fewer than {world_size} ranks")
+        if len(urls) < source.world_size:
+            raise UserError(
+                f"data.stream names {len(urls)} tars, fewer than {source.world_size} ranks"
+            )
         self._urls = sorted(urls)
-        self._views = views
-        self._batch = batch
-        self._seed = seed
+        self._source = source
         self._steps = steps
         self._threads = max(1, threads)
         self._device = device
-        self._share = slice(rank, None, world_size)
         self._num_read = self._num_bad = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        mixed = shuffle(SHUFFLE_BUFFER, rng=random.Random(self._seed))(self._passes())
+        mixed = shuffle(SHUFFLE_BUFFER, rng=random.Random(self._source.seed))(self._passes())
         threads = ThreadPoolExecutor(
             self._threads, initializer=torch.set_num_threads, initargs=(1,)
         )
         with threads, closing(mixed) as samples:
-            yield from in_background(
+            yield from prefetch(
                 lambda _: self._make(samples, threads), self._steps, PREFETCH_BATCHES
             )
 
@@ -132,19 +123,21 @@ class StreamLoader:
         """This rank's samples, pass after pass, without end."""
         for epoch in count(self._steps.start):
             urls = list(self._urls)
-            random.Random(f"{self._seed} {epoch}").shuffle(urls)
+            random.Random(f"{self._source.seed} {epoch}").shuffle(urls)
             before = self._num_read
-            for url in urls[self._share]:
+            own = urls[self._source.rank :: self._source.world_size]
+            for url in own:
                 for sample in read_tar(url, epoch):
                     self._num_read += 1
                     yield sample
             if self._num_read == before:
-                raise UserError(f"data.stream: no images in {urls[self._share]}")
+                raise UserError(f"data.stream: no images in {own}")
 
     def _make(self, samples: Iterator[StreamSample], threads: ThreadPoolExecutor) -> Batch:
+        source, size = self._source, self._source.batch_size
         taken: list[tuple[StreamSample, Tensor]] = []
-        while len(taken) < self._batch:
-            tried = list(islice(samples, self._batch - len(taken)))
+        while len(taken) < size:
+            tried = list(islice(samples, size - len(taken)))
             if not tried:  # a batch ahead has met an error, which the loop will see first
                 raise UserError("data.stream: closed")
             images = threads.map(self._decode, tried)
@@ -152,23 +145,23 @@ class StreamLoader:
         ids = np.array([zlib.crc32(sample.name.encode()) for sample, _ in taken])
         epochs = np.array([sample.epoch for sample, _ in taken])
         heights, widths = np.array([image.shape[1:] for _, image in taken]).T
-        params = [v.params(self._seed, ids, epochs, widths, heights) for v in self._views]
-        outputs = empty_views(self._views, self._batch)
+        params = [v.sample(source.seed, ids, epochs, widths, heights) for v in source.views]
+        outputs = empty_views(source.views, size)
 
         def make_views_of(row: int) -> None:
-            make_views(taken[row][1], row, self._views, params, outputs)
+            make_views(taken[row][1], row, source.views, params, outputs)
 
-        list(threads.map(make_views_of, range(self._batch)))
-        num_large = sum(not view.small for view in self._views)
+        list(threads.map(make_views_of, range(size)))
         views = [view.to(self._device, non_blocking=True) for view in outputs]
         label = torch.tensor([sample.label for sample, _ in taken]).to(self._device)
-        return Batch(views[:num_large], views[num_large:], label, torch.from_numpy(ids))
+        return Batch.from_views(source.views, views, label, torch.from_numpy(ids))
 
     def _decode(self, sample: StreamSample) -> Tensor | None:
         """[3, H, W] uint8; None, and a word on stderr, if it is no image."""
         try:
-            return decode(np.frombuffer(sample.encoded, dtype=np.uint8))
-        except (RuntimeError, ValueError) as error:
+            image = preprocess(sample.encoded, AS_STORED)
+            return decode(np.frombuffer(image.content, dtype=np.uint8))
+        except (BadImageError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             print(f"left out: {sample.name}: {reason}", file=sys.stderr)
         self._num_bad += 1
@@ -192,7 +185,7 @@ def read_tar(url: str, epoch: int = 0) -> Iterator[StreamSample]:
         try:
             for sample in islice(_samples(url, refused), num_done, None):
                 num_done += 1
-                image = next((sample[e] for e in _IMAGE_EXTENSIONS if e in sample), None)
+                image = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
                 if image is not None:
                     text = sample.get(LABEL_EXTENSION, b"").strip()
                     label = int(text) if text.isdigit() else UNLABELLED
@@ -228,7 +221,7 @@ def _files(stream: Any, url: str, refused: set[str]) -> Iterator[dict[str, Any]]
                 if reason.endswith(f": .{extension}"):  # name the first of an extension only
                     refused.add(reason)
                 print(f"{url}: left out {info.name}: {reason}", file=sys.stderr)
-            elif not reason and extension in (*_IMAGE_EXTENSIONS, LABEL_EXTENSION):
+            elif not reason and extension in IMAGE_EXTENSIONS | {LABEL_EXTENSION}:
                 content = tar.extractfile(info)
                 yield {"fname": info.name, "data": content.read() if content else b""}
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # grows without end

@@ -25,9 +25,8 @@ class SyntheticLoader:
             torch.randn(shape, generator=generator).to(device, memory_format=torch.channels_last)
             for shape in shapes
         ]
-        num_large = sum(not view.small for view in views)
         label = torch.full((batch,), -1, device=device)
-        self._batch = Batch(tensors[:num_large], tensors[num_large:], label, torch.arange(batch))
+        self._batch = Batch.from_views(views, tensors, label, torch.arange(batch))
         self._num_steps = num_steps
 
     def __iter__(self) -> Iterator[Batch]:

@@ -26,6 +26,7 @@ class TorchLoader:
 
     def __init__(self, source: BatchSource, steps: range, workers: int, device: torch.device):
         on_gpu = device.type == "cuda"
+        self._source = source
         self._device = device
         self._batches = DataLoader(
             _PlannedBatches(source),
@@ -40,10 +41,10 @@ class TorchLoader:
     def __iter__(self) -> Iterator[Batch]:
         with stop_signals_blocked():
             batches = iter(self._batches)
-        for views, label, sample_id, num_large in batches:
+        for views, label, sample_id in batches:
             views = [self._to_device(view) for view in views]
             label = label.to(self._device, non_blocking=True)
-            yield Batch(views[:num_large], views[num_large:], label, sample_id)
+            yield Batch.from_views(self._source.views, views, label, sample_id)
 
     def _to_device(self, view: Tensor) -> Tensor:
         view = view.to(self._device, non_blocking=True)
@@ -56,16 +57,15 @@ class _PlannedBatches(Dataset):
     def __init__(self, source: BatchSource):
         self.source = source
 
-    def __getitem__(self, step: int) -> tuple[list[Tensor], Tensor, Tensor, int]:
+    def __getitem__(self, step: int) -> tuple[list[Tensor], Tensor, Tensor]:
         source = self.source
         ids, params = source.ids(step), source.augmentation_params(step)
         outputs = empty_views(source.views, len(ids))
         with one_thread():
             for row, encoded in enumerate(source.encoded(ids)):
                 make_views(decode(encoded), row, source.views, params, outputs)
-        num_large = sum(not view.small for view in source.views)
         label = torch.from_numpy(source.dataset.labels[ids])
-        return outputs, label, torch.from_numpy(ids), num_large
+        return outputs, label, torch.from_numpy(ids)
 
 
 def decode(encoded: np.ndarray) -> Tensor:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from scale_smog.data.prepare.folder_source import Source, SourceImage
+from scale_smog.data.images import ImageEntry
 from scale_smog.data.prepare.shard import shard_source
+from scale_smog.data.prepare.sources import Source
 
 SIDE_PX = 64
 NUM_IMAGES = {"train": 8000, "test": 2000}
@@ -181,11 +182,11 @@ class _DemoReader:
         return encoded.getvalue()
 
 
-def _listing(split: str) -> Iterator[SourceImage]:
+def _listing(split: str) -> Iterator[ImageEntry]:
     for index in range(NUM_IMAGES[split]):
         label = index % len(CLASSES)
         name = f"{split}/{index:06d}-{CLASSES[label]}.jpg"
-        yield SourceImage(name, label, _NOMINAL_BYTES)
+        yield ImageEntry(name, label, _NOMINAL_BYTES)
 
 
 def make_demo(out: str | Path, *, seed: int = 0) -> None:

@@ -10,19 +10,16 @@ from scale_smog.data.images import BadImageError, decode, has_deep_pixels
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    SIDECAR_DTYPE,
-    Manifest,
-    Member,
+    DatasetManifest,
     ShardEntry,
     SplitManifest,
-    format_index,
     load_manifest,
-    npy_bytes,
     write_manifest,
 )
-from scale_smog.data.prepare.writer import BadImage
-from scale_smog.data.tars import TarSample, list_tar
-from scale_smog.data.workers import default_workers, run_in_processes
+from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
+from scale_smog.data.tar_dataset import SIDECAR_DTYPE, npy_bytes
+from scale_smog.data.tars import TarMember, TarSample, format_index, list_tar
+from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import file_sha256, write_atomically
 
@@ -33,7 +30,7 @@ _READ_BY_ALL = frozenset({"JPEG", "PNG", "WEBP"})
 class IndexedTar:
     """What a tar holds that can be trained on."""
 
-    members: list[list[Member]]  # of each sample
+    members: list[list[TarMember]]  # of each sample
     rows: np.ndarray  # SIDECAR_DTYPE [num_samples]; `key` counts the images of the tar
     bad: tuple[BadImage, ...]
 
@@ -87,17 +84,11 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
     if not paths:
         raise UserError(f"no tars in {out}")
 
-    indexed = dict(run_in_processes(index_tar, paths, default_workers()))
+    indexed = dict(run_in_processes(index_tar, paths, num_usable_cores()))
     tars = [indexed[number] for number in range(len(paths))]
     bad = [image for tar in tars for image in tar.bad]
-    quarantine = "".join(f"{image.model_dump_json()}\n" for image in bad)
-    write_atomically(out / f"{split}-quarantine.jsonl", quarantine.encode())
     num_good = sum(len(tar.rows) for tar in tars)
-    if len(bad) > max_bad * (num_good + len(bad)) or not num_good:
-        raise UserError(
-            f"{len(bad):,} of {num_good + len(bad):,} images or members cannot be used, more than "
-            f"max_bad = {max_bad:g} allows; see {out / f'{split}-quarantine.jsonl'}"
-        )
+    write_quarantine(out, split, bad, num_good + len(bad), max_bad)
     pairs = zip(paths, tars, strict=True)
     shards = tuple(_write_index(path, tar) for path, tar in pairs if len(tar.rows))
     described = SplitManifest(
@@ -111,7 +102,9 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
     names = load_manifest(out).classes if others else ()
     names += tuple(str(label) for label in range(len(names), num_classes))
     splits = dict(sorted({**others, split: described}.items()))
-    write_manifest(out, Manifest(format_version=FORMAT_VERSION, classes=names, splits=splits))
+    write_manifest(
+        out, DatasetManifest(format_version=FORMAT_VERSION, classes=names, splits=splits)
+    )
     return described
 
 

@@ -17,23 +17,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from scale_smog.data.images import Treatment
+from scale_smog.config import StrictModel
+from scale_smog.counter_rng import permutation
+from scale_smog.data.images import Preprocessing, fingerprint
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    Manifest,
+    DatasetManifest,
     SplitManifest,
     load_manifest,
     write_manifest,
 )
-from scale_smog.data.prepare.folder_source import Source
-from scale_smog.data.prepare.sources import open_source
-from scale_smog.data.prepare.writer import BadImage, ShardJob, ShardRecord, finish_shard
-from scale_smog.data.workers import default_workers, prepare_processes, run_in_processes
+from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
+from scale_smog.data.prepare.sources import Source, open_source
+from scale_smog.data.prepare.writer import ShardJob, ShardRecord, finish_shard
+from scale_smog.data.workers import num_usable_cores, run_in_processes, start_forkserver
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import write_atomically
 
@@ -43,11 +43,7 @@ _MIB = 2**20
 # --------------------------------------------------------------------------------------- the plan
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Plan(_Model):
+class _Plan(StrictModel):
     """All that decides a split's bytes. Two runs with equal plans write equal files."""
 
     seed: int
@@ -62,12 +58,6 @@ class _Plan(_Model):
         if self.source_fingerprint != other.source_fingerprint:
             changed.append("other images")
         return ", ".join(changed)
-
-
-def shuffled(num_images: int, seed: int) -> np.ndarray:
-    """A permutation of 0..num_images - 1, int64 [num_images], the same with any numpy version."""
-    # numpy may change what permutation() returns; the raw stream of a named generator is fixed.
-    return np.argsort(np.random.Philox(key=seed).random_raw(num_images), kind="stable")
 
 
 def cut_into_shards(sizes: Sequence[int], shard_mib: int, shard_samples: int) -> list[slice]:
@@ -101,7 +91,7 @@ def shard_folder(source: str | Path, out: str | Path, **options: Any) -> SplitMa
     if Path(out).resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"OUT {out} lies inside SRC {source}: choose a folder beside it")
     if options.get("workers") != 1:
-        prepare_processes(finish_shard.__module__)  # imports what workers need while we list
+        start_forkserver(finish_shard.__module__)  # imports what workers need while we list
     return shard_source(open_source(source), out, **options)
 
 
@@ -121,7 +111,7 @@ def shard_source(
 ) -> SplitManifest:
     """Writes `source` as the split `split` of the dataset folder `out`.
 
-    The same source, seed, limits and treatment give the same bytes, whatever the number of
+    The same source, seed, limits and preprocessing give the same bytes, whatever the number of
     workers and however often the run was interrupted: the same call continues it. A split that
     is there already is left as it is. Bad images go to `{split}-quarantine.jsonl`.
 
@@ -146,7 +136,7 @@ def shard_source(
     counts = {"shard_mib": shard_mib, "shard_samples": shard_samples, "workers": workers}
     counts |= {"resize_shorter": resize_shorter, "reencode": reencode}
     _check_arguments(seed, counts, max_bad)
-    treatment = Treatment(full_check, resize_shorter, reencode)
+    preprocessing = Preprocessing(full_check, resize_shorter, reencode)
     out = Path(out)
     work = out / f".sharding-{split}"
     plan = _Plan(
@@ -154,16 +144,18 @@ def shard_source(
         options={
             "shard_mib": shard_mib,
             "shard_samples": shard_samples,
-            **vars(treatment),
+            "full_check": int(full_check),
+            "resize_shorter": resize_shorter,
+            "reencode": reencode,
         },
-        source_fingerprint=source.fingerprint(),
+        source_fingerprint=fingerprint(source.images),
     )
     done = _existing_split(out, split, source.classes, plan)
     if done is None:
         _make_work_folder(out, work, split)
         with _locked(work):
             _start_or_continue(work, split, plan)
-            images = [source.images[index] for index in shuffled(len(source.images), seed)]
+            images = [source.images[index] for index in permutation(len(source.images), seed)]
             cuts = cut_into_shards([i.num_bytes for i in images], shard_mib, shard_samples)
             jobs = [
                 ShardJob(
@@ -171,16 +163,16 @@ def shard_source(
                     first_key=cut.start,
                     images=tuple(images[cut]),
                     read=source.read,
-                    treatment=treatment,
+                    preprocessing=preprocessing,
                     out=out,
                     work=work,
                 )
                 for number, cut in enumerate(cuts)
             ]
-            records = _run(jobs, split, workers or default_workers())
+            records = _run(jobs, split, workers or num_usable_cores())
             bad = [BadImage(file=name, reason=reason) for name, reason in source.refused]
             bad += [image for record in records for image in record.bad]
-            _write_quarantine(out, split, bad, len(source.images) + len(source.refused), max_bad)
+            write_quarantine(out, split, bad, len(source.images) + len(source.refused), max_bad)
             done = _publish(out, split, source.classes, plan, records)
     shutil.rmtree(work, ignore_errors=True)
     return done
@@ -297,18 +289,6 @@ def _run(jobs: Sequence[ShardJob], split: str, workers: int) -> list[ShardRecord
     return [records[index] for index in range(len(jobs))]
 
 
-def _write_quarantine(
-    out: Path, split: str, bad: Sequence[BadImage], num_images: int, max_bad: float
-) -> None:
-    path = out / f"{split}-quarantine.jsonl"
-    write_atomically(path, "".join(f"{image.model_dump_json()}\n" for image in bad).encode())
-    if len(bad) > max_bad * num_images or len(bad) == num_images:
-        raise UserError(
-            f"{len(bad):,} of {num_images:,} images are bad, more than max_bad = {max_bad:g} "
-            f"allows; see {path}, mend the source or raise --max-bad"
-        )
-
-
 def _publish(
     out: Path,
     split: str,
@@ -328,7 +308,7 @@ def _publish(
         # Read again: another split may have been finished meanwhile.
         others = load_manifest(out).splits if (out / MANIFEST_NAME).exists() else {}
         splits = dict(sorted({**others, split: written}.items()))
-        manifest = Manifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
+        manifest = DatasetManifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
         write_manifest(out, manifest)
     print(f"{out}: wrote the split {split!r}: {_summary(written)}", file=sys.stderr)
     return written

@@ -10,8 +10,9 @@ from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data.augment import MEAN, STD, training_views
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.torch import TorchLoader
-from scale_smog.data.manifest import TarDataset, load_manifest
+from scale_smog.data.manifest import load_manifest
 from scale_smog.data.plan import EpochPlan
+from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError
 
 _BAR = 40  # characters of the longest bar

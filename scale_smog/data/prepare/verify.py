@@ -9,18 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.images import BadImageError, decode
-from scale_smog.data.manifest import (
-    UNLABELLED,
-    Manifest,
-    Member,
-    ShardEntry,
-    format_index,
-    load_manifest,
-    load_sidecar,
-    npy_bytes,
-)
+from scale_smog.data.manifest import UNLABELLED, DatasetManifest, ShardEntry, load_manifest
 from scale_smog.data.prepare.index import index_tar
-from scale_smog.data.workers import default_workers, run_in_processes
+from scale_smog.data.tar_dataset import load_sidecar, npy_bytes
+from scale_smog.data.tars import TarMember, format_index
+from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
 
 
@@ -29,7 +22,7 @@ class _ShardCheck:
     folder: Path
     entry: ShardEntry
     num_classes: int
-    indexed: bool  # a tar that others made, see indexing.py
+    indexed: bool  # a tar that others made, see index.py
 
 
 def verify_folder(out: str | Path) -> list[str]:
@@ -46,12 +39,12 @@ def verify_folder(out: str | Path) -> list[str]:
         for split in manifest.splits.values()
         for entry in split.shards
     ]
-    of_shard = dict(run_in_processes(_shard_problems, checks, default_workers()))
+    of_shard = dict(run_in_processes(_shard_problems, checks, num_usable_cores()))
     in_order = [problem for index in range(len(checks)) for problem in of_shard[index]]
     return _count_problems(manifest) + _extra_files(folder, entries) + in_order
 
 
-def _count_problems(manifest: Manifest) -> list[str]:
+def _count_problems(manifest: DatasetManifest) -> list[str]:
     problems = []
     for name, split in manifest.splits.items():
         num_samples = sum(entry.num_samples for entry in split.shards)
@@ -115,20 +108,20 @@ def _indexed_problems(folder: Path, entry: ShardEntry) -> list[str]:
     return problems
 
 
-def _samples(tar: tarfile.TarFile) -> list[list[Member]]:
+def _samples(tar: tarfile.TarFile) -> list[list[TarMember]]:
     """Members of the tar, those of one key together."""
 
     def key_of(info: tarfile.TarInfo) -> str:
         return info.name.partition(".")[0]
 
     return [
-        [Member(i.name.partition(".")[2], i.offset_data, i.size, i.name) for i in infos]
+        [TarMember(i.name.partition(".")[2], i.offset_data, i.size, i.name) for i in infos]
         for _, infos in groupby(tar, key_of)
     ]
 
 
 def _sample_problems(
-    tar: bytes, row: np.void, members: list[Member], num_classes: int
+    tar: bytes, row: np.void, members: list[TarMember], num_classes: int
 ) -> list[str]:
     key = f"{row['key']:012d}"
     names = [member.name for member in members]

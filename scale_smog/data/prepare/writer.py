@@ -9,27 +9,18 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-from scale_smog.data.images import BadImageError, Treatment, normalise
-from scale_smog.data.manifest import SIDECAR_DTYPE, Member, ShardEntry, format_index, npy_bytes
-from scale_smog.data.prepare.folder_source import SourceImage
+from scale_smog.config import StrictModel
+from scale_smog.data.images import BadImageError, ImageEntry, Preprocessing, preprocess
+from scale_smog.data.manifest import ShardEntry
+from scale_smog.data.prepare.quarantine import BadImage
+from scale_smog.data.tar_dataset import SIDECAR_DTYPE, npy_bytes
+from scale_smog.data.tars import TarMember, format_index
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import file_sha256, rename_durably, write_atomically
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BadImage(_Model):
-    """A line of the quarantine list."""
-
-    file: str
-    reason: str
-
-
-class ShardRecord(_Model):
+class ShardRecord(StrictModel):
     """What a finished shard leaves in the work folder; `entry` is None if no image was good."""
 
     entry: ShardEntry | None
@@ -42,9 +33,9 @@ class ShardJob:
 
     name: str  # such as train-000003
     first_key: int
-    images: tuple[SourceImage, ...]
+    images: tuple[ImageEntry, ...]
     read: Callable[[str], bytes]
-    treatment: Treatment
+    preprocessing: Preprocessing
     out: Path
     work: Path
 
@@ -94,12 +85,12 @@ def _write_shard(job: ShardJob) -> ShardRecord:
 
 def _write_tar(
     file: IO[bytes], job: ShardJob
-) -> tuple[list[list[Member]], list[tuple[int, ...]], list[BadImage]]:
+) -> tuple[list[list[TarMember]], list[tuple[int, ...]], list[BadImage]]:
     """Writes all good images; returns their members, their sidecar rows, and the bad ones."""
     samples, rows, bad = [], [], []
     for key, source in enumerate(job.images, start=job.first_key):
         try:
-            image = normalise(job.read(source.name), job.treatment)
+            image = preprocess(job.read(source.name), job.preprocessing)
         except BadImageError as error:
             bad.append(BadImage(file=source.name, reason=str(error)))
             continue
@@ -115,11 +106,11 @@ def _write_tar(
     return samples, rows, bad
 
 
-def _add_member(file: IO[bytes], key: str, extension: str, content: bytes) -> Member:
+def _add_member(file: IO[bytes], key: str, extension: str, content: bytes) -> TarMember:
     name, size = f"{key}.{extension}", len(content)
     offset = file.tell() + tarfile.BLOCKSIZE
     file.write(tar_header(name, size) + content + bytes(-size % tarfile.BLOCKSIZE))
-    return Member(extension, offset, size, name)
+    return TarMember(extension, offset, size, name)
 
 
 # USTAR: the default PAX headers make DALI's own index inference and `tar` disagree. Owner, names

@@ -12,7 +12,7 @@ from matplotlib.gridspec import GridSpecFromSubplotSpec, SubplotSpec
 from PIL import Image
 from torch import Tensor
 
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 from scale_smog.evaluation.groups.quality import GroupQuality
 from scale_smog.grouping import perplexity
 

@@ -11,7 +11,7 @@ from torch import nn
 from scale_smog import distributed
 from scale_smog.checkpoint.nets import load_online_net, read_part
 from scale_smog.config import GroupingConfig
-from scale_smog.data.image_folder import open_split
+from scale_smog.data.datasets import open_split
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder
 from scale_smog.evaluation.groups.pictures import (

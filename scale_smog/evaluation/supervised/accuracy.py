@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from scale_smog import distributed
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 from scale_smog.evaluation.features import Encoder
 from scale_smog.evaluation.supervised.crops import center_crops
 from scale_smog.evaluation.task import EvaluationTask

@@ -11,13 +11,13 @@ from scale_smog.config import AugmentConfig
 from scale_smog.data import EpochPlan
 from scale_smog.data.augment import RandomView
 from scale_smog.data.batch import Batch
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.build import (
     build_evaluation_loader,
     build_training_loader,
-    exact_loader_settings,
+    with_random_access,
 )
-from scale_smog.errors import UserError
+from scale_smog.data.plan import images_per_rank
 from scale_smog.evaluation.protocols import FinetuneConfig, LinearConfig
 from scale_smog.evaluation.task import EvaluationTask
 
@@ -56,15 +56,14 @@ def random_crops(
     Raises:
         UserError: the ranks do not divide the batch.
     """
-    if config.batch % distributed.world_size():
-        raise UserError(f"{task.name}.batch={config.batch} does not split over the ranks")
+    images_per_rank(config.batch, distributed.world_size(), f"{task.name}.batch")
     plan = SubsetPlan(ids, config.batch, config.seed)
     # The recipe's colours and blur are for pre-training; here crops and mirrors are all.
     plain = AugmentConfig(jitter=0.0, grey=0.0)
     view = RandomView(plain, 0, task.recipe.evaluation.image_px, CROP_SCALE, 0.0, 0.0)
 
     def batches(steps: range) -> Iterable[Batch]:
-        data = exact_loader_settings(task.recipe.data)
+        data = with_random_access(task.recipe.data)
         return build_training_loader(data, [view], dataset, plan, steps, task.device)
 
     return batches, max(1, math.ceil(config.epochs * len(ids) / config.batch))

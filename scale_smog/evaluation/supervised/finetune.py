@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_smog.data.batch import Batch
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 from scale_smog.evaluation.protocols import FinetuneConfig
 from scale_smog.evaluation.splits import random_subset
 from scale_smog.evaluation.supervised.accuracy import topk_accuracies

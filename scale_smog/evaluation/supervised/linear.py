@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scale_smog import distributed
 from scale_smog.data.batch import Batch
-from scale_smog.data.image_folder import Images
+from scale_smog.data.datasets import Images
 from scale_smog.evaluation.features import Encoder
 from scale_smog.evaluation.protocols import LinearConfig
 from scale_smog.evaluation.splits import random_subset
@@ -65,24 +66,39 @@ def evaluate_linear(
         return {"top1": top1, "top5": top5, "inverse_penalty": config.inverse_penalty}
 
     rates = config.learning_rates
-    train_ids, held_out = np.arange(train_set.num_samples), None
+    train_ids = np.arange(train_set.num_samples)
+    choice_ids = train_ids
     if len(rates) > 1:
-        train_ids, held_out = hold_out(train_set.labels, config.held_out, config.seed)
+        train_ids, choice_ids = _hold_out(task, train_set)
     heads = _train_heads(task, name, encoder, train_set, train_ids)
 
     def classify_all(images: Tensor) -> Tensor:
         return heads(encoder(images).float())  # [B, L, C]
 
     by_rate = topk_accuracies(task, classify_all, len(rates), test_set, test_ids)
-    best, results = 0, {}
-    if held_out is not None:
-        on_held_out = topk_accuracies(task, classify_all, len(rates), train_set, held_out)
-        best = max(range(len(rates)), key=lambda i: on_held_out[i])
-        results = {
-            f"top1_at_{rate:g}": top1 for rate, (top1, _) in zip(rates, by_rate, strict=True)
-        }
+    if len(rates) == 1:
+        ((top1, top5),) = by_rate
+        return {"top1": top1, "top5": top5, "learning_rate": rates[0]}
+    by_choice = topk_accuracies(task, classify_all, len(rates), train_set, choice_ids)
+    best = max(range(len(rates)), key=lambda i: by_choice[i])
     top1, top5 = by_rate[best]
-    return {"top1": top1, "top5": top5, "learning_rate": rates[best], **results}
+    each = {f"top1_at_{rate:g}": top1 for rate, (top1, _) in zip(rates, by_rate, strict=True)}
+    return {"top1": top1, "top5": top5, "learning_rate": rates[best], **each}
+
+
+def _hold_out(task: EvaluationTask, train_set: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ids to train on, and those by which the learning rate is chosen."""
+    config, labels = task.protocols.linear, train_set.labels
+    train_ids, held_out = hold_out(labels, config.held_out, config.seed)
+    num_classes, num_left_out = len(np.unique(labels)), len(np.unique(labels[held_out]))
+    if distributed.is_main() and num_left_out < num_classes:
+        print(
+            f"linear: {num_classes - num_left_out} of {num_classes} classes are too small to hold "
+            f"out {config.held_out:g} of: the learning rate is chosen by the "
+            + ("other classes" if len(held_out) else "training images"),
+            flush=True,
+        )
+    return train_ids, held_out if len(held_out) else train_ids
 
 
 def build_heads(
