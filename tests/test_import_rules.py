@@ -8,34 +8,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "scale_smog"
-# Anything may import these.
-LEAVES = {"errors", "config", "distributed", "counter_rng", "phases", "retries"}
-MAY_IMPORT = {
-    "errors": set(),
-    "config": set(),
-    "counter_rng": set(),
-    "retries": set(),
-    "meeting": {"errors"},
-    "distributed": {"errors", "meeting"},
-    "recipe": {"config", "errors"},
-    "schedules": {"config"},
-    "loss": {"distributed"},
-    "small_data": {"config", "recipe"},
-    "optim": {"config", "distributed"},
-    "metrics": {"distributed"},
-    "phases": set(),
-    "preemption": {"distributed", "phases"},
-    "rank_logs": {"distributed", "errors", "phases"},
-    "deadlines": {"config", "distributed", "phases", "rank_logs"},
-    "health": {"config", "distributed", "data", "errors"},
-    "checkpoint": LEAVES,
-    "data": LEAVES,
-    "models": LEAVES,
-    "grouping": LEAVES,
-    "engine": LEAVES | {"models", "optim"},
-    "evaluation": LEAVES | {"data", "models", "grouping", "checkpoint", "recipe", "run_folder"},
-    "profiling": LEAVES | {"models"},
-}
+# A part imports parts of floors above its own only.
+FLOORS = [
+    {"errors", "config", "counter_rng"},
+    {"distributed", "recipe", "schedules"},
+    {"runtime", "loss", "optim", "small_data"},
+    {"data", "models", "grouping"},
+    {"engine", "checkpoint", "profiling"},
+    {"reporting", "state"},
+    {"evaluation", "preflight"},
+    {"loop", "export"},
+    {"pretrain", "throughput"},
+    {"rehearsal"},
+]
+# These get their own section of the recipe and know neither one another nor the recipe's file.
+WINGS = {"data", "models", "grouping", "engine", "checkpoint", "profiling"}
+PROGRAMS_ONLY = {"recipe", "schedules", "small_data"}
 
 
 def imports(path: Path) -> set[str]:
@@ -56,21 +44,63 @@ def own_parts(path: Path) -> set[str]:
     return {p for p in parts if (PACKAGE / p).is_dir() or (PACKAGE / f"{p}.py").exists()}
 
 
-@pytest.mark.parametrize("part", sorted(MAY_IMPORT))
-def test_a_part_imports_only_what_lies_before_it(part):
+def files_of(part: str) -> list[Path]:
     folder = PACKAGE / part
     files = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{part}.py"]
     assert files
-    for path in files:
-        beyond = own_parts(path) - MAY_IMPORT[part] - {part}
-        assert not beyond, f"{path.relative_to(ROOT)} imports {beyond}"
+    return files
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_a_part_imports_only_what_lies_above_it(floor):
+    above = set().union(*FLOORS[:floor])
+    for part in FLOORS[floor]:
+        for path in files_of(part):
+            beyond = own_parts(path) - above - {part}
+            assert not beyond, f"{path.relative_to(ROOT)} imports {beyond}"
+
+
+def test_every_part_has_its_floor():
+    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert modules - {"__init__", "__main__", "__pycache__", "cli"} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("wing", sorted(WINGS))
+def test_a_wing_sees_no_whole_recipe_file(wing):
+    for path in files_of(wing):
+        assert not own_parts(path) & PROGRAMS_ONLY, path
+
+
+@pytest.mark.parametrize("part", ["data", "models", "grouping"])
+def test_data_models_and_groups_do_not_know_one_another(part):
+    for path in files_of(part):
+        assert not own_parts(path) & ({"data", "models", "grouping"} - {part}), path
+
+
+def test_training_does_not_know_the_tools_that_prepare_its_data():
+    for path in PACKAGE.rglob("*.py"):
+        if "prepare" not in path.parts and path.stem != "cli":
+            assert not any("scale_smog.data.prepare" in name for name in imports(path)), path
+
+
+def test_no_folder_has_more_modules_than_one_can_look_over():
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        modules = [path for path in folder.glob("*.py") if path.stem != "__init__"]
+        assert len(modules) <= 14, folder
+
+
+def test_no_function_is_longer_than_a_screen():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno:
+                assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
         ("deepspeed", {"engine/zero.py"}),
-        ("nvidia", {"data/dali.py", "data/dali_fast.py"}),
+        ("nvidia", {"data/loaders/dali.py", "data/loaders/dali_fast.py"}),
         ("timm", {"models/timm_nets.py"}),
     ],
 )

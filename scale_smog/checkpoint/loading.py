@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from scale_smog.checkpoint.manifest import DamagedCheckpoint, Manifest, read_manifest
+from scale_smog.checkpoint.manifest import CheckpointManifest, DamagedCheckpoint, read_manifest
 from scale_smog.checkpoint.planner import LoadPlanner, reader
 from scale_smog.distributed import Partition
 from scale_smog.errors import UserError
@@ -39,7 +39,7 @@ def load(folder: Path, part: str = "*") -> tuple[dict[str, Tensor], dict[str, An
 
 def read(
     folder: Path,
-    manifest: Manifest,
+    manifest: CheckpointManifest,
     partitions: dict[str, Partition],
     group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:

@@ -1,25 +1,20 @@
-"""What makes a checkpoint whole: a manifest with the size and SHA-256 of every file of its folder.
-
-A folder gets its name `step-XXXXXXXX` when all of it is on the disk. Nothing here unpickles.
-"""
+"""What a checkpoint's folder must hold: the size and SHA-256 of every file; nothing unpickles."""
 
 import hashlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from scale_smog.errors import UserError
-from scale_smog.runtime.files import file_sha256, fsync_folder, rename_durably
+from scale_smog.runtime.files import file_sha256, fsync_folder
 from scale_smog.runtime.retries import retry_transient_errors
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TENSOR_SUFFIX = ".safetensors"
 _NAME = re.compile(r"step-(\d{8})")
-_LEFT_OVER = re.compile(r"\.step-\d{8}\.(tmp|old)|\.probe-.*")
 
 
 class FileFacts(NamedTuple):
@@ -42,7 +37,7 @@ class TensorFacts(NamedTuple):
     dtype: str  # as in torch: float32
 
 
-class Manifest(NamedTuple):
+class CheckpointManifest(NamedTuple):
     """What a checkpoint's folder holds."""
 
     format_version: int
@@ -61,18 +56,13 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def staging_folder(final: Path, ending: str) -> Path:
-    """A checkpoint's folder while it is made ("tmp") or removed ("old")."""
-    return final.with_name(f".{final.name}.{ending}")
-
-
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, whole or not, oldest first."""
     folders = (run_dir / "checkpoints").glob("step-*")
     return sorted(f for f in folders if _NAME.fullmatch(f.name))
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     """Writes and syncs the manifest and the folder's entries."""
     body = manifest._asdict() | {
         "tensors": {name: list(facts) for name, facts in manifest.tensors.items()},
@@ -85,7 +75,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     fsync_folder(folder)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint; its files are not looked at.
 
     Raises:
@@ -105,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         body["tensors"] = {name: TensorFacts(*x) for name, x in body["tensors"].items()}
         body["files"] = {name: FileFacts(*x) for name, x in body["files"].items()}
-        manifest = Manifest(**body)
+        manifest = CheckpointManifest(**body)
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder / MANIFEST_FILE}: {_words(error)}") from None
     except json.JSONDecodeError as error:
@@ -117,7 +107,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) -> None:
+def check_files(folder: Path, manifest: CheckpointManifest, share: slice = slice(None)) -> None:
     """Compares the sizes of all files, and the hashes of a share of them.
 
     Raises:
@@ -154,57 +144,6 @@ def find_damage(folder: Path) -> str | None:
     except (DamagedCheckpoint, UserError) as error:
         return str(error)
     return None
-
-
-def commit(aside: Path, final: Path, manifest: Manifest) -> None:
-    """Gives a finished folder its name; what stands there already is not whole and goes.
-
-    Raises:
-        OSError: the disk is full or not writable; the folder then has no name yet.
-    """
-    written = {path.name for path in aside.iterdir()}
-    if written != manifest.files.keys():
-        raise OSError(f"{aside} holds {sorted(written)}, not {sorted(manifest.files)}")
-    write_manifest(aside, manifest)
-    if final.exists():
-        remove(final)
-    rename_durably(aside, final)
-
-
-def remove(folder: Path) -> None:
-    """Removes a checkpoint; one that is half removed has no checkpoint's name any more."""
-    old = staging_folder(folder, "old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(folder, old)
-    shutil.rmtree(old)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what saves and removals left behind that were interrupted."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if _LEFT_OVER.fullmatch(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def remove_superseded(run_dir: Path, step: int, keep: int, keep_every: int) -> None:
-    """Removes older checkpoints than the newest `keep` up to `step`.
-
-    Those of every `keep_every` steps (0: none) stay, and so does what is not whole at a glance:
-    `check.py --doctor` tells why it is not.
-    """
-    candidates = []
-    for folder in list_checkpoints(run_dir):
-        try:
-            manifest = read_manifest(folder)
-            check_files(folder, manifest, slice(0))
-        except (DamagedCheckpoint, UserError):
-            continue
-        if manifest.step <= step:
-            candidates.append((folder, manifest.step))
-    for folder, its_step in candidates[:-keep]:
-        if not keep_every or its_step % keep_every:
-            remove(folder)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -58,14 +58,14 @@ class SavePlanner(DefaultSavePlanner):
 
     def __init__(self, partitions: dict[str, Partition]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = partitions
+        self._partitions = partitions
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(name, x) for name, x in self._pieces.items()])
+        self.plan = SavePlan([_write_item(name, x) for name, x in self._partitions.items()])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._pieces[index.fqn].values
+        return self._partitions[index.fqn].values
 
 
 class LoadPlanner(DefaultLoadPlanner):
@@ -77,12 +77,12 @@ class LoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, partitions: dict[str, Partition]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = partitions
+        self._partitions = partitions
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items = []
-        for name, partition in self._pieces.items():
+        for name, partition in self._partitions.items():
             there = self.metadata.state_dict_metadata.get(name)
             if not isinstance(there, TensorStorageMetadata) or there.size != _flat(partition):
                 raise ValueError(
@@ -92,7 +92,7 @@ class LoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._pieces[index.fqn].values
+        return self._partitions[index.fqn].values
 
 
 def _write_item(name: str, partition: Partition) -> WriteItem:

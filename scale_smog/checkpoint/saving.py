@@ -19,21 +19,23 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_smog import distributed
+from scale_smog.checkpoint.commit import (
+    commit,
+    remove_leftovers,
+    remove_superseded,
+    staging_folder,
+)
 from scale_smog.checkpoint.disk_space import probe_space
 from scale_smog.checkpoint.loading import read
 from scale_smog.checkpoint.manifest import (
     FORMAT_VERSION,
+    CheckpointManifest,
     DamagedCheckpoint,
     FileFacts,
-    Manifest,
     TensorFacts,
     check_files,
-    commit,
     list_checkpoints,
     read_manifest,
-    remove_leftovers,
-    remove_superseded,
-    staging_folder,
     step_folder,
 )
 from scale_smog.checkpoint.planner import SavePlanner, own_files, writer
@@ -154,13 +156,13 @@ class Checkpoints:
             )
         return None
 
-    def _agreed_manifest(self, folder: Path) -> Manifest:
+    def _agreed_manifest(self, folder: Path) -> CheckpointManifest:
         """The manifest, once all ranks have read the same one and each has hashed its files.
 
         Raises:
             OSError: on all ranks, if one of them finds the checkpoint damaged.
         """
-        found: list[Manifest] = []
+        found: list[CheckpointManifest] = []
 
         def check() -> int:
             share = slice(distributed.rank(), None, distributed.world_size())
@@ -225,7 +227,7 @@ class Checkpoints:
             parts = self._on_all(lambda: (_hash_own_files(aside), _tensor_facts(partitions)))
             files = {name: facts for part, _ in parts for name, facts in part.items()}
             tensors = {name: facts for _, part in parts for name, facts in part.items()}
-            manifest = Manifest(FORMAT_VERSION, step, self._facts, tensors, files)
+            manifest = CheckpointManifest(FORMAT_VERSION, step, self._facts, tensors, files)
             self._on_main(lambda: commit(aside, final, manifest))
             self._on_main(lambda: self._tidy(step))
         except (Exception, CheckpointException) as error:  # the latter is no Exception
