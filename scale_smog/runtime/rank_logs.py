@@ -56,8 +56,9 @@ class RankLogs:
         self._descriptors: list[int] = []
         self._folder = folder
         if distributed.is_main():
-            sys.stdout, sys.stderr = Tee(sys.stdout, self._file), Tee(sys.stderr, self._file)
+            sys.stdout, sys.stderr = (Tee(stream, self._file) for stream in self._streams)
             return
+        sys.stdout, sys.stderr = (Tee(stream) for stream in self._streams)  # both are the file
         _console = os.fdopen(os.dup(2), "w")
         for number in (1, 2):  # what libraries print themselves, too
             self._streams[number - 1].flush()
@@ -115,17 +116,17 @@ class RankLogs:
 class Tee:
     """A stream whose text goes into a file as well, but for what a progress bar overwrites.
 
-    The console may go away first, with the ssh of a launcher that is stopped: then there is the
-    file, and the rank has still its checkpoint to write. Or the disk is full: then there is the
-    console.
+    A write that fails ends nothing. The console may go away first, with the ssh of a launcher that
+    is stopped: then there is the file, and the rank has still its checkpoint to write. Or the disk
+    is full: then there is the console.
     """
 
-    def __init__(self, stream: TextIO, file: TextIO):
+    def __init__(self, stream: TextIO, file: TextIO | None = None):
         self._stream, self._file = stream, file
 
     def write(self, text: str) -> int:
         """Writes to both; returns the number of characters."""
-        if "\r" not in text:
+        if self._file is not None and "\r" not in text:
             with suppress(OSError):
                 self._file.write(text)
         with suppress(OSError):

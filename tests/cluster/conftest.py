@@ -5,9 +5,7 @@ from pathlib import Path
 
 import hosts
 import pytest
-
-from scale_smog.data.manifest import MANIFEST_NAME
-from scale_smog.data.prepare import demo as demo_images
+from images import make_dataset
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,11 +27,5 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Cluster]
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's tars, with fewer images."""
-    folder = tmp_path_factory.mktemp("demo") / "demo_data"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_images, "NUM_IMAGES", {"train": 320, "test": 40})
-        patch.setattr(demo_images, "_SHARD_SAMPLES", 80)
-        demo_images.make_demo(folder)
-    assert (folder / MANIFEST_NAME).exists()
-    return folder
+    """A set for the demo's recipe."""
+    return make_dataset(tmp_path_factory.mktemp("demo"), num_images=320, num_classes=10)

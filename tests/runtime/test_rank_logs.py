@@ -1,13 +1,15 @@
-"""Who speaks where when several ranks run, and when one of them fails."""
+"""Log files and the console when several ranks run, and when one of them fails."""
 
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ranks import run_on_ranks
 
 from scale_smog import distributed
+from scale_smog.errors import UserError
 from scale_smog.runtime.rank_logs import FAILURE_FILE, RankLogs, console
 
 
@@ -34,21 +36,23 @@ def fail_one_after_the_other(folder: Path) -> int:
 
 
 def log_on_a_full_disk(folder: Path) -> bool:
-    """What rank 0 says, and what comes after it, though its file takes nothing."""
-    with open(folder / f"full-{distributed.rank()}", "w") as file:
+    """What rank 0 says, and the error that ends it, though its file takes nothing."""
+    with open(folder / f"console-{distributed.rank()}", "w") as file:
         os.dup2(file.fileno(), 1)
-    with RankLogs() as logs:
+    with suppress(UserError), RankLogs() as logs:
         logs.open(folder)
-        os.dup2(os.open("/dev/full", os.O_WRONLY), logs._file.fileno())
         print("step 1")
         print("step 2", flush=distributed.is_main())
-        logs._say("an error")
+        raise UserError("the end")
     return True
 
 
 def test_a_full_disk_costs_the_log_and_nothing_else(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for rank in (0, 1):
+        (tmp_path / "logs" / f"rank-0000{rank}.log").symlink_to("/dev/full")
     assert run_on_ranks(2, log_on_a_full_disk, tmp_path) == [True, True]
-    assert (tmp_path / "full-0").read_text() == "step 1\nstep 2\n"
+    assert (tmp_path / "console-0").read_text() == "step 1\nstep 2\n"
 
 
 def test_the_first_error_is_shown_in_full_and_the_ones_that_follow_from_it_are_not(tmp_path):
