@@ -23,7 +23,8 @@ from scale_smog.counter_rng import permutation
 from scale_smog.data.images import BadImageError, Preprocessing, decode, preprocess
 from scale_smog.data.manifest import load_manifest
 from scale_smog.data.prepare import shard as sharding
-from scale_smog.data.prepare.shard import cut_into_shards, shard_folder
+from scale_smog.data.prepare.shard import shard_folder
+from scale_smog.data.prepare.shard_plan import cut_into_shards
 from scale_smog.data.prepare.sources.folder import folder_source
 from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError

@@ -1,27 +1,19 @@
 """Turns a list of images into the shards, indexes and sidecars of one split.
 
-Everything is planned before the first image is decoded: a seeded shuffle, then cuts by size at
-the source. A shard is therefore a pure function of the plan, so any number of workers writes the
-same bytes, and an interrupted run continues with the shards that are not finished.
+A shard is a pure function of the plan, so any number of workers writes the same bytes, and an
+interrupted run continues with the shards that are not finished.
 """
 
-import fcntl
-import os
 import re
 import shutil
 import sys
-import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from scale_smog.config import StrictModel
-from scale_smog.counter_rng import permutation
-from scale_smog.data.images import Preprocessing, fingerprint
+from scale_smog.data.images import fingerprint
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -31,56 +23,14 @@ from scale_smog.data.manifest import (
     write_manifest,
 )
 from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
+from scale_smog.data.prepare.shard_plan import ShardPlan, plan_shards
 from scale_smog.data.prepare.sources import Source, open_source
+from scale_smog.data.prepare.work_folder import locked, work_folder
 from scale_smog.data.prepare.writer import ShardJob, ShardRecord, finish_shard
 from scale_smog.data.workers import num_usable_cores, run_in_processes, start_forkserver
 from scale_smog.errors import UserError
-from scale_smog.runtime.files import write_atomically
 
 _MIB = 2**20
-
-
-# --------------------------------------------------------------------------------------- the plan
-
-
-class _Plan(StrictModel):
-    """All that decides a split's bytes. Two runs with equal plans write equal files."""
-
-    seed: int
-    options: dict[str, int | None]
-    source_fingerprint: str
-
-    def difference(self, other: "_Plan | SplitManifest") -> str:
-        """What `other` was made with, where that is not as here; empty if they agree."""
-        mine = {"seed": self.seed, **self.options}
-        theirs = {"seed": other.seed, **other.options}
-        changed = [f"{key} {value}" for key, value in theirs.items() if mine.get(key) != value]
-        if self.source_fingerprint != other.source_fingerprint:
-            changed.append("other images")
-        return ", ".join(changed)
-
-
-def cut_into_shards(sizes: Sequence[int], shard_mib: int, shard_samples: int) -> list[slice]:
-    """Cuts a sequence of images so that no shard exceeds either limit, one image excepted.
-
-    Args:
-        sizes: encoded sizes, bytes, in the order of the shards.
-        shard_mib: largest tar, MiB.
-        shard_samples: most images in a tar.
-    """
-    cuts, tar_bytes = [0], 0
-    for position, size in enumerate(sizes):
-        # Image and label, each rounded up to whole blocks behind a header block.
-        sample_bytes = tarfile.BLOCKSIZE * (3 + -(-size // tarfile.BLOCKSIZE))
-        is_full = tar_bytes + sample_bytes > shard_mib * _MIB
-        if position > cuts[-1] and (is_full or position - cuts[-1] == shard_samples):
-            cuts.append(position)
-            tar_bytes = 0
-        tar_bytes += sample_bytes
-    return [slice(*ends) for ends in pairwise([*cuts, len(sizes)])]
-
-
-# ------------------------------------------------------------------------------------ whole split
 
 
 def shard_folder(source: str | Path, out: str | Path, **options: Any) -> SplitManifest:
@@ -132,14 +82,12 @@ def shard_source(
         UserError: an argument is out of range, `out` holds something else under this split's
             name, its classes are others, or too many images are bad.
     """
-    _check_split_name(split)
     counts = {"shard_mib": shard_mib, "shard_samples": shard_samples, "workers": workers}
     counts |= {"resize_shorter": resize_shorter, "reencode": reencode}
-    _check_arguments(seed, counts, max_bad)
-    preprocessing = Preprocessing(full_check, resize_shorter, reencode)
+    _check_arguments(split, seed, counts, max_bad)
     out = Path(out)
     work = out / f".sharding-{split}"
-    plan = _Plan(
+    plan = ShardPlan(
         seed=seed,
         options={
             "shard_mib": shard_mib,
@@ -150,40 +98,23 @@ def shard_source(
         },
         source_fingerprint=fingerprint(source.images),
     )
-    done = _existing_split(out, split, source.classes, plan)
-    if done is None:
-        _make_work_folder(out, work, split)
-        with _locked(work):
-            _start_or_continue(work, split, plan)
-            images = [source.images[index] for index in permutation(len(source.images), seed)]
-            cuts = cut_into_shards([i.num_bytes for i in images], shard_mib, shard_samples)
-            jobs = [
-                ShardJob(
-                    name=f"{split}-{number:06d}",
-                    first_key=cut.start,
-                    images=tuple(images[cut]),
-                    read=source.read,
-                    preprocessing=preprocessing,
-                    out=out,
-                    work=work,
-                )
-                for number, cut in enumerate(cuts)
-            ]
+    written = _existing_split(out, split, source.classes, plan)
+    if written is None:
+        jobs = plan_shards(source, plan, split, out, work)
+        with work_folder(work, split, plan):
             records = _run(jobs, split, workers or num_usable_cores())
             bad = [BadImage(file=name, reason=reason) for name, reason in source.refused]
             bad += [image for record in records for image in record.bad]
-            write_quarantine(out, split, bad, len(source.images) + len(source.refused), max_bad)
-            done = _publish(out, split, source.classes, plan, records)
+            num_images = len(source.images) + len(source.refused)
+            write_quarantine(out, split, bad, num_images, max_bad)
+            written = _publish(out, split, source.classes, plan, records)
     shutil.rmtree(work, ignore_errors=True)
-    return done
+    return written
 
 
-def _check_split_name(split: str) -> None:
+def _check_arguments(split: str, seed: int, counts: dict[str, int | None], max_bad: float) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_]+", split):
         raise UserError(f"split is {split!r}; use letters, digits and underscores, such as train")
-
-
-def _check_arguments(seed: int, counts: dict[str, int | None], max_bad: float) -> None:
     if seed < 0:
         raise UserError(f"seed is {seed}; it must be 0 or more")
     for name, value in counts.items():
@@ -196,7 +127,7 @@ def _check_arguments(seed: int, counts: dict[str, int | None], max_bad: float) -
 
 
 def _existing_split(
-    out: Path, split: str, classes: tuple[str, ...], plan: _Plan
+    out: Path, split: str, classes: tuple[str, ...], plan: ShardPlan
 ) -> SplitManifest | None:
     """The split if `out` has it complete and made by the same plan, None if it has none."""
     if not (out / MANIFEST_NAME).exists():
@@ -226,55 +157,6 @@ def _first_difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
     return f"class {index} {old[index]!r}, the source {new[index]!r}"
 
 
-def _make_work_folder(out: Path, work: Path, split: str) -> None:
-    if not work.exists() and (foreign := sorted(out.glob(f"{split}-*.tar"))):
-        raise UserError(
-            f"{out} has {foreign[0].name}, which is not from this program: "
-            "write to another folder or move it away"
-        )
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {work}: {error.strerror}") from None
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Keeps a second run from writing the same split; the lock dies with its process."""
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {work.parent}") from None
-        except OSError:
-            pass  # some network filesystems have no locks
-        yield
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time, of those that finish a split of this folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network filesystems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _start_or_continue(work: Path, split: str, plan: _Plan) -> None:
-    plan_path = work / "plan.json"
-    if not plan_path.exists():
-        write_atomically(plan_path, plan.model_dump_json().encode())
-        return
-    if difference := plan.difference(_Plan.model_validate_json(plan_path.read_bytes())):
-        raise UserError(
-            f"{work.parent} has an unfinished split {split!r} made with {difference}; finish it "
-            f"with these, or remove {work} and {split}-* to start again"
-        )
-
-
 def _run(jobs: Sequence[ShardJob], split: str, workers: int) -> list[ShardRecord]:
     """Finishes all shards; their records in the order of the jobs."""
     records = {}
@@ -293,7 +175,7 @@ def _publish(
     out: Path,
     split: str,
     classes: tuple[str, ...],
-    plan: _Plan,
+    plan: ShardPlan,
     records: Sequence[ShardRecord],
 ) -> SplitManifest:
     shards = tuple(record.entry for record in records if record.entry is not None)
@@ -304,7 +186,7 @@ def _publish(
         num_samples=sum(entry.num_samples for entry in shards),
         shards=shards,
     )
-    with _alone_in(out):
+    with locked(out):
         # Read again: another split may have been finished meanwhile.
         others = load_manifest(out).splits if (out / MANIFEST_NAME).exists() else {}
         splits = dict(sorted({**others, split: written}.items()))

@@ -1,0 +1,69 @@
+"""The folder of a split that is being written: its plan, its finished shards, and a lock."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from scale_smog.data.prepare.shard_plan import ShardPlan
+from scale_smog.errors import UserError
+from scale_smog.runtime.files import write_atomically
+
+
+@contextmanager
+def work_folder(work: Path, split: str, plan: ShardPlan) -> Iterator[None]:
+    """Makes the folder, or goes on with what an interrupted run has left there.
+
+    A second run that writes the same split is kept out; the lock dies with its process.
+
+    Raises:
+        UserError: another process writes there, the plan is another, or there are tars of others.
+    """
+    _make_folder(work, split)
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {work.parent}") from None
+        except OSError:
+            pass  # some network filesystems have no locks
+        _start_or_continue(work, split, plan)
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network filesystems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(work: Path, split: str) -> None:
+    out = work.parent
+    if not work.exists() and (foreign := sorted(out.glob(f"{split}-*.tar"))):
+        raise UserError(
+            f"{out} has {foreign[0].name}, which is not from this program: "
+            "write to another folder or move it away"
+        )
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {work}: {error.strerror}") from None
+
+
+def _start_or_continue(work: Path, split: str, plan: ShardPlan) -> None:
+    plan_path = work / "plan.json"
+    if not plan_path.exists():
+        write_atomically(plan_path, plan.model_dump_json().encode())
+        return
+    if difference := plan.difference(ShardPlan.model_validate_json(plan_path.read_bytes())):
+        raise UserError(
+            f"{work.parent} has an unfinished split {split!r} made with {difference}; finish it "
+            f"with these, or remove {work} and {split}-* to start again"
+        )
