@@ -35,6 +35,7 @@ class Hardware(Section):
     name: str
     gpus_per_node: Positive
     tflops: dict[str, Amount]  # peak of matrix products, by `engine.precision`
+    memory_gib: Amount = 80.0  # of a GPU
     memory_gb_per_s: Amount
     roofline_fraction: Range  # of the eager roof that a step's passes reach
     op_us: Range  # of the host to launch one operation

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from scale_smog.config import Recipe
-from scale_smog.models import OnlineNet, build_nets, stages
+from scale_smog.config import ModelConfig, Recipe
+from scale_smog.models import MomentumNet, OnlineNet, build_nets, stages
 
 MIB = 2**20
 ZERO3_LIVE = 1e9  # weights that DeepSpeed keeps gathered by default
@@ -42,8 +43,7 @@ class MemoryPlan:
 def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> MemoryPlan:
     """Counts what a rank of `world_size` holds; hsdp splits over `ranks_per_node`."""
     model, data, engine = recipe.model, recipe.data, recipe.engine
-    with torch.device("meta"):
-        online, momentum = build_nets(recipe.model)
+    online, momentum = _nets_without_values(recipe.model)
     value_bytes = 8 if engine.precision == "fp64" else 4
     num_online, num_momentum = _numel(online), _numel(momentum)
     parts = _parts(engine.kind, world_size, ranks_per_node)
@@ -77,8 +77,7 @@ def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
     A ring all-reduce of n bytes among r ranks sends 2 n (r - 1) / r from each, an all-gather or a
     reduce-scatter half of it (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
     """
-    with torch.device("meta"):
-        online, momentum = build_nets(recipe.model)
+    online, momentum = _nets_without_values(recipe.model)
     num_online, num_momentum = _numel(online), _numel(momentum)
     kind = recipe.engine.kind
     weight_bytes = 8 if recipe.engine.precision == "fp64" else 4
@@ -99,6 +98,22 @@ def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
     copies = world_size / parts  # hsdp: the nodes' copies add up their parts of the gradients
     sent += 2 * num_online / parts * grad_bytes * (copies - 1) / copies
     return sent / MIB
+
+
+def _nets_without_values(model: ModelConfig) -> tuple[OnlineNet, MomentumNet]:
+    with torch.device("meta"), _NothingDrawn():
+        return build_nets(model)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves random weights out: to draw none on the meta device, torch imports its compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class _Parts(NamedTuple):
