@@ -39,10 +39,10 @@ def instance_contrastive_loss(p: Tensor, temperature: float = INSTANCE_TEMPERATU
         Mean over this rank's 2 B views.
     """
     batch = p.shape[1]
-    everyone = distributed.differentiable_all_gather(p)  # [W, 2, B, D]
+    gathered = distributed.differentiable_all_gather(p)  # [W, 2, B, D]
     first = distributed.rank() * 2 * batch  # row of this rank's first view among W 2 B
     own = torch.arange(2 * batch, device=p.device)
-    logits = p.flatten(0, 1) @ everyone.flatten(0, 2).T / temperature  # [2B, W 2B]
+    logits = p.flatten(0, 1) @ gathered.flatten(0, 2).T / temperature  # [2B, W 2B]
     itself = torch.zeros_like(logits, dtype=torch.bool)
     itself[own, first + own] = True
     logits = logits.masked_fill(itself, -torch.inf)

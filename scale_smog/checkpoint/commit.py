@@ -27,19 +27,19 @@ def staging_folder(final: Path, ending: str) -> Path:
     return final.with_name(f".{final.name}.{ending}")
 
 
-def commit(aside: Path, final: Path, manifest: CheckpointManifest) -> None:
+def commit(staging: Path, final: Path, manifest: CheckpointManifest) -> None:
     """Gives a finished folder its name; what stands there already is not whole and goes.
 
     Raises:
         OSError: the disk is full or not writable; the folder then has no name yet.
     """
-    written = {path.name for path in aside.iterdir()}
+    written = {path.name for path in staging.iterdir()}
     if written != manifest.files.keys():
-        raise OSError(f"{aside} holds {sorted(written)}, not {sorted(manifest.files)}")
-    write_manifest(aside, manifest)
+        raise OSError(f"{staging} holds {sorted(written)}, not {sorted(manifest.files)}")
+    write_manifest(staging, manifest)
     if final.exists():
         remove(final)
-    rename_durably(aside, final)
+    rename_durably(staging, final)
 
 
 def remove(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The checkpoints of a run: saved in the background, the newest whole one taken.
 
 torch.distributed.checkpoint plans who writes and reads which range and keeps the bytes in
-safetensors files, which cannot run code. Around it: a folder set aside, hashes, and one rename.
+safetensors files, which cannot run code. Around it: a staging folder, hashes, and one rename.
 """
 
 import shutil
@@ -212,28 +212,28 @@ class Checkpoints:
     def _write(self, step: int, partitions: dict[str, Partition]) -> None:
         """Runs in the background; leaves what went wrong, the same on all ranks."""
         final = step_folder(self._folder, step)
-        aside = staging_folder(final, "tmp")
+        staging = staging_folder(final, "tmp")
         if self._gpu is not None:
             torch.cuda.set_device(self._gpu)
         try:
-            self._on_main(lambda: _make_empty(aside))
+            self._on_main(lambda: _make_empty(staging))
             dcp.save(
                 {name: partition.values for name, partition in partitions.items()},
-                storage_writer=writer(aside),
+                storage_writer=writer(staging),
                 planner=SavePlanner(partitions),
                 process_group=self._group,
                 no_dist=not dist.is_initialized(),
             )
-            parts = self._on_all(lambda: (_hash_own_files(aside), _tensor_facts(partitions)))
+            parts = self._on_all(lambda: (_hash_own_files(staging), _tensor_facts(partitions)))
             files = {name: facts for part, _ in parts for name, facts in part.items()}
             tensors = {name: facts for _, part in parts for name, facts in part.items()}
             manifest = CheckpointManifest(FORMAT_VERSION, step, self._facts, tensors, files)
-            self._on_main(lambda: commit(aside, final, manifest))
+            self._on_main(lambda: commit(staging, final, manifest))
             self._on_main(lambda: self._tidy(step))
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             self._problem = _as_os_error(error)
             if distributed.is_main():
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(staging, ignore_errors=True)
 
     def _tidy(self, step: int) -> None:
         keep = self._run.keep_checkpoints, self._run.keep_checkpoint_every

@@ -1,7 +1,6 @@
 """What a run says of itself: progress bar, metrics.jsonl, TensorBoard; rank 0 speaks."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from scale_smog import distributed
 from scale_smog.data.augment import MEAN, STD
+from scale_smog.runtime.files import write_atomically
 
 _MEAN, _STD = (torch.tensor(v / 255, dtype=torch.float32)[:, None, None] for v in (MEAN, STD))
 
@@ -135,6 +135,4 @@ def _cut_after(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             break
         kept.append(line)
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_atomically(path, "".join(kept).encode())

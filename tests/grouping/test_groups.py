@@ -64,6 +64,20 @@ def test_groups_without_features_keep_their_value_to_the_bit():
     assert not torch.equal(new[touched], groups.centroids[touched])
 
 
+def test_averaging_counts_members_anew_after_a_reset():
+    """G + (mean - G) / n with n of this update alone, as in the first one (Table 7d)."""
+    bank = FeatureBank(1, BATCH, DIM, CPU)
+    bank.push(unit(BATCH, DIM, seed=1).float())
+    groups = MomentumGroups(NUM_GROUPS, DIM, "averaging")
+    for step in range(3):
+        groups.commit(groups.updated_by(unit(BATCH, DIM, seed=step).float(), beta=0.9))
+    groups.reseed_from(bank)
+    fresh = MomentumGroups(NUM_GROUPS, DIM, "averaging")
+    fresh.centroids.copy_(groups.centroids)
+    z = unit(BATCH, DIM, seed=9).float()
+    assert torch.equal(groups.updated_by(z, beta=0.9), fresh.updated_by(z, beta=0.9))
+
+
 def test_nothing_is_stored_before_commit():
     groups = make_groups()
     before = groups.centroids.clone()

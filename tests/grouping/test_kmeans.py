@@ -140,6 +140,15 @@ def test_empty_groups_split_the_largest():
     assert result.num_splits > 0 and (result.counts > 0).all()
 
 
+def test_a_group_of_one_row_is_not_split():
+    """An empty group takes half of a group only where there are two rows to share."""
+    rows, away = torch.eye(4)[:2], -torch.eye(4)[2:3]
+    start = torch.cat([rows, away])  # the third group is empty; both others hold one row
+    result = spherical_kmeans(rows, start, iterations=1)
+    assert result.num_splits == 0 and result.counts.tolist() == [1, 1, 0]
+    assert torch.equal(result.centroids, start)
+
+
 def test_more_groups_than_distinct_rows_is_survived():
     features = unit_rows(3, 0).repeat(10, 1)
     result = spherical_kmeans(features, unit_rows(8, 1), iterations=5)
