@@ -11,6 +11,7 @@ from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.data.datasets import Images
+from scale_smog.evaluation.accuracy import topk_correct
 from scale_smog.evaluation.features import Encoder, embed_images
 from scale_smog.evaluation.splits import open_labelled_splits, random_subset
 
@@ -81,21 +82,6 @@ def knn_accuracy(
     return (predicted.cpu() == test_y.cpu()).double().mean().item()
 
 
-def topk_correct(votes: Tensor, labels: Tensor) -> Tensor:
-    """How many of M images have their class first, and among the first five with a vote.
-
-    Args:
-        votes: [M, C].
-        labels: [M] int64.
-
-    Returns:
-        [2] float64.
-    """
-    values, top5 = votes.topk(min(5, votes.shape[1]), dim=1)  # [M, 5]
-    correct = (top5 == labels[:, None]) & (values > 0)
-    return torch.stack([correct[:, 0].sum(), correct.any(1).sum()]).double()
-
-
 class KnnProbe:
     """kNN accuracy of any encoder on a labelled dataset, all ranks sharing the work.
 
@@ -131,8 +117,9 @@ class KnnProbe:
         part = slice(distributed.rank(), None, distributed.world_size())
         k, temperature = self._config.k, self._config.temperature
         votes = knn_votes(train_z, train_y, test_z[part], k=k, temperature=temperature)  # [m, C]
-        correct = topk_correct(votes, test_y[part].to(votes.device))  # [2]
-        top1, top5 = (distributed.all_reduce(correct) / len(test_y)).tolist()
+        scores = votes.log()[:, None]  # [m, 1, C]: a class without a vote is ruled out
+        correct = topk_correct(scores, test_y[part].to(votes.device))  # [1, 2]
+        ((top1, top5),) = (distributed.all_reduce(correct) / len(test_y)).tolist()
         return top1, top5
 
     def _embed(self, encoder: Encoder, dataset: Images, ids: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ Rate = Annotated[float, Field(gt=0)]
 Rates = Annotated[tuple[Rate, ...], Field(strict=False, min_length=1)]
 Steps = Annotated[tuple[Positive, ...], Field(strict=False)]
 Milestones = Annotated[tuple[Rate, ...], Field(strict=False)]
+HeldOut = Annotated[float, Field(ge=0, le=0.5)]
 Decay = Annotated[float, Field(ge=0)]
 
 
@@ -25,7 +26,7 @@ class LinearConfig(Section):
     learning_rates: Rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # trained side by side
     nesterov: bool = False
     weight_decay: Decay = 0.0
-    held_out: Share = 0.02  # of the training images: chooses among several learning rates
+    held_out: HeldOut = 0.02  # of each class's images: chooses among several learning rates
     inverse_penalty: Rate = 1.0  # logistic only: C of the objective C Σ loss + ‖w‖² / 2
     checkpoint_every: Positive = 1000  # steps
     seed: NonNegative = 0

@@ -38,7 +38,7 @@ def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.
     if width != 1 or small_images:
         option = "width" if width != 1 else "small_images"
         raise UserError(f"{option}: only {', '.join(RESNETS)} have it, {name} does not")
-    return timm_nets.swin_tiny() if name == "swin_tiny" else timm_nets.timm_backbone(name)
+    return timm_nets.swin_tiny() if name == "swin_tiny" else timm_nets.timm_net(name)
 
 
 def stages(backbone: nn.Module) -> list[nn.Module]:

@@ -1,8 +1,9 @@
 """Batch normalisation over a group of ranks, on GPUs and on CPUs alike."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,10 @@ from scale_smog.errors import UserError
 def process_group_for(
     scope: str | int, ranks_per_node: int | None = None
 ) -> dist.ProcessGroup | None:
-    """The process group over which this rank shares its batch statistics.
+    """A new process group over which this rank shares its batch statistics.
 
-    This is a collective: it makes groups, so all ranks call it, with the same arguments.
+    This is a collective: it makes groups, so all ranks call it, with the same arguments. A group
+    of its own has its own communicator, so small messages do not queue behind large ones.
 
     Args:
         scope: `"global"` (all ranks), `"node"` (the ranks of one host), a number of neighbouring
@@ -44,33 +46,32 @@ def process_group_for(
         )
     if size == 1 or world_size == 1:
         return None
-    if size == world_size:
-        return dist.group.WORLD
     if world_size % size:
         raise UserError(f"batch_norm: {world_size} ranks do not split into groups of {size}")
     group, _ = dist.new_subgroups(size)  # neighbouring ranks
     return group
 
 
-def synchronise_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
+def synchronise_batch_norm(
+    module: nn.Module, group: dist.ProcessGroup | None, *, is_even: bool = False
+) -> nn.Module:
     """Replaces every batch norm of `module`, in place, by one with the statistics of `group`.
 
     Parameters and buffers stay the same objects under the same names.
 
     Args:
-        module: Any module tree.
+        module: Any module tree; `num_batches_tracked` counts once it has passed as a whole.
         group: The ranks to share statistics with, or None to leave the module as it is.
+        is_even: Every rank of the group always has as many images, of the same size, as this one.
 
     Returns:
         `module`, or its replacement where `module` is itself a batch norm.
     """
     if group is None:
         return module
-    synchronised = module
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        synchronised = _synchronised_copy(module, group)
-    for name, child in module.named_children():
-        synchronised.add_module(name, synchronise_batch_norm(child, group))
+    passes = _TrackedPasses()
+    synchronised = _synchronise(module, group, passes, is_even)
+    synchronised.register_forward_hook(passes.count)
     return synchronised
 
 
@@ -97,7 +98,7 @@ def unsynchronised_running_stats(modules: Iterable[nn.Module]) -> list[Tensor]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return []
     norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
-    unshared = [m for m in norms if getattr(m, "process_group", None) is not dist.group.WORLD]
+    unshared = [m for m in norms if not _spans_all_ranks(m)]
     statistics = [x for m in unshared for x in (m.running_mean, m.running_var)]
     return [x for x in statistics if x is not None]
 
@@ -116,6 +117,41 @@ def average_running_stats(statistics: list[Tensor]) -> None:
         torch._foreach_copy_(statistics, flat.split([len(x) for x in statistics]))
 
 
+def _spans_all_ranks(norm: nn.Module) -> bool:
+    group = getattr(norm, "process_group", None)
+    return group is not None and dist.get_world_size(group) == dist.get_world_size()
+
+
+class _TrackedPasses:
+    """Counts a net's passes for all its norms at once: on a GPU one operation, not one a norm."""
+
+    def __init__(self) -> None:
+        self._pending: list[Tensor] = []  # `num_batches_tracked` [], once for each pass
+
+    def note(self, num_batches_tracked: Tensor) -> None:
+        """A norm has seen a batch."""
+        self._pending.append(num_batches_tracked)
+
+    @torch.no_grad()
+    def count(self, *_: object) -> None:
+        """Adds what has been noted; the forward hook of the net."""
+        num_passes, self._pending = Counter(self._pending), []
+        for num in set(num_passes.values()):
+            torch._foreach_add_([x for x, times in num_passes.items() if times == num], num)
+
+
+def _synchronise(
+    module: nn.Module, group: dist.ProcessGroup, passes: _TrackedPasses, is_even: bool
+) -> nn.Module:
+    synchronised = module
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        synchronised = _synchronised_copy(module, group)
+        synchronised.passes, synchronised.is_even = passes, is_even
+    for name, child in module.named_children():
+        synchronised.add_module(name, _synchronise(child, group, passes, is_even))
+    return synchronised
+
+
 def _synchronised_copy(
     norm: nn.BatchNorm1d | nn.BatchNorm2d, group: dist.ProcessGroup
 ) -> "SynchronisedBatchNorm":
@@ -127,6 +163,14 @@ def _synchronised_copy(
     copy.running_mean, copy.running_var = norm.running_mean, norm.running_var
     copy.num_batches_tracked = norm.num_batches_tracked
     return copy
+
+
+class _Count(NamedTuple):
+    """Values a channel: of every rank [W] where all have the same, else of this rank [1]."""
+
+    values: Tensor  # float32
+    integers: Tensor  # int32
+    is_even: bool
 
 
 class SynchronisedBatchNorm(_BatchNorm):
@@ -141,6 +185,8 @@ class SynchronisedBatchNorm(_BatchNorm):
     """
 
     process_group: dist.ProcessGroup
+    passes: _TrackedPasses
+    is_even: bool
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
@@ -172,9 +218,18 @@ class SynchronisedBatchNorm(_BatchNorm):
             (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         )
         momentum = self._next_momentum() if self.track_running_stats else 0.0
+        count = self._count(x.numel() // x.shape[1], x.device)
         return _NormaliseOnGpu.apply(
-            x, self.weight, self.bias, *running, self.eps, momentum, self.process_group
+            x, self.weight, self.bias, *running, self.eps, momentum, self.process_group, count
         )
+
+    def _count(self, num_values: int, device: torch.device) -> "_Count":
+        """Made once for each size of input: a norm sees one or two."""
+        if num_values not in self._counts:
+            num_ranks = dist.get_world_size(self.process_group) if self.is_even else 1
+            each = torch.full((num_ranks,), num_values, dtype=torch.int32, device=device)
+            self._counts[num_values] = _Count(each.float(), each, self.is_even)
+        return self._counts[num_values]
 
     def _track(self, mean: Tensor, unbiased_var: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None
@@ -185,9 +240,10 @@ class SynchronisedBatchNorm(_BatchNorm):
     def _next_momentum(self) -> float:
         """Counts a batch; its weight in the running statistics."""
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        # momentum None means the average of all batches, as in torch
-        return 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        if self.momentum is None:  # the average of all batches, as in torch
+            return 1 / self.num_batches_tracked.add_(1).item()
+        self.passes.note(self.num_batches_tracked)
+        return self.momentum
 
 
 def _group_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +315,8 @@ class _NormaliseOnGpu(torch.autograd.Function):
     """torch's synchronised batch norm, but for a forward pass that does not wait for the GPU.
 
     torch's leaves out the statistics of ranks without images, which takes three waits a norm:
-    hundreds a step of ResNet-50. Here every rank has images.
+    hundreds a step of ResNet-50. Here every rank has images; where all have the same number, it is
+    not sent either.
     """
 
     @staticmethod
@@ -273,28 +330,29 @@ class _NormaliseOnGpu(torch.autograd.Function):
         eps: float,
         momentum: float,
         group: dist.ProcessGroup,
+        count: _Count,
     ) -> Tensor:
         if not x.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous()
         num_channels = x.shape[1]
         mean, inverse_std = torch.batch_norm_stats(x, eps)  # [C], [C]
-        count = mean.new_full((1,), x.numel() // num_channels)
-        local = torch.cat([mean, inverse_std, count])  # [2C + 1]
+        local = torch.cat([mean, inverse_std, *([] if count.is_even else [count.values])])
         gathered = local.new_empty(dist.get_world_size(group) * len(local))
         dist.all_gather_into_tensor(gathered, local, group)
-        per_rank = gathered.view(-1, len(local))  # [W, 2C + 1]
-        means, inverse_stds, counts = per_rank.split([num_channels, num_channels, 1], dim=1)
-        counts = counts.flatten()  # [W]
+        per_rank = gathered.view(-1, len(local))  # [W, 2C] or, with the counts, [W, 2C + 1]
+        means, inverse_stds, *sent = per_rank.split(num_channels, dim=1)
+        counts = sent[0].flatten() if sent else count.values  # [W]
+        int_counts = sent[0].flatten().int() if sent else count.integers
         mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
             x, means, inverse_stds, running_mean, running_var, momentum, eps, counts
         )
-        ctx.save_for_backward(x, weight, mean, inverse_std, counts.int())
+        ctx.save_for_backward(x, weight, mean, inverse_std, int_counts)
         ctx.process_group = group
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return SyncBatchNorm.backward(ctx, *grad_outputs)[:8]  # its forward has one argument more
+        return SyncBatchNorm.backward(ctx, *grad_outputs)  # its forward has as many arguments
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Swin-T and every other net of timm, without classifier and without randomness."""
+"""timm's nets, Swin-T among them: no classifier, no randomness, any image size where possible."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,15 +8,29 @@ from torch import nn
 
 from scale_smog.errors import UserError
 
+# How timm's constructors are asked for images of other sizes: ViT and its kin, Swin and its kin.
+ANY_SIZE_ARGUMENTS: tuple[dict[str, Any], ...] = (
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+)
+# Of rotary position embeddings in training, as DINOv3 has them.
+COORDINATE_NOISE = ("shift_coords", "jitter_coords", "rescale_coords")
+
 
 def swin_tiny() -> nn.Module:
     """Swin-T (Liu et al. 2021) with 768 features, for views of any size, such as 224 and 96 px."""
-    return _create("swin_tiny_patch4_window7_224", strict_img_size=False)
+    return timm_net("swin_tiny_patch4_window7_224")
 
 
-def timm_backbone(name: str) -> nn.Module:
-    """The timm net `name`, with random weights and no classifier."""
-    return _create(name)
+def timm_net(name: str) -> nn.Module:
+    """The timm net `name`, with random weights and no classifier.
+
+    It takes images of any size if the architecture can, else of its own size only.
+    """
+    net = _create(name)
+    # MobileNetV3 and its kin keep a layer behind the pooling: their output has another size.
+    net.num_features = getattr(net, "head_hidden_size", None) or net.num_features
+    return _without_randomness(net)
 
 
 def require_timm_name(name: str, other_names: Iterable[str]) -> None:
@@ -30,22 +44,50 @@ def require_timm_name(name: str, other_names: Iterable[str]) -> None:
     raise UserError(f"unknown backbone {name!r}: {hint}")
 
 
-def _create(name: str, **arguments: Any) -> nn.Module:
+def classifier_names(net: nn.Module) -> set[str]:
+    """Names of the modules that are a timm net's classifier; empty for other nets."""
+    names = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
+    return {names} if isinstance(names, str) else set(names)
+
+
+def _create(name: str) -> nn.Module:
     import timm
 
-    net = timm.create_model(name, num_classes=0, **arguments)
-    # MobileNetV3 and its kin keep a layer behind the pooling: their output has another size.
-    net.num_features = getattr(net, "head_hidden_size", None) or net.num_features
-    return _without_randomness(net)
+    for arguments in ANY_SIZE_ARGUMENTS:
+        try:
+            net = timm.create_model(name, num_classes=0, **arguments)
+        except TypeError as error:
+            if not any(argument in str(error) for argument in arguments):
+                raise
+        else:
+            if _is_whole_in_patches(net):
+                return net
+    return timm.create_model(name, num_classes=0)
+
+
+def _is_whole_in_patches(net: nn.Module) -> bool:
+    """Whether images of the net's own size split into patches; SigLIP's 384 px by 14 do not.
+
+    Such a net cuts off their edge, and refuses to as soon as it takes images of any size.
+    """
+    patch = getattr(getattr(net, "patch_embed", None), "patch_size", 1)
+    sides = patch if isinstance(patch, tuple | list) else (patch,)
+    return not any(own_size_px(net) % side for side in sides)
+
+
+def own_size_px(net: nn.Module) -> int:
+    """Side of the images that a timm net was made for; 0 for other nets."""
+    return getattr(net, "pretrained_cfg", {}).get("input_size", (0,))[-1]
 
 
 def _without_randomness(net: nn.Module) -> nn.Module:
-    """Turns dropout and drop-path off: the paper names no rates, and a step must be repeatable."""
-    from timm.layers.drop import DropPath
-
+    """Turns dropout and noise off: the paper names no rates, and a step must be repeatable."""
     for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, DropPath):
-            module.drop_prob = 0.0
+        is_dropout = "drop" in type(module).__name__.lower()
+        for name, value in list(vars(module).items()):
+            is_rate = "drop" in name or (is_dropout and name in ("p", "prob"))
+            if is_rate and isinstance(value, float):  # of modules and of functional dropout
+                setattr(module, name, 0.0)
+            elif name in COORDINATE_NOISE:
+                setattr(module, name, None)
     return net

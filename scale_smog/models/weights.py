@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scale_smog.errors import UserError
+from scale_smog.models.timm_nets import classifier_names
 
 Weights = dict[str, Tensor]
 
-CLASSIFIERS = ("fc.", "head.", "classifier.")  # of ResNets, Swin and most other nets
+CLASSIFIERS = {"fc", "head", "classifier"}  # of torchvision's nets; timm's say it themselves
 
 
 def from_torchvision_swin(weights: Weights) -> Weights:
@@ -35,13 +36,22 @@ def from_torchvision_swin(weights: Weights) -> Weights:
     return renamed
 
 
-def without_classifier(weights: Weights) -> Weights:
-    """The backbone's part."""
-    return {name: v for name, v in weights.items() if not name.startswith(CLASSIFIERS)}
+def without_classifier(weights: Weights, net: nn.Module) -> Weights:
+    """The weights without what only the classifier of `net` has.
+
+    A classifier shares its place with parts of the backbone: ConvNeXt's last norm is `head.norm`.
+    """
+    own = net.state_dict()
+    places = {name.partition(".")[0] for name in CLASSIFIERS | classifier_names(net)}
+    return {
+        key: value
+        for key, value in weights.items()
+        if key in own or key.partition(".")[0] not in places
+    }
 
 
 def read_weights(path: str | Path) -> Weights:
-    """A file of timm or torchvision, safetensors or torch's own, under our names.
+    """A file of timm or torchvision, safetensors or torch's own, under our names; all of it.
 
     Files of `torch.save` are read without running code from them.
 
@@ -71,7 +81,7 @@ def read_weights(path: str | Path) -> Weights:
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     if "features.0.0.weight" in weights and any("relative_position" in name for name in weights):
         weights = from_torchvision_swin(weights)
-    return without_classifier(weights)
+    return weights
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
@@ -80,7 +90,7 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be read, or holds another net; the first difference is named.
     """
-    weights, own = read_weights(path), net.state_dict()
+    weights, own = without_classifier(read_weights(path), net), net.state_dict()
     # Counters are no weights; torchvision's oldest files lack them.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
     missing, unexpected = sorted(needed - weights.keys()), sorted(weights.keys() - own.keys())

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from scale_smog.data.batch import Batch
 from scale_smog.data.datasets import Images
+from scale_smog.evaluation.accuracy import topk_accuracies
 from scale_smog.evaluation.protocols import FinetuneConfig
 from scale_smog.evaluation.splits import random_subset
-from scale_smog.evaluation.supervised.accuracy import topk_accuracies
 from scale_smog.evaluation.supervised.crops import random_crops
 from scale_smog.evaluation.supervised.label_subsets import labelled_samples
 from scale_smog.evaluation.task import EvaluationTask, Results

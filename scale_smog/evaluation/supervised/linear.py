@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from scale_smog import distributed
 from scale_smog.data.batch import Batch
 from scale_smog.data.datasets import Images
+from scale_smog.evaluation.accuracy import topk_accuracies
 from scale_smog.evaluation.features import Encoder
 from scale_smog.evaluation.protocols import LinearConfig
 from scale_smog.evaluation.splits import random_subset
-from scale_smog.evaluation.supervised.accuracy import topk_accuracies
 from scale_smog.evaluation.supervised.crops import random_crops
 from scale_smog.evaluation.supervised.label_subsets import hold_out
 from scale_smog.evaluation.supervised.logistic import fit_logistic
@@ -66,10 +66,7 @@ def evaluate_linear(
         return {"top1": top1, "top5": top5, "inverse_penalty": config.inverse_penalty}
 
     rates = config.learning_rates
-    train_ids = np.arange(train_set.num_samples)
-    choice_ids = train_ids
-    if len(rates) > 1:
-        train_ids, choice_ids = _hold_out(task, train_set)
+    train_ids, choice_ids = _hold_out(task, train_set)
     heads = _train_heads(task, name, encoder, train_set, train_ids)
 
     def classify_all(images: Tensor) -> Tensor:
@@ -87,8 +84,10 @@ def evaluate_linear(
 
 
 def _hold_out(task: EvaluationTask, train_set: Images) -> tuple[np.ndarray, np.ndarray]:
-    """Sample ids to train on, and those by which the learning rate is chosen."""
+    """Sample ids to train on, and those by which one of several learning rates is chosen."""
     config, labels = task.protocols.linear, train_set.labels
+    if len(config.learning_rates) == 1:
+        return np.arange(len(labels)), np.zeros(0, dtype=np.int64)
     train_ids, held_out = hold_out(labels, config.held_out, config.seed)
     num_classes, num_left_out = len(np.unique(labels)), len(np.unique(labels[held_out]))
     if distributed.is_main() and num_left_out < num_classes:

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from ranks import run_on_ranks
 from sklearn.linear_model import LogisticRegression
 
+from scale_smog.evaluation.accuracy import topk_correct
 from scale_smog.evaluation.protocols import LinearConfig
-from scale_smog.evaluation.supervised.accuracy import topk_correct
 from scale_smog.evaluation.supervised.linear import build_heads
 from scale_smog.evaluation.supervised.logistic import fit_logistic
 

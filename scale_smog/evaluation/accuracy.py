@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of classifiers on centre crops."""
+"""Top-1 and top-5 accuracy."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from scale_smog.evaluation.task import EvaluationTask
 def topk_accuracies(
     task: EvaluationTask, classify: Encoder, num_classifiers: int, dataset: Images, ids: np.ndarray
 ) -> list[tuple[float, float]]:
-    """Top-1 and top-5 accuracy, 0 to 1, of L classifiers; a collective.
+    """Top-1 and top-5 accuracy, 0 to 1, of L classifiers on centre crops; a collective.
 
     Args:
         task: size of the crops, and who decodes.
@@ -32,16 +32,16 @@ def topk_accuracies(
     return [(top1 / len(ids), top5 / len(ids)) for top1, top5 in correct.tolist()]
 
 
-def topk_correct(logits: Tensor, labels: Tensor) -> Tensor:
+def topk_correct(scores: Tensor, labels: Tensor) -> Tensor:
     """How many of B images have their class first, and among the first five.
 
     Args:
-        logits: [B, L, C].
+        scores: [B, L, C] of L classifiers; -inf is a class that is ruled out.
         labels: [B] int64.
 
     Returns:
         [L, 2] float64.
     """
-    top5 = logits.topk(min(5, logits.shape[2]), dim=2).indices  # [B, L, 5]
-    correct = top5 == labels[:, None, None]
+    values, top5 = scores.topk(min(5, scores.shape[2]), dim=2)  # [B, L, 5]
+    correct = (top5 == labels[:, None, None]) & (values > -torch.inf)
     return torch.stack([correct[..., 0].sum(0), correct.any(2).sum(0)], dim=1).double()
