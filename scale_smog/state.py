@@ -20,6 +20,7 @@ from scale_smog.models import (
     process_group_for,
     synchronise_batch_norm,
 )
+from scale_smog.models.check import batch_norm_images, image_sizes, require_images_fit
 from scale_smog.models.weights import load_weights
 from scale_smog.runtime import phases
 
@@ -63,13 +64,20 @@ def build_state(recipe: Recipe, batch: int, device: torch.device) -> TrainState:
         recipe: of the run.
         batch: images of a rank at a step, B.
         device: of this rank.
+
+    Raises:
+        UserError: the nets do not take the images, or a file of first weights does not fit.
     """
     model, grouping = recipe.model, recipe.grouping
+    world_size, ranks_per_node = distributed.world_size(), distributed.ranks_per_node()
+    micro_batch = batch // recipe.engine.accumulate
+    norm_batch = batch_norm_images(model, micro_batch, world_size, ranks_per_node)
+    require_images_fit(model, image_sizes(recipe.data, recipe.evaluation), norm_batch)
     torch.manual_seed(recipe.run.seed)
     online, momentum = build_initial_nets(model)
-    scope = process_group_for(model.batch_norm, distributed.ranks_per_node())
-    for net in (online, momentum):
-        synchronise_batch_norm(net.to(device), scope)
+    for net in (online, momentum):  # a group each: they may be passed at the same time
+        scope = process_group_for(model.batch_norm, ranks_per_node)
+        synchronise_batch_norm(net.to(device), scope, is_even=True)
     engine = build_engine(online, momentum, recipe.optimizer, recipe.engine, batch)
     groups = MomentumGroups.from_config(grouping, model.dim, recipe.run.seed)
     return TrainState(

@@ -23,6 +23,7 @@ from scale_smog.evaluation.features import Encoder, embed_images
 from scale_smog.evaluation.protocols import Protocols, load_protocols, split_overrides
 from scale_smog.evaluation.splits import open_labelled_splits, test_split
 from scale_smog.models import build_nets
+from scale_smog.models.check import require_images_fit
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
 from scale_smog.runtime.files import write_atomically
@@ -64,11 +65,13 @@ class EvaluationTask:
         """Finds the checkpoint that `path` means.
 
         Raises:
-            UserError: there is none, or an override is wrong.
+            UserError: there is none, an override is wrong, or the net does not take such images.
         """
         checkpoint, run_dir = find_checkpoint(Path(path))
         own, protocols = split_overrides(overrides)
         recipe = load_recipe(run_dir / run_folder.RECIPE_FILE, own)
+        sizes_px = {"evaluation.image_px": recipe.evaluation.image_px}
+        require_images_fit(recipe.model, sizes_px, batch=2)
         return cls(name, checkpoint, run_dir, recipe, load_protocols(protocols), device)
 
     def labelled_splits(self) -> tuple[Images, Images]:

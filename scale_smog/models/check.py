@@ -28,7 +28,8 @@ def batch_norm_images(model: ModelConfig, batch: int, world_size: int, ranks_per
         world_size: all ranks.
         ranks_per_node: of a host.
     """
-    scopes: dict[str | int, int] = {"global": world_size, "node": ranks_per_node, "local": 1}
+    of_node = min(ranks_per_node, world_size)
+    scopes: dict[str | int, int] = {"global": world_size, "node": of_node, "local": 1}
     return batch * int(scopes.get(model.batch_norm, model.batch_norm))
 
 

@@ -146,7 +146,7 @@ def _synchronise(
     synchronised = module
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         synchronised = _synchronised_copy(module, group)
-        synchronised.passes, synchronised.is_even = passes, is_even
+        synchronised.passes, synchronised.is_even, synchronised._counts = passes, is_even, {}
     for name, child in module.named_children():
         synchronised.add_module(name, _synchronise(child, group, passes, is_even))
     return synchronised
@@ -168,7 +168,7 @@ def _synchronised_copy(
 class _Count(NamedTuple):
     """Values a channel: of every rank [W] where all have the same, else of this rank [1]."""
 
-    values: Tensor  # float32
+    values: Tensor  # in the dtype of the statistics
     integers: Tensor  # int32
     is_even: bool
 
@@ -187,6 +187,7 @@ class SynchronisedBatchNorm(_BatchNorm):
     process_group: dist.ProcessGroup
     passes: _TrackedPasses
     is_even: bool
+    _counts: dict[int, _Count]
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
@@ -218,17 +219,18 @@ class SynchronisedBatchNorm(_BatchNorm):
             (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         )
         momentum = self._next_momentum() if self.track_running_stats else 0.0
-        count = self._count(x.numel() // x.shape[1], x.device)
+        count = self._count(x)
         return _NormaliseOnGpu.apply(
             x, self.weight, self.bias, *running, self.eps, momentum, self.process_group, count
         )
 
-    def _count(self, num_values: int, device: torch.device) -> "_Count":
+    def _count(self, x: Tensor) -> _Count:
         """Made once for each size of input: a norm sees one or two."""
+        num_values, dtype = x.numel() // x.shape[1], torch.promote_types(x.dtype, torch.float32)
         if num_values not in self._counts:
             num_ranks = dist.get_world_size(self.process_group) if self.is_even else 1
-            each = torch.full((num_ranks,), num_values, dtype=torch.int32, device=device)
-            self._counts[num_values] = _Count(each.float(), each, self.is_even)
+            each = torch.full((num_ranks,), num_values, dtype=torch.int32, device=x.device)
+            self._counts[num_values] = _Count(each.to(dtype), each, self.is_even)
         return self._counts[num_values]
 
     def _track(self, mean: Tensor, unbiased_var: Tensor) -> None:

@@ -185,9 +185,9 @@ def check_memory(recipe: Recipe, device: torch.device) -> Row:
     ranks, per_node = distributed.world_size(), distributed.ranks_per_node()
     try:
         images_per_rank(recipe.data.global_batch, ranks)
+        planned = plan_memory(recipe, ranks, per_node).total_mib
     except UserError as error:
         return Row("memory", "", [str(error)])
-    planned = plan_memory(recipe, ranks, per_node).total_mib
     have = min(distributed.gather_objects(_memory_mib(device, per_node)))
     said = f"a rank plans {planned:.0f} MiB of {have:.0f}"
     if planned <= MAX_MEMORY_SHARE * have:

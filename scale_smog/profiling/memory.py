@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from scale_smog.config import ModelConfig, Recipe
 from scale_smog.models import MomentumNet, OnlineNet, build_nets, stages
+from scale_smog.models.check import batch_norm_images, image_sizes, require_images_fit
 
 MIB = 2**20
 ZERO3_LIVE = 1e9  # weights that DeepSpeed keeps gathered by default
@@ -41,8 +42,15 @@ class MemoryPlan:
 
 
 def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> MemoryPlan:
-    """Counts what a rank of `world_size` holds; hsdp splits over `ranks_per_node`."""
+    """Counts what a rank of `world_size` holds; hsdp splits over `ranks_per_node`.
+
+    Raises:
+        UserError: the nets do not take the images.
+    """
     model, data, engine = recipe.model, recipe.data, recipe.engine
+    micro_batch = data.global_batch // world_size // engine.accumulate
+    norm_batch = batch_norm_images(model, micro_batch, world_size, ranks_per_node)
+    require_images_fit(model, image_sizes(data, recipe.evaluation), norm_batch)
     online, momentum = _nets_without_values(recipe.model)
     value_bytes = 8 if engine.precision == "fp64" else 4
     num_online, num_momentum = _numel(online), _numel(momentum)

@@ -7,9 +7,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from scale_smog.data.batch import Batch
 from scale_smog.data.datasets import Images
+from scale_smog.errors import UserError
 from scale_smog.evaluation.accuracy import topk_accuracies
 from scale_smog.evaluation.protocols import FinetuneConfig
 from scale_smog.evaluation.splits import random_subset
@@ -50,13 +52,16 @@ def evaluate_finetuned(
         test_set: labelled images to test on.
 
     Raises:
-        UserError: the ranks do not divide the batch, or the list does not fit the images.
+        UserError: the ranks do not divide the batch, the list does not fit the images, or the
+            batch is one image under batch norm.
     """
     config = task.protocols.finetune
     ids = labelled_samples(config, train_set)
     batches, num_steps = random_crops(task, train_set, ids, config)
     num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
     net = Classifier(backbone, num_features, train_set.num_classes)
+    if config.batch == 1 and any(isinstance(module, _BatchNorm) for module in net.modules()):
+        raise UserError("finetune.batch=1: batch norm needs two images")
     net.to(task.device).train()
     synchronise_batch_norm(net, process_group_for("global"))
 
