@@ -157,14 +157,14 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gpu_step_of_this_rank() -> dict[str, Tensor]:
+def gpu_step_of_this_rank(shares: list[int], is_even: bool) -> dict[str, Tensor]:
     """The way of a GPU, on a CPU: torch's five kernels are replaced by what they compute."""
     for function in (stats, gather_stats_with_counts, elemt, backward_reduce, backward_elemt):
         setattr(torch, f"batch_norm_{function.__name__}", function)
     x, grad_y = batch((8, 6, 5, 5), torch.float64)
-    norm = synchronise_batch_norm(batch_norm(x, affine=True), dist.group.WORLD)
+    norm = synchronise_batch_norm(batch_norm(x, affine=True), dist.group.WORLD, is_even=is_even)
     norm.forward = norm._forward_on_gpu
-    shares, rank = SHARES[:2], dist.get_rank()
+    rank = dist.get_rank()
     with Operations() as operations:
         results = train_step(norm, x.split(shares)[rank], grad_y.split(shares)[rank])
     assert "cat" in operations.names
@@ -172,8 +172,11 @@ def gpu_step_of_this_rank() -> dict[str, Tensor]:
     return results
 
 
-def test_on_a_gpu_the_statistics_are_the_batchs_too_and_nothing_waits_for_it() -> None:
-    whole = of_whole_batch(run_on_ranks(2, gpu_step_of_this_rank))
+@pytest.mark.parametrize(("shares", "is_even"), [(SHARES[:2], False), ([4, 4], True)])
+def test_on_a_gpu_the_statistics_are_the_batchs_too_and_nothing_waits_for_it(
+    shares: list[int], is_even: bool
+) -> None:
+    whole = of_whole_batch(run_on_ranks(2, gpu_step_of_this_rank, shares, is_even))
     x, grad_y = batch((8, 6, 5, 5), torch.float64)
     torch.testing.assert_close(whole, train_step(batch_norm(x, True), x, grad_y))
 
@@ -222,15 +225,16 @@ def groups_of_this_rank() -> dict[str, Any]:
     with pytest.raises(UserError, match="2 ranks do not split into groups of 3"):
         process_group_for(3)
     return {
-        "global": process_group_for("global") is dist.group.WORLD,
-        "all ranks": process_group_for(2) is dist.group.WORLD,
+        "global": dist.get_world_size(process_group_for("global")),
+        "all ranks": dist.get_world_size(process_group_for(2)),
+        "its own": process_group_for("global") is not dist.group.WORLD,
         "local": process_group_for("local"),
         "one": process_group_for(1),
     }
 
 
-def test_scopes_name_the_ranks_that_share() -> None:
-    expected = {"global": True, "all ranks": True, "local": None, "one": None}
+def test_scopes_name_the_ranks_that_share_in_a_group_of_their_own() -> None:
+    expected = {"global": 2, "all ranks": 2, "its own": True, "local": None, "one": None}
     assert run_on_ranks(2, groups_of_this_rank) == [expected] * 2
 
 
