@@ -67,7 +67,7 @@ def rank_environment() -> dict[str, int]:
     deepspeed asks for them in the environment too, so they are put there.
 
     Raises:
-        UserError: several ranks, and no MASTER_ADDR and MASTER_PORT.
+        UserError: one of them or MASTER_PORT is missing or impossible.
     """
     fallbacks = {"LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE")}  # deepspeed's name for it
     # Inside an allocation but outside srun SLURM_PROCID may be set for one task: not a launcher.
@@ -88,8 +88,21 @@ def rank_environment() -> dict[str, int]:
             "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, deepspeed or "
             "launcher/slurm.sbatch"
         )
+    numbers = {name: _number(name, value) for name, value in values.items()}
+    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if numbers[name] >= numbers[size]:
+            raise UserError(f"{name}={values[name]} with {size}={values[size]}: ranks count from 0")
+    port = os.environ.get("MASTER_PORT")
+    if numbers["WORLD_SIZE"] > 1 and not 0 < _number("MASTER_PORT", port) < 2**16:
+        raise UserError(f"MASTER_PORT={port} is no port: take one from 1024 to 65535")
     os.environ.update(values)
-    return {name: int(value) for name, value in values.items()}
+    return numbers
+
+
+def _number(name: str, value: str | None) -> int:
+    if value is None or not value.isdecimal():
+        raise UserError(f"{name}={value} in the environment is not a number")
+    return int(value)
 
 
 @contextmanager

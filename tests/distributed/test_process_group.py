@@ -9,6 +9,7 @@ import pytest
 
 from scale_smog import distributed
 from scale_smog.distributed.process_group import rank_environment
+from scale_smog.errors import UserError
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR")
 
@@ -43,6 +44,26 @@ def test_srun_s_names_are_understood(monkeypatch):
     assert rank_environment() == {
         "RANK": 9, "WORLD_SIZE": 16, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 8,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "x"}, "RANK=x in the environment is not a number"),
+        ({"RANK": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK=1 with LOCAL_WORLD_SIZE=1"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc in the environment is not a number"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT= in the environment is not a number"),
+    ],
+)
+def test_an_impossible_environment_is_named(monkeypatch, environment, words):
+    usual = {"WORLD_SIZE": "2", "MASTER_ADDR": "host-a", "MASTER_PORT": "29500"}
+    for name, value in (usual | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        rank_environment()
 
 
 FAILING = """
