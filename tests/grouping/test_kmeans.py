@@ -215,3 +215,16 @@ def test_a_row_that_is_not_finite_is_refused_with_their_number(bad):
 def test_no_rows_at_all_are_refused():
     with pytest.raises(UserError, match="no features"):
         spherical_kmeans(torch.zeros(0, DIM), unit_rows(4, 1), iterations=1)
+
+
+def test_near_ties_are_decided_in_float64():
+    """Centroids that float32 cannot tell apart; the order of its rounding must not decide."""
+    base = unit_rows(1, 0)
+    centroids = F.normalize(base + 2e-7 * torch.randn(64, base.shape[1]))
+    rows = F.normalize(base + 0.3 * unit_rows(300, 1))
+    found = spherical_kmeans(rows, centroids, iterations=0).assignments
+    scores = rows.double() @ F.normalize(centroids).double().T  # [N, K]
+    lead = scores.topk(2, dim=1).values.diff().abs()[:, 0]
+    clear = lead > 1e-11
+    assert torch.equal(found[clear], scores.argmax(dim=1)[clear]) and clear.sum() > 200
+    assert (rows @ F.normalize(centroids).T).argmax(dim=1)[clear].ne(found[clear]).any()
