@@ -1,15 +1,18 @@
-"""The course of a run as one picture: loss and accuracies over the steps."""
+"""The course of a run as one picture: loss, usage of the groups, accuracies, and the resets."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CURVES_FILE = "curves.png"
 ACCURACIES = {"knn": "kNN", "online_knn": "kNN, online", "online_linear": "linear, online"}
-INK = "#222222"
+RESET_TAG = "reset/drift"
+INK, SOFT, ACCENT = "#222222", "#9aa5b1", "#2a6f97"
+MOST_RESETS_DRAWN = 60  # more lines would be a surface
 
 Curve = tuple[Sequence[int], Sequence[float]]  # steps, values
 
@@ -19,43 +22,76 @@ def draw_run_curves(run_dir: Path) -> None:
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines]
     if logged:
-        loss: Curve = [line["step"] for line in logged], [line["loss"] for line in logged]
-        accuracies = _accuracies(run_dir / "tensorboard")
-        draw_curves(run_dir / CURVES_FILE, loss, logged[-1]["chance_loss"], accuracies)
+        events = _scalars(run_dir / "tensorboard", (*ACCURACIES, RESET_TAG))
+        resets = events.pop(RESET_TAG, ((), ()))[0]
+        accuracies = {ACCURACIES[tag]: curve for tag, curve in events.items()}
+        draw_curves(run_dir / CURVES_FILE, logged, accuracies, resets)
 
 
-def draw_curves(path: Path, loss: Curve, chance_loss: float, accuracies: dict[str, Curve]) -> None:
-    """Loss and accuracies of a run over its steps.
+def draw_curves(
+    path: Path,
+    logged: Sequence[dict[str, float]],
+    accuracies: dict[str, Curve],
+    resets: Sequence[int],
+) -> None:
+    """One panel each for loss, perplexity and, where there are any, accuracies; shared steps.
 
     Args:
         path: PNG to write.
-        loss: steps and values.
-        chance_loss: of a net that knows nothing.
+        logged: lines of metrics.jsonl, oldest first.
         accuracies: name -> steps and values, 0 to 1.
+        resets: steps at which k-means found the groups anew.
     """
-    figure = Figure(figsize=(8, 4.5), dpi=110)
-    axes = figure.add_subplot()
-    axes.plot(*loss, color=INK, lw=1.2)
-    axes.axhline(chance_loss, color=INK, lw=1, ls=(0, (4, 3)))
-    axes.text(0.01, chance_loss, "chance", transform=axes.get_yaxis_transform(), va="bottom")
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes.spines[["top"]].set_visible(False)
+    num_panels = 3 if accuracies else 2
+    figure = Figure(figsize=(8, 2.3 * num_panels), dpi=110)
+    panels = figure.subplots(num_panels, sharex=True, squeeze=False)[:, 0]
+    _draw_loss(panels[0], logged)
+    _draw_perplexity(panels[1], logged)
     if accuracies:
-        right = axes.twinx()
-        for number, (name, curve) in enumerate(accuracies.items()):
-            right.plot(*curve, f"C{number}", marker=".", label=name)
-        right.set(ylabel="top-1 accuracy", ylim=(0, 1))
-        right.legend(frameon=False, fontsize=9, loc="upper center")
-        right.spines[["top"]].set_visible(False)
+        _draw_accuracies(panels[2], accuracies)
+    for axes in panels:
+        for step in resets if len(resets) <= MOST_RESETS_DRAWN else ():
+            axes.axvline(step, color=SOFT, lw=0.6, alpha=0.5, zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    panels[-1].set_xlabel("step; thin lines: k-means resets" if resets else "step")
+    figure.align_ylabels()
     figure.savefig(path, bbox_inches="tight", facecolor="white")
 
 
-def _accuracies(folder: Path) -> dict[str, Curve]:
+def _draw_loss(axes: Axes, logged: Sequence[dict[str, float]]) -> None:
+    axes.plot(*_column(logged, "loss"), color=ACCENT, lw=1.4, label="loss")
+    axes.plot(*_column(logged, "chance_loss"), color=INK, lw=1, ls=(0, (4, 3)), label="chance")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+
+
+def _draw_perplexity(axes: Axes, logged: Sequence[dict[str, float]]) -> None:
+    axes.plot(*_column(logged, "group_perplexity"), color=ACCENT, lw=1.4, label="perplexity")
+    axes.plot(*_column(logged, "groups_in_use"), color=INK, lw=1, label="groups in use")
+    axes.set(ylabel="groups", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right")
+
+
+def _draw_accuracies(axes: Axes, accuracies: dict[str, Curve]) -> None:
+    for number, (name, curve) in enumerate(accuracies.items()):
+        axes.plot(*curve, f"C{number}", marker=".", lw=1.4, label=name)
+    axes.set(ylabel="top-1 accuracy", ylim=(0, 1))
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower right")
+
+
+def _column(logged: Sequence[dict[str, float]], name: str) -> Curve:
+    """Of the lines that have it: the groups rest during an instance-contrastive start."""
+    lines = [line for line in logged if name in line]
+    return [int(line["step"]) for line in lines], [line[name] for line in lines]
+
+
+def _scalars(folder: Path, tags: Sequence[str]) -> dict[str, Curve]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    curves = {}
-    for tag, name in ACCURACIES.items():
+    curves: dict[str, Curve] = {}
+    for tag in tags:
         if tag in events.Tags()["scalars"]:
             points = {event.step: event.value for event in events.Scalars(tag)}
-            curves[name] = sorted(points), [points[step] for step in sorted(points)]
+            curves[tag] = sorted(points), [points[step] for step in sorted(points)]
     return curves
