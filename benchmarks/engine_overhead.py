@@ -63,7 +63,7 @@ class Bare:
         parameters = list(online.parameters())
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY},
-            {"params": [p for p in parameters if p.dim() <= 1], "adapt": False},
+            {"params": [p for p in parameters if p.dim() <= 1], "use_trust_ratio": False},
         ]
         self.optimizer = Lars(groups, LR)
         leaders = dict(online.named_parameters())

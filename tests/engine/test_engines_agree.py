@@ -53,7 +53,9 @@ FAULTY_ENGINES = ("zero1", "fsdp")  # flat slices, and rows
 REAL_RATIOS = Lars._trust_ratios
 FAULTS: dict[str, Any] = {
     "one global ratio": lambda: mock.patch.object(Lars, "_trust_ratios", one_ratio),
-    "no momentum update": lambda: mock.patch.object(Engine, "ema", lambda engine, alpha: None),
+    "no momentum update": lambda: mock.patch.object(
+        Engine, "update_ema", lambda engine, alpha: None
+    ),
 }
 
 
