@@ -15,7 +15,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["scale_smog", "scale_smog.*"]),
-    package_data={"scale_smog.profiling": ["hardware/*.yaml"]},
+    package_data={
+        "scale_smog": ["py.typed", "recipes/*.yaml", "recipes/ablations/*.yaml"],
+        "scale_smog.profiling": ["hardware/*.yaml"],
+        "scale_smog.rehearsal": ["runtime/*.c", "runtime/crt/*.h"],
+    },
+    entry_points={"console_scripts": ["smog = scale_smog.cli.main:main"]},
     install_requires=[
         # torch and torchvision come together: a torchvision of another build does not import.
         "torch>=2.11",
@@ -27,6 +32,7 @@ setup(
         "pyyaml",
         "tensorboard",
         "numpy",
+        "psutil",
         "pillow",
         "pydantic>=2.7",
         "tqdm",
@@ -35,7 +41,9 @@ setup(
     ],
     extras_require={
         "dense": ["pycocotools", "torchmetrics"],  # segmentation and detection
+        "completion": ["argcomplete"],  # eval "$(register-python-argcomplete smog)"
         "test": [
+            "jsonschema",
             "pycocotools",
             "torchmetrics",
             "pytest>=8",

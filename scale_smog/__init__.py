@@ -1,19 +1,24 @@
 """scale_smog: large-scale group-contrastive pre-training, from tar shards to wide backbones."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from scale_smog.config import Recipe
 from scale_smog.errors import UserError
-from scale_smog.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from scale_smog.config import Recipe
+    from scale_smog.recipe import load_recipe
 
 __all__ = ["Recipe", "UserError", "load_recipe"]
 
-_ON_DEMAND = ("data", "evaluation", "grouping", "loss", "models", "optim")
+_PARTS = ("data", "evaluation", "grouping", "loss", "models", "optim")
+_HOMES = {"Recipe": "config", "load_recipe": "recipe"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """`scale_smog.models` and its like, imported when they are first asked for: torch is slow."""
-    if name in _ON_DEMAND:
+    if name in _PARTS:
         return import_module(f"scale_smog.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"scale_smog.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'scale_smog' has no attribute '{name}'")

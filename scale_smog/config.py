@@ -48,6 +48,7 @@ class DataConfig(Section):
     """Which images, and who decodes and augments them."""
 
     path: str
+    num_images: Positive = 1_281_167  # to train on, for a plan before the dataset is there
     global_batch: Positive = 4096  # images of one step over all ranks
     loader: Literal["dali", "torch", "memory", "fast", "stream", "synthetic"] = "dali"
     stream: str = ""  # loader=stream: tars to train on, https://host/train-{000000..000146}.tar

@@ -19,7 +19,7 @@ from scale_smog.evaluation.knn import KnnProbe
 from scale_smog.evaluation.online import OnlineProbe
 from scale_smog.evaluation.splits import require_labels
 from scale_smog.loop import train
-from scale_smog.preflight import require_equal_hosts
+from scale_smog.preflight.checks import require_equal_hosts
 from scale_smog.reporting import run_folder
 from scale_smog.reporting.curves import draw_run_curves
 from scale_smog.reporting.metrics import Metrics

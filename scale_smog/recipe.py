@@ -15,6 +15,8 @@ from scale_smog.errors import UserError
 
 M = TypeVar("M", bound=BaseModel)
 
+SHIPPED = Path(__file__).with_name("recipes")  # in a checkout a link to its recipes/
+
 
 _TAG = "tag:yaml.org,2002:"
 YAML_1_1_TAGS = {f"{_TAG}{name}" for name in ("int", "float", "timestamp")}
@@ -59,7 +61,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Reads a recipe file and applies overrides.
 
     Args:
-        path: YAML file; sections and keys as in `scale_smog.config`.
+        path: YAML file, or the name of a recipe that comes with the package, such as "r50";
+            sections and keys as in `scale_smog.config`.
         overrides: `section.key=value` strings, as of `apply_override`.
 
     Returns:
@@ -68,7 +71,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UserError: unreadable file, unknown key (the nearest is suggested), wrong type or range.
     """
-    path = Path(path)
+    path = find_recipe(path)
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -99,11 +102,21 @@ def _require_sections(tree: Any, path: Path) -> None:
         raise UserError(f"{path}: a recipe is a mapping of sections to their keys")
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by their names: "r50", "ablations/baseline"."""
+    paths = sorted(SHIPPED.glob("**/*.yaml"), key=lambda path: (len(path.parts), path))
+    return {str(path.relative_to(SHIPPED)).removesuffix(".yaml"): path for path in paths}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A recipe's file; where there is none of that name, the one that comes with the package."""
+    return Path(path) if Path(path).is_file() else shipped_recipes().get(str(path), Path(path))
+
+
 def _nearest_recipe(path: Path) -> str:
-    """Suggests the file in recipes/ of nearly that name."""
-    known = {recipe.stem: recipe for recipe in Path("recipes").glob("**/*.yaml")}
-    near = difflib.get_close_matches(path.stem, known, n=1)
-    return f" (did you mean {known[near[0]]}?)" if near else ""
+    """Suggests the shipped recipe of nearly that name."""
+    near = difflib.get_close_matches(path.stem, shipped_recipes(), n=1)
+    return f": did you mean '{near[0]}'?" if near else "; `smog recipes` lists the shipped ones"
 
 
 def validate(model: type[M], tree: dict[str, Any]) -> M:

@@ -88,14 +88,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nowhere.yaml")
 
 
-def test_a_recipe_of_nearly_that_name_is_suggested(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "r50x4.yaml").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"did you mean recipes/r50x4\.yaml\?"):
-        load_recipe("r50x4")
+def test_a_recipe_of_nearly_that_name_is_suggested() -> None:
+    with pytest.raises(UserError, match="did you mean 'r50x4'"):
+        load_recipe("r50x5")
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:

@@ -1,40 +1,64 @@
 """What a recipe would do, without training: parameters, memory, steps and epochs as text."""
 
 import os
+from pathlib import Path
 
 from scale_smog.config import Recipe
-from scale_smog.data import TarDataset
-from scale_smog.data.loaders.build import build_plan
-from scale_smog.profiling.memory import plan_memory
+from scale_smog.data import EpochPlan
+from scale_smog.profiling.memory import MemoryPlan, plan_memory
 from scale_smog.recipe import dump_recipe
 from scale_smog.schedules import Schedules
 from scale_smog.small_data import fit_to_data
-from scale_smog.state import build_initial_nets
 
 
 def dry_run(recipe: Recipe) -> str:
     """The resolved recipe, parameter counts, memory plan, steps and epochs, as text.
 
+    Where there is no dataset yet, the plan is of `data.num_images` images.
+
     Raises:
         UserError: the dataset, the number of ranks or the file of first weights does not fit.
     """
     if recipe.model.weights:
+        from scale_smog.state import build_initial_nets  # slow to import
+
         build_initial_nets(recipe.model)
+    num_images, source = _count_images(recipe)
+    recipe, _ = fit_to_data(recipe, num_images)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    dataset = TarDataset(recipe.data.path, "train")
-    recipe, _ = fit_to_data(recipe, dataset.num_samples)
-    plan = build_plan(recipe.data, dataset, recipe.run.seed)
-    schedules = Schedules.of_run(recipe.run, recipe.optimizer, recipe.grouping, plan)
-    batch = len(plan.ids(0, 0, world_size))
-    memory = plan_memory(recipe, world_size)
-    epochs = schedules.num_steps / schedules.steps_per_epoch
     rows = [
-        ("backbone parameters", f"{memory.num_backbone_parameters / 1e6:.2f} M"),
-        ("trained parameters", f"{memory.num_online_parameters / 1e6:.2f} M, heads included"),
-        ("images", f"{dataset.num_samples}"),
+        ("images", f"{num_images}{source}"),
+        *_length_rows(recipe, num_images, world_size),
+        *_memory_rows(plan_memory(recipe, world_size)),
+    ]
+    return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<24}{value}" for name, value in rows)
+
+
+def _count_images(recipe: Recipe) -> tuple[int, str]:
+    """Training images, and a word on where that number is from."""
+    if not Path(recipe.data.path).exists():
+        return recipe.data.num_images, f" (data.num_images: there is no {recipe.data.path} here)"
+    from scale_smog.data import TarDataset
+
+    return TarDataset(recipe.data.path, "train").num_samples, ""
+
+
+def _length_rows(recipe: Recipe, num_images: int, world_size: int) -> list[tuple[str, str]]:
+    plan = EpochPlan(num_images, recipe.data.global_batch)
+    batch = plan.images_per_rank(world_size)
+    schedules = Schedules.of_run(recipe.run, recipe.optimizer, recipe.grouping, plan)
+    epochs = schedules.num_steps / schedules.steps_per_epoch
+    return [
         ("steps", f"{schedules.num_steps} ({epochs:.2f} epochs)"),
         ("batch", f"{recipe.data.global_batch} = {world_size} rank(s) x {batch}"),
         ("peak learning rate", f"{schedules.peak_lr:g} after {schedules.warmup_steps} steps"),
+    ]
+
+
+def _memory_rows(memory: MemoryPlan) -> list[tuple[str, str]]:
+    return [
+        ("backbone parameters", f"{memory.num_backbone_parameters / 1e6:.2f} M"),
+        ("trained parameters", f"{memory.num_online_parameters / 1e6:.2f} M, heads included"),
         ("memory of a rank", f"{memory.total_mib:.0f} MiB, libraries' buffers not counted"),
         ("  weights, gradients", f"{memory.weights_and_gradients_mib:.0f} MiB"),
         ("  momentum net", f"{memory.momentum_net_mib:.0f} MiB"),
@@ -42,4 +66,3 @@ def dry_run(recipe: Recipe) -> str:
         ("  activations", f"{memory.activations_mib:.0f} MiB"),
         ("  groups and bank", f"{memory.groups_and_bank_mib:.0f} MiB"),
     ]
-    return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<24}{value}" for name, value in rows)

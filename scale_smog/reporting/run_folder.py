@@ -30,6 +30,7 @@ FREE_KEYS = (
     "data.device",
     "data.workers",
     "data.path",  # the content is compared by its hash
+    "data.num_images",
 )
 LENGTHS = ("run.steps", "run.epochs")
 

@@ -1,0 +1,161 @@
+"""`smog`: one command for all programs, from a checkout and from a wheel alike."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import scale_smog.export
+from scale_smog.cli import evaluate, export
+from scale_smog.cli.main import COMMANDS, main
+from scale_smog.evaluation.program import PROGRAMS
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "pydantic", "deepspeed", "matplotlib", "tensorboard", "PIL", "numpy")
+
+
+def smog(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Runs a command in this process; its exit status and all that it printed."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    printed = capsys.readouterr()
+    return int(end.value.code or 0), printed.out + printed.err
+
+
+def test_the_help_names_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom scale_smog.cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        f"print('imported', [x for x in {HEAVY} if x in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.endswith("imported []\n")
+    assert all(re.search(rf"^ +{name}\b", shown.stdout, re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_help(name, capsys) -> None:
+    status, text = smog(name, "--help", capsys=capsys)
+    assert status == 0 and text.startswith(f"usage: smog {name}")
+
+
+@pytest.mark.parametrize("folder", ["launcher", "data_tools"])
+def test_a_file_and_its_command_are_one_program(folder, capsys) -> None:
+    for path in sorted((ROOT / folder).glob("*.py")):
+        if path.stem in COMMANDS:
+            _, text = smog(path.stem, "--help", capsys=capsys)
+            own = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+            assert own.stdout.split() == text.replace(f"smog {path.stem}", path.name, 1).split()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrian"], "invalid choice: 'pretrian'"),
+        (["pretrain", "r50x5"], "did you mean 'r50x4'"),
+        (["check"], "give a RECIPE, or --doctor RUN_DIR"),
+        (["explain", "data.ordr"], "did you mean 'data.order'"),
+        (["verify", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_ends_with_2_and_says_what_is_wrong(words, message, capsys) -> None:
+    status, text = smog(*words, capsys=capsys)
+    assert status == 2 and message in text and "Traceback" not in text
+
+
+def test_commands_offer_what_the_package_has() -> None:
+    assert set(evaluate.EVALUATIONS) == set(PROGRAMS)
+    assert export.FORMATS == scale_smog.export.FORMATS
+
+
+def test_a_dry_run_needs_no_dataset(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, text = smog("pretrain", "r50", "--dry-run", capsys=capsys)
+    assert status == 0 and "there is no imagenet here" in text
+    assert re.search(r"^steps +250227 \(400.00 epochs\)", text, re.MULTILINE)
+    _, text = smog("pretrain", "cifar10_r18", "data.num_images=5000", "--dry-run", capsys=capsys)
+    assert "num_groups: 200" in text and re.search(r"^images +5000 ", text, re.MULTILINE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_are_listed_and_printed(capsys) -> None:
+    _, text = smog("recipes", capsys=capsys)
+    assert len(text.splitlines()) == len(list((ROOT / "recipes").rglob("*.yaml")))
+    assert re.search(r"^r50x4 +ResNet-50 x4", text, re.MULTILINE)
+    _, text = smog("recipes", "ablations/7a_beta_to_0.9", capsys=capsys)
+    assert text == (ROOT / "recipes" / "ablations" / "7a_beta_to_0.9.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"), [("smog pre", "pretrain"), ("smog throughput --cal", "--calibrate")]
+)
+def test_the_shell_completes_commands_and_options(line, expected, tmp_path) -> None:
+    pytest.importorskip("argcomplete")
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    environment = os.environ | asked | {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}
+    subprocess.run([sys.executable, "-m", "scale_smog"], env=environment, check=True)
+    assert (tmp_path / "words").read_text().split() == [expected]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The interpreter of a new environment with a wheel of an sdist of this checkout.
+
+    What the package needs is this environment's, found by a .pth file.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    source = folder / "checkout"
+    source.mkdir()
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
+    pack = ["tar", "--null", "--ignore-failed-read", "-cf", str(folder / "files.tar"), "-T", "-"]
+    subprocess.run(pack, cwd=ROOT, input=files, check=True)
+    with tarfile.open(folder / "files.tar") as tar:
+        tar.extractall(source, filter="data")
+    build = "import setuptools.build_meta as b, sys; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+    sdist = run(sys.executable, "-c", build, "build_sdist", str(folder), cwd=source)
+    with tarfile.open(folder / sdist.splitlines()[-1]) as tar:
+        tar.extractall(folder, filter="data")
+    unpacked = folder / sdist.splitlines()[-1].removesuffix(".tar.gz")
+    wheel = run(sys.executable, "-c", build, "build_wheel", str(folder), cwd=unpacked)
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder / "env"), cwd=folder)
+    python = folder / "env" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index"]
+    run(*pip, "--no-deps", "--no-compile", str(folder / wheel.splitlines()[-1]), cwd=folder)
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run(str(python), "-c", code, cwd=folder).strip())
+    (packages / "others.pth").write_text(run(sys.executable, "-c", code, cwd=folder))
+    return python
+
+
+def run(*command: str, cwd: Path) -> str:
+    """What a command that succeeds prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    ended = subprocess.run(
+        command, cwd=cwd, env=environment | {"PATH": path}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.launcher
+def test_a_wheel_in_a_new_environment_has_the_recipes_and_trains_the_demo(
+    installed, tmp_path
+) -> None:
+    program = str(installed.with_name("smog"))
+    where = run(str(installed), "-c", "import scale_smog; print(scale_smog.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(installed.parent.parent)
+    assert Path(where.strip()).with_name("py.typed").exists()
+    listed = run(program, "recipes", cwd=tmp_path).splitlines()
+    assert len(listed) == len(list((ROOT / "recipes").rglob("*.yaml")))
+    short = ["run.steps=3", "run.log_every=1", "grouping.num_groups=10", "grouping.reset_every=2"]
+    short += ["evaluation.baselines=false", "evaluation.num_train_images=64"]
+    short += ["evaluation.num_test_images=32"]
+    out = run(program, "demo", *short, cwd=tmp_path)
+    assert "step-00000003" in out and "trained net" in out
+    assert (tmp_path / "runs" / "demo" / "results.json").exists()
