@@ -1,6 +1,7 @@
 """A trained net for timm, torchvision and Hugging Face: keys renamed, safetensors, a card."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def export(path: str, out: str, kind: str, with_state: bool = False) -> Exported
     if kind == "torchvision" and recipe.model.backbone == "swin_tiny":
         weights = to_torchvision_swin(weights) | _swin_buffers()
     num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
-    target = Path(out)
+    target = Path(os.path.abspath(out))  # "." has a name too
     usage = _usage(recipe.model, kind, architecture, target.name)
     try:
         target.mkdir(parents=True, exist_ok=True)

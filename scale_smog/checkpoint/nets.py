@@ -22,11 +22,12 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         UserError: neither a run with a whole checkpoint nor a whole checkpoint.
     """
     path = Path(os.path.abspath(path))  # names the parents of "." and "step-00000005" too
-    if path.parent.name == "checkpoints":
+    if path in list_checkpoints(path.parent.parent):
         if problem := find_damage(path):
             raise UserError(f"not a whole checkpoint: {problem}")
         return path, path.parent.parent
-    run_dir = path.parent if path.name == "checkpoints" else path
+    is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()
+    run_dir = path if is_run else path.parent
     whole = [folder for folder in list_checkpoints(run_dir) if find_damage(folder) is None]
     if not whole:
         raise UserError(f"no checkpoint in {run_dir}: give a run folder or its checkpoints/step-*")
