@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class EvaluationTask:
         checkpoint, run_dir = find_checkpoint(Path(path))
         own, protocols = split_overrides(overrides)
         recipe = load_recipe(run_dir / run_folder.RECIPE_FILE, own)
+        recipe = _with_data_found(recipe, run_dir)
         sizes_px = {"evaluation.image_px": recipe.evaluation.image_px}
         require_images_fit(recipe.model, sizes_px, batch=2)
         return cls(name, checkpoint, run_dir, recipe, load_protocols(protocols), device)
@@ -192,6 +194,16 @@ class EvaluationTask:
         except OSError as error:
             raise UserError(f"cannot write {self.folder}: {error.strerror}") from None
         return self.folder
+
+
+def _with_data_found(recipe: Recipe, run_dir: Path) -> Recipe:
+    """A relative `data.path` that is not here is one of the folder that the run began in."""
+    start = Path(str(run_dir).removesuffix(os.path.normpath(recipe.run.dir)))
+    path = start / recipe.data.path
+    if Path(recipe.data.path).exists() or not path.exists():
+        return recipe
+    data = recipe.data.model_copy(update={"path": str(path)})
+    return recipe.model_copy(update={"data": data})
 
 
 def weights_sha256(net: nn.Module) -> str:

@@ -207,6 +207,16 @@ def test_a_checkpoint_is_found_from_inside_its_folders(run_dir, monkeypatch, cap
     assert str(run_dir / "checkpoints" / "step-00000002") in capsys.readouterr().out
 
 
+def test_a_relative_dataset_is_found_from_inside_the_run(tmp_path, tars, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").symlink_to(tars)
+    small = ["run.steps=1", "run.dir=runs/short", "evaluation.num_test_images=4"]
+    pretrain(small_recipe(tmp_path, "set", *small))
+    monkeypatch.chdir(tmp_path / "runs" / "short" / "checkpoints")
+    PROGRAMS["knn"](["step-00000001"], [], False)
+    assert "trained" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/demo"])
 def test_a_run_may_lie_in_a_folder_of_that_name(run_dir, tmp_path, name):
     run = tmp_path / name
