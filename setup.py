@@ -28,6 +28,7 @@ setup(
         f"deepspeed>=0.19; {LINUX}",
         "timm>=1.0",
         "webdataset>=1.0",
+        "braceexpand",
         f"nvidia-dali-cuda120>=2.2; {LINUX} and platform_machine in 'x86_64 aarch64'",
         "pyyaml",
         "tensorboard",

@@ -1,8 +1,10 @@
 """Folders of images: one sub-folder a class, or flat and unlabelled."""
 
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,11 +22,15 @@ from scale_smog.data.images import (
     fingerprint,
     preprocess,
 )
-from scale_smog.data.manifest import UNLABELLED
+from scale_smog.data.labels import UNLABELLED, printable
 from scale_smog.errors import UserError
 
 NUM_ASKING, NAMES_AT_ONCE = 32, 1000  # threads, and files of one job of them
-SPLIT_NAMES = frozenset({"train", "val", "test"})
+SPLIT_WORDS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
+}
 
 
 class FolderListing(NamedTuple):
@@ -52,7 +58,8 @@ def list_folder(folder: str | Path) -> FolderListing:
     """Lists an image folder: one sub-folder per class, or a flat folder of unlabelled images.
 
     Classes are the sub-folders in the order of their names; below a class folder any depth will
-    do. Hidden entries are ignored; other files that are not images are counted on stderr.
+    do. Hidden entries and links back into the folder are ignored; other files that are not images
+    are counted on stderr.
 
     Raises:
         UserError: the folder is missing, has no images, has images beside class folders, or a
@@ -61,25 +68,27 @@ def list_folder(folder: str | Path) -> FolderListing:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no image folder {folder}" + (", it is a file" * folder.exists()))
-    names, num_skipped = _list_images(folder)
-    if num_skipped:
-        print(f"{folder}: skipped {num_skipped:,} files that are not images", file=sys.stderr)
+    names, others = _list_images(folder)
+    if others:
+        print(f"{folder}: skipped {_counted(others, 'that are not images')}", file=sys.stderr)
     if not names:
         kinds = " ".join(sorted(IMAGE_EXTENSIONS))
-        raise UserError(f"no images in {folder} (looked for {kinds})")
+        held = f"; it holds {_counted(others)}" if others else ""
+        raise UserError(f"no images in {folder} (looked for {kinds}){held}")
 
     classes = _class_names(folder, names)
-    if classes and SPLIT_NAMES.issuperset(classes):
-        raise UserError(
-            f"{folder} holds the splits {', '.join(classes)}, which would be its classes: shard "
-            f"each alone, as {folder / classes[0]} --split {classes[0]}"
-        )
+    _refuse_splits(folder, classes)
     label_of = {name: label for label, name in enumerate(classes)}
     images = tuple(
         ImageEntry(name, label_of.get(name.split("/")[0], UNLABELLED), size)
         for name, size in zip(names, _sizes(folder, names), strict=True)
     )
-    return FolderListing(classes, images)
+    return FolderListing(tuple(printable(name) for name in classes), images)
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is any image in a folder, at any depth."""
+    return any(_is_image(name) for _, files in _walk(folder) for name in files)
 
 
 class FolderDataset:
@@ -140,25 +149,85 @@ class _Sizes:
         return int(self[np.arange(self._dataset.num_samples)].max())
 
 
-def _list_images(folder: Path) -> tuple[list[str], int]:
-    """Sorted names relative to `folder`, and the number of files that are not images."""
-    names, num_skipped = [], 0
-    for parent, folders, files in os.walk(folder, onerror=_raise_unlistable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        relative = Path(parent).relative_to(folder).as_posix()
-        prefix = "" if relative == "." else f"{relative}/"
+def _list_images(folder: Path) -> tuple[list[str], Counter[str]]:
+    """Sorted names relative to `folder`, and the extensions of files that are not images."""
+    names, others = [], Counter()
+    for prefix, files in _walk(folder):
         for name in files:
-            # Hidden files are nobody's images, whatever their extension (macOS writes `._a.jpg`).
-            extension = os.path.splitext(name)[1][1:].lower()
-            if not name.startswith(".") and extension in IMAGE_EXTENSIONS:
+            if _is_image(name):
                 names.append(prefix + name)
             else:
-                num_skipped += 1
-    return sorted(names), num_skipped
+                others["hidden" if name.startswith(".") else os.path.splitext(name)[1]] += 1
+    return sorted(names), others
+
+
+def _is_image(name: str) -> bool:
+    # Hidden files are nobody's images, whatever their extension (macOS writes `._a.jpg`).
+    extension = os.path.splitext(name)[1][1:].lower()
+    return not name.startswith(".") and extension in IMAGE_EXTENSIONS
+
+
+def _counted(kinds: Counter[str], which: str = "") -> str:
+    """Such as `1,200 files (1,000 .txt, 200 .json)`."""
+    most = ", ".join(f"{num:,} {kind or 'without ending'}" for kind, num in kinds.most_common(3))
+    return f"{kinds.total():,} files {which}{' ' * bool(which)}({most})"
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """All folders, as the beginning of names relative to `folder`, and the files in each.
+
+    A link to a folder is followed, unless that lies inside already: its images would come twice.
+    """
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(folder, onerror=_raise_unlistable, followlinks=True):
+        kept = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in kept if not _leads_back(parent, name, root)]
+        for name in sorted(set(kept) - set(folders)):
+            print(f"{parent}/{name}: skipped, a link back into the folder", file=sys.stderr)
+        relative = os.path.relpath(parent, folder)
+        yield ("" if relative == "." else f"{relative}/"), files
+
+
+def _leads_back(parent: str, name: str, root: str) -> bool:
+    """Whether a sub-folder is a link to a parent, or to where its images are listed anyway."""
+    path = os.path.join(parent, name)
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    if any(_is_inside(inner, target) for inner in (root, os.path.realpath(parent))):
+        return True
+    inside = os.path.relpath(target, root).split("/")
+    return _is_inside(target, root) and not any(part.startswith(".") for part in inside)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _raise_unlistable(error: OSError) -> NoReturn:
     raise UserError(f"cannot list {error.filename}: {error.strerror}") from None
+
+
+def _refuse_splits(folder: Path, classes: Sequence[str]) -> None:
+    """Folders that hold the splits of a dataset are no classes.
+
+    All are named as splits, or some as training and some as test images: a lone `train` among
+    others may be a class of vehicles.
+    """
+    kinds = {name: _split_kind(name) for name in classes}
+    splits = [name for name in classes if kinds[name]]
+    if splits and (len(splits) == len(classes) or len({kinds[name] for name in splits}) > 1):
+        first = folder / splits[0]
+        raise UserError(
+            f"{folder} holds the splits {', '.join(splits)}, which would be its classes: shard "
+            f"each alone, as {first} --split {kinds[splits[0]]}"
+        )
+
+
+def _split_kind(name: str) -> str:
+    """The split that a folder's name means, "" for none."""
+    word = re.sub(r"[\W\d_]+|images?|set|data|split", "", name.casefold())
+    return next((kind for kind, words in SPLIT_WORDS.items() if word in words), "")
 
 
 def _class_names(folder: Path, names: list[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+SMALLEST_DEEP_RANGE = 2**14  # of the brightest pixel of 16 bits: below lie sensors' 10 to 14 bits
 _JPEG_QUALITY = 95
 _PASS_THROUGH = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format: extension
 
@@ -97,17 +98,24 @@ def preprocess(content: bytes, options: Preprocessing = Preprocessing()) -> Enco
         BadImageError: the image cannot be decoded or encoded.
     """
     image = decode(content, pixels=options.full_check)
+    exif_is_readable = _has_readable_exif(image)
     shorter = options.resize_shorter or min(image.size)
     may_pass = options.reencode is None and min(image.size) <= shorter
-    if may_pass and _reads_alike_everywhere(image, content):
+    if may_pass and exif_is_readable and _reads_alike_everywhere(image, content):
         return EncodedImage(content, _PASS_THROUGH[str(image.format)], *image.size)
     try:
-        image = _as_rgb(ImageOps.exif_transpose(image))
+        if has_deep_pixels(image, content):
+            _require_full_range(image)
+        if exif_is_readable:
+            image = ImageOps.exif_transpose(image)
+        image = _as_rgb(image)
         if min(image.size) > shorter:
             image = _shrink(image, shorter)
         encoded = BytesIO()
         image.save(encoded, "JPEG", quality=options.reencode or _JPEG_QUALITY, exif=b"")
-    except (OSError, ValueError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # an image that was not decoded in full is decoded only here
         raise BadImageError(f"cannot become an RGB JPEG: {error}") from None
     return EncodedImage(encoded.getvalue(), "jpg", *image.size)
 
@@ -117,14 +125,37 @@ def _reads_alike_everywhere(image: Image.Image, content: bytes) -> bool:
         return False
     if getattr(image, "is_animated", False):
         return False
-    if image.format == "PNG" and has_deep_pixels(content):
+    if has_deep_pixels(image, content):
         return False
     return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
-def has_deep_pixels(png: bytes) -> bool:
-    """Whether a PNG has more than 8 bits a channel, which Pillow does not tell of RGB."""
-    return png[24] > 8  # the depth, in the header chunk
+def _has_readable_exif(image: Image.Image) -> bool:
+    try:
+        image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # on damaged metadata Pillow raises nearly anything
+        return False
+    return True
+
+
+def has_deep_pixels(image: Image.Image, content: bytes) -> bool:
+    """Whether an image has 16 bits a channel, which Pillow does not tell of an RGB PNG."""
+    if image.format == "PNG":
+        return content[24] > 8  # the depth, in the header chunk
+    return image.mode.startswith("I;16")
+
+
+def _require_full_range(image: Image.Image) -> None:
+    """Refuses 16-bit pixels of fewer bits: 12 of them would keep 16 of 256 grey levels."""
+    pixels = np.asarray(image)  # [H, W] uint16, or [H, W, C] uint8: their upper halves
+    colours = pixels[..., :-1] if "A" in image.getbands() else pixels
+    brightest = int(colours.max())
+    if pixels.dtype == np.uint8:
+        brightest = 256 * brightest + 255
+    if 0 < brightest < SMALLEST_DEEP_RANGE:
+        raise ValueError(
+            f"its 16-bit pixels reach only {brightest:,} of 65,535: scale them to the full range"
+        )
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -18,7 +18,6 @@ from scale_smog.runtime.files import file_sha256, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-UNLABELLED = -1
 
 
 class ShardEntry(StrictModel):

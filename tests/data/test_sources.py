@@ -139,7 +139,7 @@ def test_pixels_of_16_bits_are_put_aside_by_the_index(tmp_path):
 
 def test_a_list_names_its_missing_column_or_file(tmp_path):
     (tmp_path / "a.csv").write_text("file,label\nx.jpg,1\n")
-    with pytest.raises(UserError, match=r"a\.csv has no column 'path'; it has \['file', 'label'\]"):
+    with pytest.raises(UserError, match=r"a\.csv has no column 'path'; it has file, label"):
         open_source(tmp_path / "a.csv")
     (tmp_path / "b.csv").write_text("path\nnowhere.jpg\n")
     with pytest.raises(UserError, match=r"b\.csv, line 2: no file .*nowhere\.jpg"):
@@ -198,5 +198,6 @@ def test_stats_count_and_draw(folder, tmp_path, monkeypatch, capsys):
     assert sheet[:224, :224].std() > 5 and (sheet[224:228] == 255).all()
 
     monkeypatch.setattr(sys, "argv", ["stats.py", str(tmp_path / "out")])
-    runpy.run_path(str(ROOT / "data_tools" / "stats.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "data_tools" / "stats.py"), run_name="__main__")
     assert capsys.readouterr().out.strip() == text

@@ -5,6 +5,7 @@ from importlib import import_module
 from types import ModuleType
 
 import numpy as np
+import psutil
 import torch
 
 from scale_smog import distributed
@@ -24,6 +25,7 @@ from scale_smog.errors import UserError
 # On a CPU, views up to this size are DALI's own: of 32 px a view costs less than torch's calls that
 # make it (the demo trains at 410 images/s against 210); larger ones torch makes sooner.
 SMALL_VIEW_PX = 64
+WORKER_BYTES = 2**30  # of a decoding process, with the batches that it has made
 
 
 def build_plan(data: DataConfig, dataset: TarDataset, seed: int) -> EpochPlan:
@@ -76,6 +78,13 @@ def build_evaluation_loader(
     return _build(with_random_access(data), source, range(plan.num_steps(world_size)), device)
 
 
+def workers_of_rank(wanted: int) -> int:
+    """Decoding processes that a rank may start: its share of the machine's cores and memory."""
+    num_ranks = distributed.num_sharing_ranks()
+    memory = psutil.virtual_memory().available // num_ranks // WORKER_BYTES
+    return min(wanted, distributed.num_cores() // num_ranks, memory)
+
+
 def require_loader(data: DataConfig, device: torch.device) -> None:
     """Says early what building a loader would say late.
 
@@ -100,22 +109,24 @@ def _build(
 ) -> Iterable[Batch]:
     require_loader(data, device)
     on_gpu = device.type == "cuda" and data.device != "cpu"
+    processes = workers_of_rank(data.workers)
+    threads = max(1, processes)
     if data.loader == "synthetic":
         return SyntheticLoader(source.views, source.batch_size, len(steps), device)
     if data.loader == "stream":
         urls = shard_urls(data.stream, data.allow_pipe)
-        return StreamLoader(urls, source, steps, data.workers, device)
+        return StreamLoader(urls, source, steps, threads, device)
     if data.loader == "memory":
         return MemoryLoader(source, steps, device)
     if data.loader == "fast":
         fast = import_module("scale_smog.data.loaders.dali_fast")
-        return fast.FastDaliLoader(source, steps, data.workers, device, on_gpu)
+        return fast.FastDaliLoader(source, steps, threads, device, on_gpu)
     if data.loader == "dali":
         dali = _import_dali(data.loader)
         if on_gpu or max(view.px for view in source.views) <= SMALL_VIEW_PX:
-            return dali.DaliLoader(source, steps, data.workers, device, on_gpu)
-        return dali.DaliCpuLoader(source, steps, data.workers, device)
-    return TorchLoader(source, steps, data.workers, device)
+            return dali.DaliLoader(source, steps, threads, device, on_gpu)
+        return dali.DaliCpuLoader(source, steps, threads, device)
+    return TorchLoader(source, steps, processes, device)
 
 
 def _import_dali(loader: str) -> ModuleType:

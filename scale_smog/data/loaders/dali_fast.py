@@ -27,6 +27,7 @@ from torch import Tensor
 from scale_smog.data.augment import ASPECT, NUM_CROP_TRIES, View
 from scale_smog.data.batch import Batch
 from scale_smog.data.images import IMAGE_EXTENSIONS
+from scale_smog.data.labels import UNLABELLED, label_of
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.dali import (
     PREFETCH_BATCHES,
@@ -38,7 +39,6 @@ from scale_smog.data.loaders.dali import (
     to_torch,
 )
 from scale_smog.data.loaders.prefetch import prefetch
-from scale_smog.data.manifest import UNLABELLED
 from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.data.tars import LABEL_EXTENSION
 
@@ -111,7 +111,8 @@ class _ParamsSource:
 
 def _to_numbers(labels: Any) -> Tensor:
     """[B] int64 of B labels in ASCII; without one, `UNLABELLED`."""
-    return torch.tensor([int(bytes(np.array(y)) or UNLABELLED) for y in labels])
+    texts = [bytes(np.array(label)).decode() for label in labels]
+    return torch.tensor([label_of(text) if text else UNLABELLED for text in texts])
 
 
 @pipeline_def(enable_conditionals=True)

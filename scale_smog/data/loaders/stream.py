@@ -33,10 +33,10 @@ from webdataset.tariterators import group_by_keys
 
 from scale_smog.data.batch import Batch
 from scale_smog.data.images import AS_STORED, IMAGE_EXTENSIONS, BadImageError, preprocess
+from scale_smog.data.labels import UNLABELLED, label_of
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.prefetch import prefetch
 from scale_smog.data.loaders.torch import decode
-from scale_smog.data.manifest import UNLABELLED
 from scale_smog.data.pixels import empty_views, make_views
 from scale_smog.data.tars import LABEL_EXTENSION, reason_to_refuse, split_name
 from scale_smog.errors import UserError
@@ -185,11 +185,8 @@ def read_tar(url: str, epoch: int = 0) -> Iterator[StreamSample]:
         try:
             for sample in islice(_samples(url, refused), num_done, None):
                 num_done += 1
-                image = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
-                if image is not None:
-                    text = sample.get(LABEL_EXTENSION, b"").strip()
-                    label = int(text) if text.isdigit() else UNLABELLED
-                    yield StreamSample(f"{url}#{sample['__key__']}", epoch, image, label)
+                if (usable := _image_and_label(sample)) is not None:
+                    yield StreamSample(f"{url}#{sample['__key__']}", epoch, *usable)
             return
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
             if attempt == NUM_TRIES - 1:
@@ -198,14 +195,29 @@ def read_tar(url: str, epoch: int = 0) -> Iterator[StreamSample]:
             print(f"{url}: broken after {num_done} samples, trying again", file=sys.stderr)
 
 
+def _image_and_label(sample: dict[str, Any]) -> tuple[bytes, int] | None:
+    """The image of a sample and its label; None, and a word on stderr, if that is not clear."""
+    images = [extension for extension in sample if extension in IMAGE_EXTENSIONS]
+    try:
+        if len(images) > 1:
+            raise ValueError(f"its key has {len(images)} images")
+        text = sample.get(LABEL_EXTENSION)
+        label = UNLABELLED if text is None else label_of(text.decode("ascii", "backslashreplace"))
+    except ValueError as error:
+        print(f"left out: {sample['__url__']}#{sample['__key__']}: {error}", file=sys.stderr)
+        return None
+    return (sample[images[0]], label) if images else None
+
+
 def _samples(url: str, refused: set[str]) -> Iterator[dict[str, Any]]:
     """Samples as webdataset groups them: bytes by extension, and `__key__`."""
     with _open(url) as stream:
         files = _files(stream, url, refused)
         yield from group_by_keys(({**file, "__url__": url} for file in files), handler=_name)
         # To the end: a program that writes to nobody may call that a failure.
-        while stream.read(2**16):
-            pass
+        rest = iter(lambda: stream.read(2**16), b"")
+        if sum(bool(block.strip(b"\0")) for block in rest):
+            print(f"{url}: what follows the end of its tar is not read", file=sys.stderr)
 
 
 def _files(stream: Any, url: str, refused: set[str]) -> Iterator[dict[str, Any]]:
@@ -218,7 +230,7 @@ def _files(stream: Any, url: str, refused: set[str]) -> Iterator[dict[str, Any]]
             extension = split_name(info)[1].extension.lower()
             reason = reason_to_refuse(info, extension)
             if reason and reason not in refused:
-                if reason.endswith(f": .{extension}"):  # name the first of an extension only
+                if info.isreg() and "path" not in reason:  # name the first of a kind only
                     refused.add(reason)
                 print(f"{url}: left out {info.name}: {reason}", file=sys.stderr)
             elif not reason and extension in IMAGE_EXTENSIONS | {LABEL_EXTENSION}:

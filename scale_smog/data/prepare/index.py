@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.images import BadImageError, decode, has_deep_pixels
+from scale_smog.data.labels import numbered_classes, say_unlabelled
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -33,6 +34,7 @@ class IndexedTar:
     members: list[list[TarMember]]  # of each sample
     rows: np.ndarray  # SIDECAR_DTYPE [num_samples]; `key` counts the images of the tar
     bad: tuple[BadImage, ...]
+    extra: tuple[BadImage, ...]  # members that are no images
 
 
 def index_tar(path: Path) -> IndexedTar:
@@ -42,7 +44,8 @@ def index_tar(path: Path) -> IndexedTar:
         UserError: the file cannot be read, or is no uncompressed tar.
     """
     listing = list_tar(path)
-    bad = [BadImage(file=f"{path.name}#{name}", reason=r) for name, r in listing.refused]
+    bad = [BadImage.of(f"{path.name}#{name}", reason) for name, reason in listing.bad]
+    extra = [BadImage.of(f"{path.name}#{name}", reason) for name, reason in listing.extra]
     members, rows = [], []
     with open(path, "rb") as file:
         for key, sample in enumerate(listing.samples):
@@ -51,17 +54,17 @@ def index_tar(path: Path) -> IndexedTar:
             try:
                 rows.append(_row(key, sample, content))
             except BadImageError as error:
-                bad.append(BadImage(file=f"{path.name}#{sample.image.name}", reason=str(error)))
+                bad.append(BadImage.of(f"{path.name}#{sample.image.name}", str(error)))
                 continue
             members.append(list(sample.members))
-    return IndexedTar(members, np.array(rows, SIDECAR_DTYPE), tuple(bad))
+    return IndexedTar(members, np.array(rows, SIDECAR_DTYPE), tuple(bad), tuple(extra))
 
 
 def _row(key: int, sample: TarSample, content: bytes) -> tuple[int, ...]:
     image = decode(content)
     if image.format not in _READ_BY_ALL:
         raise BadImageError(f"a {image.format}; write the tars anew with data_tools/shard.py")
-    if image.format == "PNG" and has_deep_pixels(content):
+    if has_deep_pixels(image, content):
         raise BadImageError("16 bits a channel; write the tars anew with data_tools/shard.py")
     place = (sample.image.offset, sample.image.size)
     return (key, *place, *image.size, sample.label, zlib.crc32(content))
@@ -88,7 +91,8 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
     tars = [indexed[number] for number in range(len(paths))]
     bad = [image for tar in tars for image in tar.bad]
     num_good = sum(len(tar.rows) for tar in tars)
-    write_quarantine(out, split, bad, num_good + len(bad), max_bad)
+    extra = [member for tar in tars for member in tar.extra]
+    write_quarantine(out, split, bad, extra, num_good + len(bad), max_bad)
     pairs = zip(paths, tars, strict=True)
     shards = tuple(_write_index(path, tar) for path, tar in pairs if len(tar.rows))
     described = SplitManifest(
@@ -98,9 +102,10 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
         num_samples=num_good,
         shards=shards,
     )
-    num_classes = 1 + max(int(tar.rows["label"].max()) for tar in tars if len(tar.rows))
+    labels = np.concatenate([tar.rows["label"] for tar in tars])
+    say_unlabelled(out, labels)
     names = load_manifest(out).classes if others else ()
-    names += tuple(str(label) for label in range(len(names), num_classes))
+    names += numbered_classes(1 + int(labels.max()))[len(names) :]
     splits = dict(sorted({**others, split: described}.items()))
     write_manifest(
         out, DatasetManifest(format_version=FORMAT_VERSION, classes=names, splits=splits)

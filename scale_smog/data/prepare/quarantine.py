@@ -1,9 +1,11 @@
-"""The list of images put aside, and the share of them from which a dataset is refused."""
+"""The list of what is put aside, and the share of bad images from which a dataset is refused."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from scale_smog.config import StrictModel
+from scale_smog.data.labels import printable
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import write_atomically
 
@@ -14,9 +16,19 @@ class BadImage(StrictModel):
     file: str
     reason: str
 
+    @classmethod
+    def of(cls, file: str, reason: str) -> "BadImage":
+        """A line for a file of any name."""
+        return cls(file=printable(file), reason=printable(reason))
+
 
 def write_quarantine(
-    out: Path, split: str, bad: Sequence[BadImage], num_images: int, max_bad: float
+    out: Path,
+    split: str,
+    bad: Sequence[BadImage],
+    extra: Sequence[BadImage],
+    num_images: int,
+    max_bad: float,
 ) -> None:
     """Writes `{split}-quarantine.jsonl`.
 
@@ -24,6 +36,7 @@ def write_quarantine(
         out: dataset folder.
         split: whose images these are.
         bad: images put aside.
+        extra: what is no image; it is listed, but does not count.
         num_images: of the split, good and bad.
         max_bad: largest share of bad ones, 0 to 1.
 
@@ -31,7 +44,14 @@ def write_quarantine(
         UserError: more of them are bad, or all are.
     """
     path = out / f"{split}-quarantine.jsonl"
-    write_atomically(path, "".join(f"{image.model_dump_json()}\n" for image in bad).encode())
+    lines = "".join(f"{each.model_dump_json()}\n" for each in [*bad, *extra])
+    write_atomically(path, lines.encode())
+    if extra:
+        print(
+            f"{path}: {len(extra):,} members that are no images, such as {extra[0].file}: "
+            f"{extra[0].reason}",
+            file=sys.stderr,
+        )
     if len(bad) > max_bad * num_images or len(bad) == num_images:
         raise UserError(
             f"{len(bad):,} of {num_images:,} images are bad, more than max_bad = {max_bad:g} "

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from scale_smog.data.images import fingerprint
+from scale_smog.data.labels import say_unlabelled
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -42,7 +43,9 @@ def shard_folder(source: str | Path, out: str | Path, **options: Any) -> SplitMa
         raise UserError(f"OUT {out} lies inside SRC {source}: choose a folder beside it")
     if options.get("workers") != 1:
         start_forkserver(finish_shard.__module__)  # imports what workers need while we list
-    return shard_source(open_source(source), out, **options)
+    opened = open_source(source)
+    say_unlabelled(source, [image.label for image in opened.images])
+    return shard_source(opened, out, **options)
 
 
 def shard_source(
@@ -103,10 +106,11 @@ def shard_source(
         jobs = plan_shards(source, plan, split, out, work)
         with work_folder(work, split, plan):
             records = _run(jobs, split, workers or num_usable_cores())
-            bad = [BadImage(file=name, reason=reason) for name, reason in source.refused]
+            bad = [BadImage.of(*each) for each in source.bad]
             bad += [image for record in records for image in record.bad]
-            num_images = len(source.images) + len(source.refused)
-            write_quarantine(out, split, bad, num_images, max_bad)
+            extra = [BadImage.of(*each) for each in source.extra]
+            num_images = len(source.images) + len(source.bad)
+            write_quarantine(out, split, bad, extra, num_images, max_bad)
             written = _publish(out, split, source.classes, plan, records)
     shutil.rmtree(work, ignore_errors=True)
     return written

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.images import BadImageError, decode
-from scale_smog.data.manifest import UNLABELLED, DatasetManifest, ShardEntry, load_manifest
+from scale_smog.data.labels import UNLABELLED
+from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest
 from scale_smog.data.prepare.index import index_tar
 from scale_smog.data.tar_dataset import load_sidecar, npy_bytes
 from scale_smog.data.tars import TarMember, format_index

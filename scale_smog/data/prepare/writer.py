@@ -92,7 +92,7 @@ def _write_tar(
         try:
             image = preprocess(job.read(source.name), job.preprocessing)
         except BadImageError as error:
-            bad.append(BadImage(file=source.name, reason=str(error)))
+            bad.append(BadImage.of(source.name, str(error)))
             continue
         member = _add_member(file, f"{key:012d}", image.extension, image.content)
         label = _add_member(file, f"{key:012d}", "cls", str(source.label).encode())

@@ -3,6 +3,9 @@
 from glob import glob
 from pathlib import Path
 
+from braceexpand import braceexpand
+
+from scale_smog.data.image_folder import holds_images
 from scale_smog.data.prepare.sources.csv_list import csv_source
 from scale_smog.data.prepare.sources.folder import folder_source
 from scale_smog.data.prepare.sources.parquet import parquet_source
@@ -12,20 +15,55 @@ from scale_smog.errors import UserError
 
 __all__ = ["Source", "open_source"]
 
+_KINDS = {".tar": tar_source, ".parquet": parquet_source, ".csv": csv_source}
+_ARCHIVES = (".tar.gz", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
+_ARCHIVES += (".zip", ".7z", ".rar")
+_OTHER_LISTS = (".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xls")
+
 
 def open_source(source: str | Path) -> Source:
     """Finds out what kind of source it is: tars, parquet or CSV by its ending, else a folder.
 
-    `source` may be a pattern such as `images/train-*.tar`.
+    `source` may be a pattern such as `images/train-*.tar` or `train-{000..146}.tar`; a folder
+    that holds tars and no images stands for its tars.
 
     Raises:
         UserError: there is nothing of that name, or the source itself is at fault.
     """
-    kinds = {".tar": tar_source, ".parquet": parquet_source, ".csv": csv_source}
-    make = kinds.get(Path(source).suffix.lower())
-    if make is None or Path(source).is_dir():
-        return folder_source(source)
-    paths = [Path(name) for name in sorted(glob(str(source)))]
-    if not paths and not Path(source).exists():
-        raise UserError(f"no file {source}")
-    return make(paths or [Path(source)])
+    folder = Path(source)
+    if folder.is_dir():
+        tars = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar")
+        return tar_source(tars) if tars and not holds_images(folder) else folder_source(folder)
+    paths = _matching_files(str(source))
+    kinds = {path.suffix.lower() for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"{source} names files of several kinds: {', '.join(sorted(kinds))}")
+    kind = kinds.pop()
+    if kind not in _KINDS:
+        raise UserError(f"{paths[0]} is {_why_not(paths[0].name.lower())}")
+    return _KINDS[kind](paths)
+
+
+def _matching_files(pattern: str) -> list[Path]:
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    try:
+        patterns = list(braceexpand(pattern))
+    except ValueError:  # braces that are no pattern
+        patterns = [pattern]
+    found = {each: sorted(glob(each)) for each in patterns}
+    if missing := [each for each, names in found.items() if not names]:
+        more = f" ({len(missing)} of {len(found)} are missing)" if len(found) > 1 else ""
+        kind = "file" if Path(missing[0]).suffix else "image folder"
+        raise UserError(f"no {kind} {missing[0]}{more}")
+    return [
+        Path(name) for name in dict.fromkeys(name for names in found.values() for name in names)
+    ]
+
+
+def _why_not(name: str) -> str:
+    if name.endswith(_ARCHIVES):
+        return "packed: unpack it, and give the folder or the .tar that comes out"
+    if name.endswith(_OTHER_LISTS):
+        return "no list that is read here: write one as .csv, with the columns path and label"
+    return "no source: give a folder of images, or .tar, .parquet or .csv files"

@@ -17,4 +17,5 @@ class Source:
     classes: tuple[str, ...]
     images: tuple[ImageEntry, ...]
     read: Callable[[str], bytes]
-    refused: tuple[tuple[str, str], ...] = ()  # (name, reason): straight to the quarantine list
+    bad: tuple[tuple[str, str], ...] = ()  # (name, reason): images that are there, but of no use
+    extra: tuple[tuple[str, str], ...] = ()  # (name, reason): what is no image, listed only

@@ -6,32 +6,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scale_smog.data.images import BadImageError, ImageEntry
+from scale_smog.data.labels import numbered_classes
 from scale_smog.data.prepare.sources.source import Source
 from scale_smog.data.tars import list_tar
 from scale_smog.errors import UserError
 
 
 def tar_source(paths: Sequence[Path]) -> Source:
-    """Lists the images of tars in the webdataset convention; what is refused is quarantined.
+    """Lists the images of tars in the webdataset convention; what is left out is listed.
 
     Labels are the numbers in `.cls` members, and the classes' names as well.
 
     Raises:
         UserError: a file is no uncompressed tar, or none has an image.
     """
-    images, refused = [], []
-    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    images, bad, extra = [], [], []
+    folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     for path in paths:
-        listing, tar = list_tar(path), path.relative_to(folder).as_posix()
-        refused += [(f"{tar}#{name}", reason) for name, reason in listing.refused]
+        listing, tar = list_tar(path), path.absolute().relative_to(folder).as_posix()
+        bad += [(f"{tar}#{name}", reason) for name, reason in listing.bad]
+        extra += [(f"{tar}#{name}", reason) for name, reason in listing.extra]
         for sample in listing.samples:
             name = f"{tar}#{sample.image.offset}.{sample.image.size}.{sample.image.name}"
             images.append(ImageEntry(name, sample.label, sample.image.size))
     if not images:
-        raise UserError(f"no images in {paths[0]}" + (f": {refused[0]}" if refused else ""))
-    num_classes = max(image.label for image in images) + 1
-    classes = tuple(str(label) for label in range(num_classes))
-    return Source(classes, tuple(images), _TarReader(folder), tuple(refused))
+        why = f"; {bad[0][0]}: {bad[0][1]}" if bad else ""
+        raise UserError(f"no images in {paths[0]}{why}")
+    classes = numbered_classes(max(image.label for image in images) + 1)
+    return Source(classes, tuple(images), _TarReader(folder), tuple(bad), tuple(extra))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,72 @@
+"""What a label may be, whichever kind of source names it."""
+
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+
+UNLABELLED = -1
+MAX_CLASSES = 1_000_000  # a manifest names every class: more are ids of something else
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
+
+
+def label_of(number: str | int | float) -> int:
+    """The label that a whole number means; a negative one means none.
+
+    Raises:
+        ValueError: one line on what is wrong with it.
+    """
+    text = str(int(number) if isinstance(number, bool) else number).strip()
+    if not _NUMBER.fullmatch(text) or (value := Decimal(text)) % 1:
+        raise ValueError(f"its label is not a whole number: {text[:20]!r}")
+    if value < 0:
+        return UNLABELLED
+    if value >= MAX_CLASSES:
+        raise ValueError(f"its label {text[:20]} is beyond {MAX_CLASSES:,} classes")
+    return int(value)
+
+
+def numbered_classes(num_classes: int) -> tuple[str, ...]:
+    """Names of classes that have none but their number."""
+    return tuple(str(label) for label in range(num_classes))
+
+
+def clean_names(names: Iterable[str]) -> list[str]:
+    """Labels as names of classes, without what the eye does not see; "": unlabelled.
+
+    So is -1, and any negative number where all are numbers.
+    """
+    cleaned = [unicodedata.normalize("NFC", name.strip()) for name in names]
+    numbers = {name: Decimal(name) for name in set(cleaned) if _NUMBER.fullmatch(name)}
+    all_are_numbers = set(cleaned) <= {*numbers, ""}
+    unlabelled = {
+        name
+        for name, value in numbers.items()
+        if value == UNLABELLED or (all_are_numbers and value < 0)
+    }
+    return ["" if name in unlabelled else name for name in cleaned]
+
+
+def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Distinct names in order: by value where all are numbers, else as text."""
+    distinct = sorted(set(names) - {""})
+    if all(_NUMBER.fullmatch(name) for name in distinct):
+        distinct.sort(key=Decimal)  # is stable: 01 stays before 1
+    return tuple(distinct)
+
+
+def say_unlabelled(source: str | Path, labels: Sequence[int] | np.ndarray) -> None:
+    """A word on stderr where images have no label, which may be a mistake of their maker."""
+    num = int(np.sum(np.asarray(labels) == UNLABELLED))
+    if num:
+        print(f"{source}: {num:,} of {len(labels):,} images have no label", file=sys.stderr)
+
+
+def printable(name: str) -> str:
+    """A name for JSON and the console: bytes that are not UTF-8 become escapes such as `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
