@@ -18,6 +18,7 @@ from scale_smog.errors import RankError, UserError
 
 COMMON_FAILURE_S, POLL_S = 10.0, 0.1
 _store: dist.Store | None = None  # of the rendezvous
+_num_sharing_ranks = 1
 
 
 def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 600) -> torch.device:
@@ -40,7 +41,6 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _share_cores(env["LOCAL_WORLD_SIZE"])
     global _store
     _store = rendezvous(env["RANK"], env["WORLD_SIZE"], rendezvous_timeout_s)
     dist.init_process_group(
@@ -51,14 +51,30 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
         timeout=timedelta(seconds=timeout_s),
         device_id=device if has_gpu else None,
     )
+    count_sharing_ranks()
+    if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, num_cores() // num_sharing_ranks()))
     return device
 
 
-def _share_cores(num_ranks: int) -> None:
-    """Ranks of one machine share its cores, unless the user or a launcher has set the threads."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // num_ranks))
+def count_sharing_ranks() -> None:
+    """Under srun each rank has cores of its own, under other launchers all have the machine's."""
+    global _num_sharing_ranks
+    mine = socket.gethostname(), sum(1 << core for core in os.sched_getaffinity(0))
+    ranks = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(ranks, mine)
+    _num_sharing_ranks = sum(host == mine[0] and bool(cores & mine[1]) for host, cores in ranks)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def num_sharing_ranks() -> int:
+    """Ranks of this machine that may use this rank's cores, itself included."""
+    return _num_sharing_ranks
 
 
 def rank_environment() -> dict[str, int]:

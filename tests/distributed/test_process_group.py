@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from ranks import run_on_ranks
 
 from scale_smog import distributed
-from scale_smog.distributed.process_group import rank_environment
+from scale_smog.distributed.process_group import count_sharing_ranks, rank_environment
 from scale_smog.errors import UserError
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR")
@@ -116,8 +117,20 @@ def threads(**environment: str) -> int:
     return int(subprocess.check_output(command, env=inherited | environment, text=True))
 
 
-def test_ranks_of_a_machine_share_its_cores_unless_the_user_says_otherwise():
+def test_a_rank_takes_all_cores_unless_the_user_says_otherwise():
     num_cores = len(os.sched_getaffinity(0))
     assert threads() == num_cores
-    assert threads(LOCAL_WORLD_SIZE=str(num_cores)) == 1
     assert threads(OMP_NUM_THREADS="1") == 1
+
+
+def sharing(cores: list[list[int]]) -> int:
+    os.sched_setaffinity(0, cores[distributed.rank()])
+    count_sharing_ranks()
+    return distributed.num_sharing_ranks()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_ranks_with_cores_of_their_own_share_with_nobody():
+    a, b, *_ = sorted(os.sched_getaffinity(0))
+    assert run_on_ranks(3, sharing, [[a], [a, b], [b]]) == [2, 3, 2]
+    assert run_on_ranks(2, sharing, [[a], [b]]) == [1, 1]

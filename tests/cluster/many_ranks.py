@@ -1,0 +1,349 @@
+"""The real pre-training on many gloo ranks of a machine: `many_ranks.py --ranks 64 --per-node 8`.
+
+Ranks are forked from one process (forked_ranks.py), on pretended nodes; views are synthetic. The
+last line says the outcome, and the exit status is 0 only if it is good. Scenarios:
+
+train: over two resets and three checkpoints to the last evaluation, everything written.
+equal: features of a global batch through groups, bank and k-means; the bits of one rank.
+kill, stop, term: a rank gets SIGKILL, SIGSTOP or SIGTERM in training; it is named, or all save; the
+same command goes on to the end.
+elastic: the same run goes on with three quarters, half and an eighth of the ranks, with one, and
+with all again.
+evaluate: train, then kNN, linear classifier and groups as programs on all ranks.
+late: a rank comes 20 s after the others.
+version, dataset: a rank has another version of a package, or another dataset; it is named.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
+from forked_ranks import ForkedRanks, OutOfMemory, preload
+from images import make_dataset
+from small_recipe import write_small_recipe
+
+STEPS, RESET_EVERY, CHECKPOINT_EVERY = 14, 6, 5
+DEADLINE_S = 60
+TIMEOUT_S = 900.0
+LATE_S = 20.0
+
+
+class Campaign:
+    """What all scenarios share.
+
+    Args:
+        folder: for everything.
+        ranks: number of ranks.
+        per_node: ranks of a node.
+        engine: a kind of engine.
+        batch: images of a step over all ranks.
+    """
+
+    def __init__(self, folder: Path, ranks: int, per_node: int, engine: str, batch: int):
+        self.folder, self.ranks, self.per_node = folder, ranks, per_node
+        self.engine, self.batch = engine, batch
+        self.data = make_dataset(folder / "data", num_images=80)
+        self.run_dir = folder / "run"
+        self.facts: list[str] = []  # of the last line
+        self.seconds, self.peak_gib = 0.0, 0.0
+
+    def overrides(self, *more: str) -> list[str]:
+        """Of the small recipe."""
+        return [
+            *(f"run.dir={self.run_dir}", f"run.steps={STEPS}", "run.log_every=2"),
+            *(f"run.checkpoint_every={CHECKPOINT_EVERY}", "data.loader=synthetic"),
+            *(f"data.global_batch={self.batch}", f"grouping.reset_every={RESET_EVERY}"),
+            *("data.workers=8", f"engine.kind={self.engine}"),
+            *more,
+        ]
+
+    def pretrain(self, *overrides: str, before: Callable[[int], object] | None = None):
+        """What a rank does that trains.
+
+        Args:
+            overrides: more of them.
+            before: called with the rank's number, before anything else.
+        """
+        path = write_small_recipe(self.folder, self.data)
+
+        def work(rank: int) -> None:
+            from scale_smog import distributed, load_recipe
+            from scale_smog.errors import exits_on_user_error
+            from scale_smog.pretrain import pretrain
+
+            if before is not None:
+                before(rank)
+            with exits_on_user_error():
+                pretrain(load_recipe(path, self.overrides(*overrides)))
+            distributed.end_process()
+
+        return work
+
+    def job(self, work: Callable[[int], object], ranks: int | None = None) -> ForkedRanks:
+        """A job that has been started, its consoles empty."""
+        shutil.rmtree(self.folder / "consoles", ignore_errors=True)
+        ranks = ranks or self.ranks
+        job = ForkedRanks(self.folder / "consoles", ranks, min(self.per_node, ranks), work)
+        job.start()
+        return job
+
+    def finish(self, job: ForkedRanks) -> list[int]:
+        """Exit codes in rank order."""
+        codes = job.wait(TIMEOUT_S)
+        self.seconds += job.seconds
+        self.peak_gib = max(self.peak_gib, job.peak_gib)
+        return [codes[rank] for rank in sorted(codes)]
+
+    def train(self, *overrides: str, ranks: int | None = None) -> bool:
+        """The run to its end, or on to it."""
+        job = self.job(self.pretrain(*overrides), ranks)
+        codes = self.finish(job)
+        if any(codes):
+            print(f"exit codes {codes}\n{job.said()[-6000:]}", flush=True)
+        return not any(codes)
+
+    def logged(self) -> list[dict[str, float]]:
+        """The whole lines of metrics.jsonl."""
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def checkpoints(self) -> list[str]:
+        """Names of the whole ones."""
+        from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
+
+        folders = list_checkpoints(self.run_dir)
+        return [folder.name for folder in folders if find_damage(folder) is None]
+
+    def is_complete(self) -> bool:
+        """Whether the run has reached its end with its evaluation."""
+        results = self.run_dir / "results.json"
+        has_results = results.exists() and "knn" in json.loads(results.read_text())
+        last = self.logged()[-1]["step"] if self.logged() else 0
+        return has_results and last == STEPS and self.checkpoints()[-1:] == [f"step-{STEPS:08d}"]
+
+
+def train(campaign: Campaign) -> bool:
+    """To the end, with everything written."""
+    is_good = campaign.train() and campaign.is_complete()
+    num_resets = (STEPS - 1) // RESET_EVERY
+    campaign.facts.append(f"{STEPS} steps, {num_resets} resets")
+    campaign.facts.append(f"{len(campaign.checkpoints())} checkpoints")
+    return is_good and len(campaign.checkpoints()) == 3
+
+
+def strike(campaign: Campaign, number: int, *overrides: str) -> tuple[list[int], str, float]:
+    """Signals a rank in training; exit codes, consoles and seconds until the end."""
+    deadlines = [f"deadlines.{key}={DEADLINE_S}" for key in ("data_s", "step_s", "kmeans_s")]
+    job = campaign.job(campaign.pretrain(*deadlines, *overrides))
+    while job.poll() and len(campaign.logged()) < 2:
+        time.sleep(0.05)
+    victim = campaign.ranks // 2 + 1
+    start = time.time()
+    os.kill(job.pids[victim], number)
+    codes = campaign.finish(job)
+    ended = max(log.stat().st_mtime for log in job.folder.glob("console-*.log"))
+    said = job.said()
+    name = f"rank {victim} on node-{victim // campaign.per_node}"
+    campaign.facts.append(f"{name} {signal.Signals(number).name} after step {last_step(campaign)}")
+    return codes, said.replace(name, "THE VICTIM"), ended - start
+
+
+def last_step(campaign: Campaign) -> int:
+    logged = campaign.logged()
+    return int(logged[-1]["step"]) if logged else 0
+
+
+def kill(campaign: Campaign) -> bool:
+    """A killed rank is named, and the same command goes on to the end."""
+    codes, said, seconds = strike(campaign, signal.SIGKILL)
+    is_named = "no heartbeat from THE VICTIM" in said
+    campaign.facts.append(f"named {is_named} {seconds:.0f} s later")
+    return is_named and all(codes) and campaign.train() and campaign.is_complete()
+
+
+def stop(campaign: Campaign) -> bool:
+    """A stopped rank is named within the deadline, and the same command goes on to the end."""
+    codes, said, seconds = strike(campaign, signal.SIGSTOP)
+    found = re.search(r"deadlines\.(\w+)=\d+ has passed: no heartbeat from THE VICTIM", said)
+    campaign.facts.append(f"named by {found and found.group(1)}, all ended {seconds:.0f} s later")
+    is_good = found is not None and codes.count(3) == campaign.ranks - 1
+    return is_good and campaign.train() and campaign.is_complete()
+
+
+def term(campaign: Campaign) -> bool:
+    """A signal to one rank stops all of them, saved, and the same command goes on to the end."""
+    codes, _, seconds = strike(campaign, signal.SIGTERM)
+    saved, logged = campaign.checkpoints()[-1:], last_step(campaign)
+    campaign.facts.append(f"all saved {saved} and ended {seconds:.0f} s later")
+    is_saved = bool(saved) and int(saved[0].removeprefix("step-")) >= logged
+    return not any(codes) and is_saved and campaign.train() and campaign.is_complete()
+
+
+def elastic(campaign: Campaign) -> bool:
+    """The run goes on with other numbers of ranks; every rank count of it must divide the batch."""
+    ranks = campaign.ranks
+    counts = [ranks, 3 * ranks // 4, ranks // 2, max(1, ranks // 8), 1, ranks]
+    for number, count in enumerate(counts, start=1):
+        steps = STEPS * number // len(counts)
+        per_node = campaign.per_node
+        campaign.per_node = min(per_node, count)
+        is_good = campaign.train(
+            f"run.steps={steps}", "evaluation.num_train_images=16", ranks=count
+        )
+        campaign.per_node = per_node
+        if not is_good or last_step(campaign) != steps:
+            return False
+    campaign.facts.append(" -> ".join(map(str, counts)))
+    return True
+
+
+def evaluate(campaign: Campaign) -> bool:
+    """kNN, the linear classifier and the groups on all ranks."""
+    if not campaign.train():
+        return False
+
+    def work(rank: int) -> None:
+        del rank
+        from scale_smog import distributed
+        from scale_smog.errors import exits_on_user_error
+        from scale_smog.evaluation import program
+
+        run_dir = [str(campaign.run_dir)]
+        with exits_on_user_error():
+            program.evaluate("knn", run_dir, [])
+            program.evaluate(
+                "linear", run_dir, ["linear.epochs=1", f"linear.batch={campaign.ranks}"]
+            )
+            program.evaluate("groups", run_dir, [])
+        distributed.end_process()
+
+    job = campaign.job(work)
+    codes = campaign.finish(job)
+    results = json.loads((campaign.run_dir / "results.json").read_text())
+    campaign.facts.append(f"results of {', '.join(sorted(results))}")
+    if any(codes):
+        print(job.said()[-4000:])
+    return not any(codes) and {"knn", "linear", "groups"} <= results.keys()
+
+
+def late(campaign: Campaign) -> bool:
+    """The others wait for a rank that comes late."""
+
+    def before(rank: int) -> None:
+        time.sleep(LATE_S * (rank == campaign.ranks - 1))
+
+    job = campaign.job(campaign.pretrain(before=before))
+    return not any(campaign.finish(job)) and campaign.is_complete()
+
+
+def version(campaign: Campaign) -> bool:
+    """A node with another version of a package is named before the training."""
+
+    def before(rank: int) -> None:
+        from scale_smog.preflight import versions
+
+        if rank // campaign.per_node == 1:
+            found = versions.installed_versions() | {"timm": "9.9.9"}
+            versions.installed_versions = lambda: found
+
+    return refused(campaign, before, "node-1 has timm 9.9.9, node-0 has ")
+
+
+def dataset(campaign: Campaign) -> bool:
+    """A node with another dataset is named before the training."""
+    other = make_dataset(campaign.folder / "other", num_images=40)
+
+    def before(rank: int) -> None:
+        if rank // campaign.per_node == 1:
+            campaign.data = other
+        write_small_recipe(campaign.folder / str(rank), campaign.data)
+
+    def work(rank: int) -> None:
+        from scale_smog import load_recipe
+        from scale_smog.errors import exits_on_user_error
+        from scale_smog.pretrain import pretrain
+
+        before(rank)
+        path = write_small_recipe(campaign.folder / str(rank), campaign.data)
+        with exits_on_user_error():
+            pretrain(load_recipe(path, campaign.overrides()))
+
+    return refused_by(campaign, campaign.job(work), "node-1 has another dataset in ")
+
+
+def refused(campaign: Campaign, before: Callable[[int], object], words: str) -> bool:
+    return refused_by(campaign, campaign.job(campaign.pretrain(before=before)), words)
+
+
+def refused_by(campaign: Campaign, job: ForkedRanks, words: str) -> bool:
+    codes = campaign.finish(job)
+    errors = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    campaign.facts.append("; ".join(errors)[:200])
+    is_named = len(errors) == 1 and words in errors[0]
+    return is_named and set(codes) == {2} and not campaign.run_dir.exists()
+
+
+SCENARIOS: dict[str, Callable[[Campaign], bool]] = {
+    function.__name__: function
+    for function in (train, kill, stop, term, elastic, evaluate, late, version, dataset)
+}
+
+
+def run(name: str, ranks: int, per_node: int, engine: str, batch: int, folder: Path) -> bool:
+    """A scenario, and its line."""
+    campaign = Campaign(folder, ranks, per_node, engine, batch)
+    try:
+        is_good = SCENARIOS[name](campaign)
+    except OutOfMemory as error:
+        campaign.facts.append(f"ended itself for lack of memory: {error}")
+        is_good = False
+    nodes = -(-ranks // per_node)
+    print(
+        f"{'ok ' if is_good else 'NOT GOOD'} {name}: {ranks} ranks on {nodes} nodes, {engine}, "
+        f"{campaign.seconds:.0f} s, {campaign.peak_gib:.1f} GiB: {'; '.join(campaign.facts)}",
+        flush=True,
+    )
+    return is_good
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=64)
+    parser.add_argument("--per-node", type=int, default=8)
+    parser.add_argument("--engine", default="hsdp", help="or several, with commas; all")
+    parser.add_argument("--batch", type=int, default=0, help="of all ranks; default: 4 a rank")
+    parser.add_argument("--scenario", default="train", help="or several, with commas; all")
+    given = parser.parse_args(arguments)
+    preload()
+    scenarios = list(SCENARIOS) if given.scenario == "all" else given.scenario.split(",")
+    engines = given.engine.split(",")
+    if given.engine == "all":
+        engines = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
+    batch = given.batch or 4 * given.ranks
+    good = []
+    for engine in engines:
+        for name in scenarios:
+            with tempfile.TemporaryDirectory() as folder:
+                shape = given.ranks, given.per_node, engine, batch
+                good.append(run(name, *shape, Path(folder)))
+    words = "all reached their end" if all(good) else f"{good.count(False)} NOT GOOD"
+    print(f"{given.ranks} ranks, {', '.join(engines)}: {', '.join(scenarios)}: {words}")
+    return int(not all(good))
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)
