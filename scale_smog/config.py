@@ -1,4 +1,8 @@
-"""Every setting of a run: frozen, strict models whose defaults are the paper's ResNet-50 values."""
+"""Every setting of a run: frozen, strict models whose defaults are the paper's ResNet-50 values.
+
+What stands below a setting is its meaning: `smog explain`, docs/settings.md and the JSON schema for
+editors all show it. "Paper:" before its end names the place in SMoG's paper.
+"""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -15,7 +19,13 @@ Pair = Annotated[tuple[Share, Share], Field(strict=False)]  # YAML has lists, no
 class StrictModel(BaseModel):
     """Unknown keys are refused, nothing is coerced, nothing changed later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class Section(StrictModel):
@@ -25,17 +35,34 @@ class Section(StrictModel):
 class RunConfig(Section):
     """How long, where, and how often to report."""
 
-    dir: str = ""  # default: runs/<recipe-name>
-    steps: Positive | None = None  # exactly one of steps and epochs
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["steps"]}, {"required": ["epochs"]}]}
+    )
+
+    dir: str = ""
+    """Folder of the run; empty: runs/<name of the recipe>."""
+    steps: Positive | None = None
+    """Length of the run in optimizer steps; give either this or run.epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in passes over the training images; give either this or run.steps.
+    Paper: section 4.1, Table 1."""
     seed: NonNegative = 0
-    small_data: bool = False  # what is not given follows from the number of images (small_data.py)
+    """Of the first weights, the order of the images and their augmentation."""
+    small_data: bool = False
+    """Derive what the recipe leaves open (groups, bank, resets, rates) from the number of
+    images: for sets much smaller than ImageNet."""
     log_every: Positive = 10
-    checkpoint_every: NonNegative = 1000  # 0: only at the end
-    keep_checkpoints: Positive = 3  # the newest ones
-    keep_checkpoint_every: NonNegative = 0  # and for good those of every so many steps; 0: none
-    max_skipped: Positive = 10  # steps in a row that may be left out because they are not finite
-    evaluate_every: NonNegative = 0  # 0: never during training
+    """Steps from one line of metrics to the next."""
+    checkpoint_every: NonNegative = 1000
+    """Steps from one checkpoint to the next; 0: only at the end."""
+    keep_checkpoints: Positive = 3
+    """How many of the newest checkpoints stay."""
+    keep_checkpoint_every: NonNegative = 0
+    """Checkpoints of every so many steps stay for good, besides the newest; 0: none."""
+    max_skipped: Positive = 10
+    """Steps in a row that may be left out because their loss or gradients are not finite."""
+    evaluate_every: NonNegative = 0
+    """Steps from one kNN evaluation in training to the next; 0: never."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -48,18 +75,35 @@ class DataConfig(Section):
     """Which images, and who decodes and augments them."""
 
     path: str
-    num_images: Positive = 1_281_167  # to train on, for a plan before the dataset is there
-    global_batch: Positive = 4096  # images of one step over all ranks
+    """Folder of the dataset."""
+    num_images: Positive = 1_281_167
+    """Training images to expect: `--dry-run` plans with them where the dataset is not there yet."""
+    global_batch: Positive = 4096
+    """Images of one step over all ranks. Paper: section 4.1, Table 1."""
     loader: Literal["dali", "torch", "memory", "fast", "stream", "synthetic"] = "dali"
-    stream: str = ""  # loader=stream: tars to train on, https://host/train-{000000..000146}.tar
-    allow_pipe: bool = False  # data.stream may name commands, as in pipe:cat train-000000.tar
-    device: Literal["auto", "cpu", "gpu"] = "auto"  # makes the views
-    workers: NonNegative = 8  # decoding threads (dali) or processes (torch) of a rank
-    order: Literal["global", "block"] = "global"  # block: mixed within block_shards shards
+    """Who decodes and augments: NVIDIA DALI, torch's worker processes, memory (a small set,
+    decoded once), fast (DALI's own reader) and stream (tars over the network), both of inexact
+    order, or synthetic (random views, for timing)."""
+    stream: str = ""
+    """Tars to train on with data.loader=stream, such as https://host/train-{000000..000146}.tar."""
+    allow_pipe: bool = False
+    """Whether data.stream may name commands, such as pipe:cat train-000000.tar."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where views are made; auto: on the GPU where there is one and the loader can."""
+    workers: NonNegative = 8
+    """Decoding threads (dali) or processes (torch) of a rank."""
+    order: Literal["global", "block"] = "global"
+    """How an epoch is mixed: global, over all images; block, within data.block_shards shards at
+    a time, for disks that dislike random reads."""
     block_shards: Positive = 16
-    num_small_crops: NonNegative = 0  # the paper's multi-crop: 4
+    """Shards that data.order=block mixes at a time."""
+    num_small_crops: NonNegative = 0
+    """Small views of an image besides the two large ones; the paper's multi-crop has 4. Paper:
+    Table 1."""
     large_px: Positive = 224
+    """Side of a large view in pixels."""
     small_px: Positive = 96
+    """Side of a small view in pixels."""
 
     @model_validator(mode="after")
     def _a_stream_has_its_loader(self) -> Self:
@@ -74,31 +118,58 @@ class AugmentConfig(Section):
     `blur` and `solarize` hold scheme A's and scheme B's probability.
     """
 
-    large_scale: Pair = (0.2, 1.0)  # area of a large crop
-    small_scale: Pair = (0.05, 0.2)  # area of a small crop
+    large_scale: Pair = (0.2, 1.0)
+    """Smallest and largest area of a large crop, as shares of the image's; the paper leaves
+    those of two views open, 0.2 is MoCo v3's. Paper: section 3.4."""
+    small_scale: Pair = (0.05, 0.2)
+    """Smallest and largest area of a small crop, as shares of the image's. Paper: section 3.4."""
     flip: Share = 0.5
+    """Probability of a mirrored view. Paper: section 3.4."""
     jitter: Share = 0.8
+    """Probability of changed colours. Paper: section 3.4."""
     brightness: Share = 0.4
+    """Largest change of brightness. Paper: section 3.4."""
     contrast: Share = 0.4
+    """Largest change of contrast. Paper: section 3.4."""
     saturation: Share = 0.2
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # turns: 0.5 is half the colour circle
+    """Largest change of saturation. Paper: section 3.4."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Largest change of hue in turns: 0.5 is half the colour circle. Paper: section 3.4."""
     grey: Share = 0.2
-    blur: Pair = (1.0, 0.1)  # small crops use scheme B's values
+    """Probability of a view without colours. Paper: section 3.4."""
+    blur: Pair = (1.0, 0.1)
+    """Probability of a Gaussian blur in scheme A and in scheme B; small crops use B's. Paper:
+    section 3.4."""
     solarize: Pair = (0.0, 0.2)
+    """Probability of inverted bright pixels in scheme A and in scheme B; small crops use B's.
+    Paper: section 3.4."""
 
 
 class ModelConfig(Section):
     """The nets and the momentum net's coefficient."""
 
-    backbone: str = "resnet50"  # resnet_tiny, resnet18, resnet50, swin_tiny, or any timm name
+    backbone: str = "resnet50"
+    """resnet_tiny, resnet18, resnet50, swin_tiny, or any name that timm knows. Paper: section
+    4.1, Tables 1 to 3."""
     width: Positive = 1
-    small_images: bool = False  # 3x3 stem for 32-px images
-    weights: str = ""  # file of timm or torchvision to start the backbone from; "": random
-    dim: Positive = 128  # of the projected features; 256 for transformers
+    """Factor on all channels of a ResNet. Paper: Table 3."""
+    small_images: bool = False
+    """A 3x3 first convolution without max-pool, for ResNets on images of about 32 px."""
+    weights: str = ""
+    """File of timm or torchvision to start the backbone from; empty: random weights."""
+    dim: Positive = 128
+    """Size D of the projected features: 128 for ResNets, 256 for transformers. Paper: section
+    4.1."""
     head_width: Positive = 2048
-    identity_predictor: bool = False  # begins with p = z; the paper leaves its first weights open
-    batch_norm: Literal["global", "node", "local"] | Positive = "global"  # or ranks in a group
-    ema: Share = 0.999  # alpha: momentum <- alpha * momentum + (1 - alpha) * online
+    """Hidden size of projector and predictor. Paper: section 4.1."""
+    identity_predictor: bool = False
+    """Start with a predictor that changes nothing; the paper leaves its first weights open."""
+    batch_norm: Literal["global", "node", "local"] | Positive = "global"
+    """Ranks that share their batch statistics: all (global), those of a host (node), a number
+    of neighbours, or none (local)."""
+    ema: Share = 0.999
+    """Alpha of the momentum net: momentum <- alpha * momentum + (1 - alpha) * online, at every
+    step. Paper: section 4.1."""
 
     @model_validator(mode="after")
     def _identity_needs_width(self) -> Self:
@@ -114,42 +185,81 @@ class GroupingConfig(Section):
     """Groups, their synchronous update and their periodic reset (SMoG sections 3.2 and 3.3)."""
 
     num_groups: Annotated[int, Field(ge=2)] = 3000
+    """Number K of groups. Paper: section 4.1, Table 7c."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Tau, by which similarities are divided in the loss. Paper: section 4.1."""
     beta_start: Share = 1.0
+    """Beta of the first step: a group keeps this share of itself when it is updated. Paper:
+    section 3.2, Table 7a."""
     beta_end: Share = 0.99
+    """Beta of the last step; in between it changes linearly. Paper: section 3.2, Table 7a."""
     operator: Literal["momentum", "averaging", "adopt_latest", "random_select"] = "momentum"
+    """How a group follows its features: the momentum update, their mean since the last reset,
+    their latest mean, or a random feature. Paper: section 3.2, Table 7d."""
     init: Literal["kmeans", "random"] = "kmeans"
-    reset_every: Positive = 300  # steps
-    bank_steps: Positive | None = None  # steps of features kept; default: reset_every
-    kmeans: bool = True  # cluster the bank at a reset
+    """First groups: k-means over features of the initial net, or random directions. Paper:
+    section 4.1."""
+    reset_every: Positive = 300
+    """Steps from one reset to the next. Paper: section 3.3."""
+    bank_steps: Positive | None = None
+    """Steps whose features are kept for k-means; empty: grouping.reset_every. Paper: section
+    3.3."""
+    kmeans: bool = True
+    """Whether a reset clusters the kept features into new groups. Paper: section 3.3, Table 7b."""
     kmeans_iterations: Positive = 10
-    reset_momentum: bool = True  # momentum net <- online net at a reset
-    detach_groups: bool = False  # ablation: no gradient through the updated groups
-    instance_warmup_steps: NonNegative = 0  # not in the paper: first steps contrast images (SimCLR)
+    """Updates of one k-means."""
+    reset_momentum: bool = True
+    """Whether a reset makes the momentum net a copy of the online net. Paper: section 3.3,
+    Table 7b."""
+    detach_groups: bool = False
+    """Send no gradient through the updated groups: an ablation that the paper does not have."""
+    instance_warmup_steps: NonNegative = 0
+    """First steps that contrast images instead of groups, as SimCLR does; the paper has none."""
 
 
 class OptimizerConfig(Section):
     """lr = base_lr * global_batch / lr_batch, linear warm-up, cosine to zero (SMoG section 4.1)."""
 
     name: Literal["lars", "adamw", "sgd"] = "lars"
+    """LARS for ResNets, AdamW for transformers, or SGD. Paper: section 4.1."""
     base_lr: Annotated[float, Field(gt=0)] = 0.3
+    """Learning rate for optimizer.lr_batch images: the peak is base_lr * global_batch /
+    lr_batch. Paper: section 4.1."""
     lr_batch: Positive = 256
+    """Images that optimizer.base_lr is for: 256 for ResNets, 2048 for transformers. Paper:
+    section 4.1."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
-    momentum: Share = 0.9  # of LARS and SGD
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0  # max global gradient norm; 0: no clipping
+    """Of all weights but biases and norms. Paper: section 4.1."""
+    momentum: Share = 0.9
+    """Of LARS and SGD."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest norm of all gradients together; 0: they are not clipped."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 10.0
+    """Epochs in which the learning rate grows linearly from zero; a cosine to zero follows.
+    Paper: section 4.1."""
 
 
 class EngineConfig(Section):
     """How the nets are spread over the ranks, and in which precision they compute."""
 
     kind: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"] = "ddp"
-    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # fp64: a test precision, not under ZeRO
-    reduce_precision: Literal["fp32", "bf16"] = "fp32"  # of gradients on their way between ranks
-    accumulate: Positive = 1  # micro-batches of a step; batch norm sees one, all else the batch
-    activation_checkpointing: bool = False  # forget a stage's activations, compute them again
-    compile: bool = False  # torch.compile, stage by stage
-    deepspeed: dict[str, Any] = {}  # further settings of DeepSpeed, for zero1, zero2 and zero3
+    """How nets and optimizer are spread over the ranks: whole on each (ddp), DeepSpeed's ZeRO
+    stages, FSDP2 over all ranks (fsdp) or within a node (hsdp). All train the same model."""
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """Of the nets' arithmetic; fp64 is a test precision that the ZeRO engines do not have."""
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of gradients on their way between ranks."""
+    accumulate: Positive = 1
+    """Micro-batches of a step: batch norm sees one of them, groups, bank, loss and gradient the
+    whole batch."""
+    activation_checkpointing: bool = False
+    """Forget a stage's activations and compute them again in the backward pass: less memory,
+    more time."""
+    compile: bool = False
+    """torch.compile, stage by stage."""
+    deepspeed: dict[str, Any] = {}
+    """Further settings of DeepSpeed for zero1, zero2 and zero3; those that change what is
+    trained are refused."""
 
     @model_validator(mode="after")
     def _fp64_is_not_for_zero(self) -> Self:
@@ -244,25 +354,40 @@ class EvaluationConfig(Section):
     """The weighted kNN classifier on frozen backbone features."""
 
     k: Positive = 20
+    """Neighbours that vote in kNN."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    batch: Positive = 256  # images of one forward pass of a rank
+    """Of the votes' weights exp(similarity / temperature)."""
+    batch: Positive = 256
+    """Images of one forward pass of a rank."""
     image_px: Positive = 224
-    crop_share: Annotated[float, Field(gt=0, le=1)] = 0.875  # of the shorter side: 224 of 256
-    num_train_images: NonNegative = 0  # kNN: images the neighbours are taken from; 0: all
+    """Side of the centre crop in pixels."""
+    crop_share: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Side of the centre crop as a share of the image's shorter side: 0.875 is 224 of 256."""
+    num_train_images: NonNegative = 0
+    """Training images among which kNN looks for neighbours; 0: all."""
     num_test_images: NonNegative = 0
-    online: bool = False  # kNN and a linear classifier on the views in training, every log_every
-    baselines: bool = False  # at the end, also judge raw pixels and the random net
+    """Test images that kNN judges; 0: all."""
+    online: bool = False
+    """A kNN and a linear classifier on the views in training, at every run.log_every."""
+    baselines: bool = False
+    """Evaluate raw pixels and a net of random weights too."""
 
 
 class DeadlinesConfig(Section):
     """How long a phase may take before the run ends and says which rank is behind."""
 
-    start_s: Seconds = 1800  # up to the end of the first step: building, compiling, k-means
+    start_s: Seconds = 1800
+    """Seconds up to the end of the first step: building, compiling, k-means."""
     data_s: Seconds = 600
+    """Seconds that a batch may take to come."""
     step_s: Seconds = 600
+    """Seconds that a step may take."""
     kmeans_s: Seconds = 900
+    """Seconds that a reset may take."""
     evaluation_s: Seconds = 3600
-    saving_s: Seconds = 1800  # waiting for a checkpoint that is written in the background
+    """Seconds that an evaluation may take."""
+    saving_s: Seconds = 1800
+    """Seconds to wait for a checkpoint that is written in the background."""
 
 
 DERIVED = {"num_groups", "bank_steps", "reset_every"}  # of the groups of small sets

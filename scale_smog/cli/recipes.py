@@ -1,6 +1,9 @@
 """Lists the recipes that come with the package, or prints one: `smog recipes r50 > mine.yaml`."""
 
 import argparse
+from pathlib import Path
+
+from scale_smog.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,16 +16,19 @@ def run(arguments: argparse.Namespace) -> int:
     from scale_smog.recipe import find_recipe, shipped_recipes
 
     if arguments.recipe:
-        print(find_recipe(arguments.recipe).read_text(encoding="utf-8"), end="")
+        print("\n".join(_lines(find_recipe(arguments.recipe))))
         return 0
     recipes = shipped_recipes()
     width = max(map(len, recipes)) + 2
     for name, path in recipes.items():
-        print(f"{name:<{width}}{_summary(path.read_text(encoding='utf-8'))}")
+        print(f"{name:<{width}}{_lines(path)[0].removeprefix('# ')}")
     return 0
 
 
-def _summary(text: str) -> str:
-    """The first line that people read; the one before it is for editors."""
-    comments = (line.removeprefix("# ") for line in text.splitlines())
-    return next(line for line in comments if not line.startswith("yaml-language-server"))
+def _lines(path: Path) -> list[str]:
+    """A recipe without its first line, which leads editors to a file of the checkout."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"no recipe {path}: {error.strerror}") from None
+    return [line for line in lines if not line.startswith("# yaml-language-server")]

@@ -21,41 +21,71 @@ class LinearConfig(Section):
     """A linear classifier on frozen features; learning rates are for 256 images."""
 
     setting: Literal["default", "moco_v3", "simclr", "swav", "swin", "logistic"] = "default"
+    """Whose values to take for what is not given: MoCo v3's, SimCLR's, SwAV's, those usual for
+    Swin, or logistic (the minimum of scikit-learn's LogisticRegression, on features of centre
+    crops)."""
     epochs: Rate = 90.0
-    batch: Positive = 1024  # images of a step over all ranks
-    learning_rates: Rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # trained side by side
+    """Passes over the training images."""
+    batch: Positive = 1024
+    """Images of a step over all ranks."""
+    learning_rates: Rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    """For 256 images; several are trained side by side on one forward pass, the best is chosen
+    on held-out images."""
     nesterov: bool = False
+    """Nesterov's momentum."""
     weight_decay: Decay = 0.0
-    held_out: HeldOut = 0.02  # of each class's images: chooses among several learning rates
-    inverse_penalty: Rate = 1.0  # logistic only: C of the objective C Σ loss + ‖w‖² / 2
-    checkpoint_every: Positive = 1000  # steps
+    """Of the classifier."""
+    held_out: HeldOut = 0.02
+    """Share of each class's training images that chooses among several learning rates."""
+    inverse_penalty: Rate = 1.0
+    """For logistic only: C of the objective C * sum of losses + |w|^2 / 2."""
+    checkpoint_every: Positive = 1000
+    """Steps after which an interrupted evaluation can go on."""
     seed: NonNegative = 0
+    """Of the order of the images and their crops."""
 
 
 class FinetuneConfig(Section):
     """The whole net and a classifier on a share of the labels; rates are for 256 images."""
 
     setting: Literal["simclr", "swav"] = "simclr"
-    share: Share = 0.01  # of the labels
-    list: str = ""  # file names, one a line: SimCLR's published subsets; else a balanced draw
+    """Whose values to take for what is not given. Paper: Table 4, by SimCLR's protocol."""
+    share: Share = 0.01
+    """Of the labels. Paper: Table 4."""
+    list: str = ""
+    """File of image names, one a line, such as SimCLR's published subsets; empty: a draw of
+    equally many a class."""
     epochs: Rate = 60.0
+    """Passes over the labelled images."""
     batch: Positive = 4096
+    """Images of a step over all ranks."""
     trunk_rate: Rate = 0.05
+    """Learning rate of the backbone for 256 images."""
     head_rate: Rate = 0.05
-    milestones: Milestones = ()  # epochs at which the rates fall to a fifth; none: a cosine
+    """Learning rate of the classifier for 256 images."""
+    milestones: Milestones = ()
+    """Epochs at which the rates fall to a fifth; none: a cosine to zero."""
     nesterov: bool = True
+    """Nesterov's momentum."""
     checkpoint_every: Positive = 1000
+    """Steps after which an interrupted evaluation can go on."""
     seed: NonNegative = 0
+    """Of the draw, the order of the images and their crops."""
 
 
 class FeaturesConfig(Section):
     """Features of a folder or of a split of a dataset, as a file."""
 
-    path: str = ""  # images to embed, labelled or not; default: a split of data.path
-    split: str = ""  # default: every split of data.path
+    path: str = ""
+    """Images to embed, labelled or not; empty: the run's dataset."""
+    split: str = ""
+    """Split to embed; empty: every split."""
     format: Literal["npy", "parquet"] = "npy"
-    out: str = ""  # folder; default: features in the run's folder
-    projector: NonNegative = 0  # images of each set to show in TensorBoard's projector
+    """What the features are written as."""
+    out: str = ""
+    """Folder of the files; empty: features in the run's folder."""
+    projector: NonNegative = 0
+    """Images of each set to show in TensorBoard's projector."""
 
 
 class SegmentationConfig(Section):
@@ -66,37 +96,63 @@ class SegmentationConfig(Section):
     of colour; there VOC is first enlarged to 512 px and Cityscapes is evaluated in windows.
     """
 
-    setting: Literal["voc", "cityscapes"] = "voc"  # the dataset, in its own layout
+    setting: Literal["voc", "cityscapes"] = "voc"
+    """The dataset, in its own layout. Paper: Table 5."""
     path: str = ""
+    """Folder of the dataset."""
     train_split: str = "trainaug"
+    """Split to train on."""
     val_split: str = "val"
+    """Split to judge on."""
     crop_px: Positive = 512
+    """Side of the random crop in pixels."""
     steps: Positive = 20_000
+    """Length of the training."""
     batch: Positive = 16
+    """Images of a step over all ranks."""
     rate: Rate = 0.01
-    workers: NonNegative = 4  # processes of a rank
+    """First learning rate."""
+    workers: NonNegative = 4
+    """Processes of a rank that read images."""
     checkpoint_every: Positive = 1000
+    """Steps after which an interrupted evaluation can go on."""
     seed: NonNegative = 0
+    """Of the order of the images and their crops."""
 
 
 class DetectionConfig(Section):
     """Mask R-CNN with a feature pyramid, the 1x schedule, synchronised batch norm everywhere."""
 
     setting: Literal["coco_1x", "coco_2x"] = "coco_1x"
-    path: str = ""  # folder with annotations/ and the splits' images
+    """Detectron's schedule: 1x or twice as long. Paper: Table 6."""
+    path: str = ""
+    """Folder of COCO, with annotations/ and the splits' images."""
     train_split: str = "train2017"
+    """Split to train on."""
     val_split: str = "val2017"
-    shorter_px: Steps = (640, 672, 704, 736, 768, 800)  # drawn anew for every image
+    """Split to judge on."""
+    shorter_px: Steps = (640, 672, 704, 736, 768, 800)
+    """Sides to which an image's shorter one is scaled in training, one drawn at a time."""
     test_px: Positive = 800
+    """Side to which it is scaled in the test."""
     longer_px: Positive = 1333
+    """Most that the longer side may then have."""
     steps: Positive = 90_000
+    """Length of the training."""
     milestones: Steps = (60_000, 80_000)
+    """Steps at which the rate falls to a tenth."""
     warmup: NonNegative = 500
+    """Steps in which the rate grows from zero."""
     batch: Positive = 16
+    """Images of a step over all ranks."""
     rate: Rate = 0.02
+    """Learning rate after warm-up."""
     workers: NonNegative = 4
+    """Processes of a rank that read images."""
     checkpoint_every: Positive = 1000
+    """Steps after which an interrupted evaluation can go on."""
     seed: NonNegative = 0
+    """Of the order of the images and their scales."""
 
 
 class Protocols(Section):
