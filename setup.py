@@ -29,7 +29,12 @@ setup(
         "timm>=1.0",
         "webdataset>=1.0",
         "braceexpand",
-        f"nvidia-dali-cuda120>=2.2; {LINUX} and platform_machine in 'x86_64 aarch64'",
+        # DALI's operators open NPP and cuFFT of CUDA 12 at run time, and ask for no wheel of them; a
+        # torch for CUDA 13 brings others. nvidia-dali-cuda130 may take the place of the three.
+        *(
+            f"{package}; {LINUX} and platform_machine in 'x86_64 aarch64'"
+            for package in ("nvidia-dali-cuda120>=2.2", "nvidia-npp-cu12", "nvidia-cufft-cu12")
+        ),
         "pyyaml",
         "tensorboard",
         "numpy",

@@ -16,6 +16,7 @@ from scale_smog.data import TarDataset
 from scale_smog.data.plan import images_per_rank
 from scale_smog.errors import UserError
 from scale_smog.preflight import dataset, versions
+from scale_smog.preflight.libraries import check_libraries
 from scale_smog.preflight.network import check_collectives, check_links
 from scale_smog.preflight.table import Row, by_host, format_table, most_common
 from scale_smog.profiling.hardware import hardware_name, load_hardware
@@ -72,6 +73,7 @@ def examine(recipe: Recipe, device: torch.device) -> list[Row]:
         _hosts_row(hosts),
         check_recipes(recipe),
         *check_hosts(recipe, hosts, thorough=True),
+        check_libraries(recipe.data, device),
         check_clocks(hosts),
         check_run_folder(recipe),
         check_memory(recipe, device),

@@ -17,6 +17,7 @@ PACKAGES = (
     "torchvision",
     "deepspeed",
     "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
     "timm",
     "webdataset",
     "numpy",

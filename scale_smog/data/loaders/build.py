@@ -134,6 +134,6 @@ def _import_dali(loader: str) -> ModuleType:
         return import_module("scale_smog.data.loaders.dali")
     except ImportError as error:
         raise UserError(
-            f"data.loader={loader} needs nvidia-dali-cuda120 ({error}): "
+            f"data.loader={loader} needs nvidia-dali-cuda120 or -cuda130 ({error}): "
             "install it, or take data.loader=torch"
         ) from None
