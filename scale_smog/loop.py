@@ -50,7 +50,7 @@ def train(
                 save(state, checkpoints, progress)
             if due(state.step, run.evaluate_every):
                 evaluate(state.step)
-                progress.clock.restart()
+                progress.restart()
             phases.check_for_stop()
     except phases.StopRequested:
         is_stopped = True

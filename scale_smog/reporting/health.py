@@ -1,15 +1,12 @@
-"""What is wrong with the groups, a step or a rank: collapse, non-finite steps, stragglers."""
+"""What is wrong with the groups or a step: collapse, and steps that are not finite."""
 
 import json
 import os
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,10 +18,6 @@ from scale_smog.grouping import perplexity
 
 COLLAPSED_SHARE = 0.1  # of the groups
 ENOUGH_FEATURES = 10  # a group, on average, before a warning
-SLOW_PROBE = 1.0 / 0.7  # times the median of the ranks
-LONG_WAIT = 0.2  # of a step, beyond the median of the ranks
-TIMES_IN_A_ROW = 2  # before a rank is named: one slow moment is nobody's fault
-PROBE_SIZE = {"cpu": 256, "cuda": 4096}
 
 
 def collapse_warning(counts: Tensor) -> str | None:
@@ -103,49 +96,3 @@ def _dump(folder: Path, step: int, cause: str, batch: Batch) -> None:
     )
     facts = {"step": step, "cause": cause, "host": socket.gethostname(), "pid": os.getpid()}
     (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-class Stragglers:
-    """Names a rank that is slower than the others, by its own work and not by waiting for them.
-
-    Args:
-        device: on which a small matrix product is timed.
-    """
-
-    def __init__(self, device: torch.device):
-        self._hosts = distributed.gather_objects(socket.gethostname())
-        size = PROBE_SIZE[device.type]
-        self._matrix = torch.ones(size, size, device=device)
-        self._suspects: dict[int, int] = {}
-
-    def found(self, data_wait: float) -> str | None:
-        """One line on the slow ranks, on every rank; a collective.
-
-        Args:
-            data_wait: share of this rank's last steps that it waited for its own data.
-        """
-        if distributed.world_size() == 1:
-            return None
-        mine = torch.tensor([data_wait, self._probe_s()])
-        all_ranks = [torch.empty_like(mine) for _ in self._hosts]
-        dist.all_gather(all_ranks, mine)
-        waits, probes = (list(x) for x in zip(*(x.tolist() for x in all_ranks), strict=True))
-        verdicts = {}
-        for rank, host in enumerate(self._hosts):
-            if waits[rank] - median(waits) > LONG_WAIT:
-                verdicts[rank] = f"rank {rank} on {host} waits {waits[rank]:.0%} for its data"
-            elif probes[rank] > SLOW_PROBE * median(probes):
-                times = probes[rank] / median(probes)
-                verdicts[rank] = f"rank {rank} on {host} computes {times:.1f} times as long"
-        self._suspects = {rank: self._suspects.get(rank, 0) + 1 for rank in verdicts}
-        named = [text for rank, text in verdicts.items() if self._suspects[rank] >= TIMES_IN_A_ROW]
-        return f"slower than the other ranks: {'; '.join(named)}" if named else None
-
-    def _probe_s(self) -> float:
-        """Best of three: the first one finds a cold cache."""
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            (self._matrix @ self._matrix)[0, 0].item()
-            times.append(time.perf_counter() - start)
-        return min(times)

@@ -12,8 +12,9 @@ from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.errors import RankError, UserError
 from scale_smog.grouping import GroupUsage, ResetReport, chance_loss, perplexity
-from scale_smog.reporting.health import SkippedSteps, Stragglers, collapse_warning
+from scale_smog.reporting.health import SkippedSteps, collapse_warning
 from scale_smog.reporting.metrics import Metrics
+from scale_smog.reporting.stragglers import Stragglers
 from scale_smog.schedules import ScheduledValues, due
 
 
@@ -69,6 +70,11 @@ class Progress:
         self.clock = StepClock()
         self._recipe, self._num_steps = recipe, num_steps
         self._skipped, self._stragglers = SkippedSteps(recipe.run), Stragglers(device)
+
+    def restart(self) -> None:
+        """Leaves out of what is measured whatever was no step."""
+        self.clock.restart()
+        self._stragglers.restart()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The loader's next batch.
