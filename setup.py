@@ -17,6 +17,7 @@ setup(
     packages=find_packages(include=["scale_smog", "scale_smog.*"]),
     package_data={
         "scale_smog": ["py.typed", "recipes/*.yaml", "recipes/ablations/*.yaml"],
+        "scale_smog.evaluation": ["paper_tables.yaml"],
         "scale_smog.profiling": ["hardware/*.yaml"],
         "scale_smog.rehearsal": ["runtime/*.c", "runtime/crt/*.h"],
     },

@@ -1,141 +1,164 @@
-"""Published figures to set beside ours: SMoG's (ECCV 2022, Tables 1 to 6) and other methods'.
+"""The paper's results (SMoG, ECCV 2022, Tables 1 to 7) to set beside ours, where both are of the
+same images."""
 
-In per cent. SMoG's rows are the paper's; the others' are those of their own papers, but for COCO
-and segmentation, where the paper names its source.
-"""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import yaml
+
+DATA = Path(__file__).with_name("paper_tables.yaml")
+TOLERANCE = 0.01  # of a number of images: a few may have been put aside
+Cell = str | int | float | None
 
 
-class Row(NamedTuple):
-    """One line of a table; values in the order of the table's columns, None where not given."""
+@dataclass(frozen=True)
+class ImageCounts:
+    """By what a dataset is recognised."""
 
-    method: str
-    values: tuple[float | None, ...]
+    num_classes: int
+    num_train: int
+    num_test: int
+
+    def is_like(self, other: "ImageCounts") -> bool:
+        """Whether both are counts of one dataset."""
+        pairs = ((self.num_train, other.num_train), (self.num_test, other.num_test))
+        near = all(abs(a - b) <= TOLERANCE * b for a, b in pairs)
+        return near and self.num_classes == other.num_classes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_classes:,} classes, {self.num_train:,} training and "
+            f"{self.num_test:,} test images"
+        )
 
 
-class Table(NamedTuple):
-    """A table of the paper: its columns are keys of our results, our fractions times 100."""
+@dataclass(frozen=True)
+class Table:
+    """A table as printed; the first column names the method."""
 
+    source: str
     title: str
-    columns: tuple[str, ...]
-    rows: Sequence[Row]
+    evaluation: str
+    dataset: str | None  # None: the one that the evaluation names
+    backbones: Sequence[str]  # patterns
+    widths: Sequence[int]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    epochs: int | None = None  # of all its rows
+    note: str = ""
 
 
-LINEAR_R50 = Table(
-    "linear, ImageNet-1k, ResNet-50",
-    ("top1", "top5"),
-    (
-        Row("supervised", (76.5, None)),
-        Row("SimCLR, 1000 epochs", (69.3, 89.0)),
-        Row("MoCo v2, 800 epochs", (71.1, 90.1)),
-        Row("SimSiam, 800 epochs", (71.3, None)),
-        Row("Barlow Twins, 1000 epochs", (73.2, 91.0)),
-        Row("BYOL, 1000 epochs", (74.3, 91.6)),
-        Row("SwAV, multi-crop, 800 epochs", (75.3, None)),
-        Row("DINO, multi-crop, 800 epochs", (75.3, None)),
-        Row("SMoG, 100 epochs", (67.2, None)),
-        Row("SMoG, 400 epochs, batch 2048", (73.6, 91.3)),
-        Row("SMoG, 800 epochs", (74.5, 91.9)),
-        Row("SMoG, multi-crop, 400 epochs", (76.4, 93.1)),
-    ),
-)
-LINEAR_WIDE = {
-    2: Row("SMoG, ResNet-50 x2", (78.0, 93.9)),
-    4: Row("SMoG, ResNet-50 x4", (79.0, 94.4)),
-}
-LINEAR_SWIN = Table(
-    "linear, ImageNet-1k, Swin-T",
-    ("top1", "top5"),
-    (
-        Row("MoBY, 300 epochs", (75.3, None)),
-        Row("SMoG", (74.5, None)),
-        Row("SMoG, multi-crop", (77.7, None)),
-    ),
-)
-FINETUNE_1, FINETUNE_10, FINETUNE_100 = (
-    Table(f"semi-supervised, ImageNet-1k, ResNet-50, {share} % of the labels", ("top1",), rows)
-    for share, rows in (
-        (
-            1,
-            (
-                Row("supervised", (25.4,)),
-                Row("SimCLR", (48.3,)),
-                Row("BYOL", (53.2,)),
-                Row("SwAV", (53.9,)),
-                Row("Barlow Twins", (55.0,)),
-                Row("NNCLR", (56.4,)),
-                Row("SMoG", (58.0,)),
-                Row("SMoG, x2", (63.6,)),
-            ),
-        ),
-        (
-            10,
-            (
-                Row("supervised", (56.4,)),
-                Row("SimCLR", (65.6,)),
-                Row("BYOL", (68.8,)),
-                Row("Barlow Twins", (69.7,)),
-                Row("NNCLR", (69.8,)),
-                Row("SwAV", (70.2,)),
-                Row("SMoG", (71.2,)),
-                Row("SMoG, x2", (74.4,)),
-            ),
-        ),
-        (100, (Row("SMoG", (78.3,)), Row("SMoG, x2", (80.2,)))),
-    )
-)
-VOC = Table(
-    "FCN, VOC 2012, ResNet-50",
-    ("miou",),
-    (Row("supervised", (73.59,)), Row("SwAV", (74.97,)), Row("SMoG", (76.22,))),
-)
-CITYSCAPES = Table(
-    "FCN, Cityscapes, ResNet-50",
-    ("miou",),
-    (Row("supervised", (73.83,)), Row("SMoG", (76.03,))),
-)
-COCO = Table(
-    "Mask R-CNN, COCO, ResNet-50 FPN, 1x",
-    ("box_ap", "mask_ap"),
-    (
-        Row("random weights", (31.0, 28.5)),
-        Row("supervised", (38.9, 35.4)),
-        Row("SMoG", (40.1, 36.9)),
-    ),
-)
+@dataclass(frozen=True)
+class Ours:
+    """What a result of ours is of.
 
-
-def paper_table(
-    evaluation: str, backbone: str, width: int, share: float, dataset: str
-) -> Table | None:
-    """The paper's table for an evaluation of a net, or None where it has none.
-
-    Args:
+    Attributes:
         evaluation: such as "linear".
-        backbone: the recipe's; the tables are of ResNet-50 and Swin-T, others see ResNet-50's.
+        backbone: the recipe's.
         width: of a ResNet.
+        epochs: of pre-training; None for a run of so many steps.
+        batch: images of a step of pre-training.
+        num_small_crops: small views of an image in pre-training.
         share: of the labels, for "finetune".
         dataset: "voc" or "cityscapes", for "segmentation".
+        images: what it was evaluated on.
+        results: fractions.
     """
-    if evaluation == "linear":
-        if backbone.startswith("swin"):
-            return LINEAR_SWIN
-        wide = [LINEAR_WIDE[width]] if width in LINEAR_WIDE else []
-        return LINEAR_R50._replace(rows=[*LINEAR_R50.rows, *wide])
-    if evaluation == "finetune":
-        return FINETUNE_1 if share <= 0.01 else FINETUNE_10 if share <= 0.1 else FINETUNE_100
-    if evaluation == "segmentation":
-        return CITYSCAPES if dataset == "cityscapes" else VOC
-    return COCO if evaluation == "detection" else None
+
+    evaluation: str
+    backbone: str
+    width: int
+    epochs: float | None
+    batch: int
+    num_small_crops: int
+    share: float
+    dataset: str
+    images: ImageCounts
+    results: Mapping[str, Any]
+
+    def cells(self) -> dict[str, Cell]:
+        """Our values by the names of the tables' columns, per cent."""
+        about: dict[str, Cell] = {"model": "ours" + " †" * bool(self.num_small_crops)}
+        about |= {"backbone": self.backbone, "width": f"x{self.width}", "batch": self.batch}
+        if self.epochs:
+            about["epochs"] = round(self.epochs)
+        numbers = {k: v for k, v in self.results.items() if isinstance(v, float)}
+        return about | {self._column(key): 100 * value for key, value in numbers.items()}
+
+    def _column(self, key: str) -> str:
+        if self.evaluation == "finetune":
+            return f"{key}_{100 * self.share:g}"
+        return f"{self.dataset}_{key}" if self.evaluation == "segmentation" else key
 
 
-def compare(table: Table, name: str, results: dict[str, float]) -> str:
-    """The table as text, with our results as its last row."""
-    ours = tuple(100 * results[c] if c in results else None for c in table.columns)
-    lines = [f"{table.title}, per cent", f"  {'':<32}" + "".join(f"{c:>9}" for c in table.columns)]
-    for row in [*table.rows, Row(name, ours)]:
-        cells = ["–" if value is None else f"{value:.1f}" for value in row.values]
-        lines.append(f"  {row.method:<32}" + "".join(f"{cell:>9}" for cell in cells))
-    return "\n".join(lines)
+@lru_cache
+def load_tables() -> tuple[Table, ...]:
+    """All of the paper's tables."""
+    return tuple(Table(**table) for table in _data()["tables"])
+
+
+def compare(ours: Ours) -> str:
+    """The paper's tables for such a result with ours as their last row, or why there is none."""
+    tables = [table for table in load_tables() if _is_of(table, ours)]
+    if not tables:
+        return f"no comparison: the paper has no {_described(ours)}"
+    known = _data()["datasets"][tables[0].dataset or ours.dataset]
+    name, counts = known["name"], ImageCounts(**{k: known[k] for k in known if k != "name"})
+    if not ours.images.is_like(counts):
+        return (
+            f"no comparison: the paper's rows are of {name} ({counts}), these images are others "
+            f"({ours.images})"
+        )
+    return "\n\n".join(_text(table, ours.cells()) for table in tables)
+
+
+@lru_cache
+def _data() -> dict[str, Any]:
+    return yaml.safe_load(DATA.read_text(encoding="utf-8"))
+
+
+def _is_of(table: Table, ours: Ours) -> bool:
+    if table.epochs and (ours.epochs != table.epochs or ours.num_small_crops):
+        return False
+    return (
+        table.evaluation == ours.evaluation
+        and any(fnmatch(ours.backbone, pattern) for pattern in table.backbones)
+        and ours.width in table.widths
+        and (ours.evaluation != "finetune" or f"top1_{100 * ours.share:g}" in table.columns)
+    )
+
+
+def _described(ours: Ours) -> str:
+    share = f" with {100 * ours.share:g} % of the labels" * (ours.evaluation == "finetune")
+    width = f" x{ours.width}" * (ours.width > 1)
+    return f"{ours.evaluation} results of {ours.backbone}{width}{share}"
+
+
+def _text(table: Table, ours: Mapping[str, Cell]) -> str:
+    rows = [*table.rows, [ours.get(column) for column in table.columns]]
+    columns = [
+        _aligned([name, *_formatted(values)], is_text=number == 0)
+        for number, (name, *values) in enumerate(
+            zip(table.columns, *rows, strict=True)  # each column, its name first
+        )
+    ]
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    note = [table.note] if table.note else []
+    return "\n".join([f"{table.title}, per cent ({table.source})", *lines, *note])
+
+
+def _formatted(values: Sequence[Cell]) -> list[str]:
+    """A column, all with the digits that the paper prints."""
+    printed = [value for value in values[:-1] if isinstance(value, float)]
+    digits = max((len(str(value).partition(".")[2]) for value in printed), default=0)
+    texts = [f"{value:.{digits}f}" if isinstance(value, float) else value for value in values]
+    return ["–" if text is None else str(text) for text in texts]
+
+
+def _aligned(cells: Sequence[str], is_text: bool) -> list[str]:
+    width = max(map(len, cells))
+    return [cell.ljust(width) if is_text else cell.rjust(width) for cell in cells]

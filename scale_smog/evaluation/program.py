@@ -4,14 +4,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from scale_smog import distributed
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
 from scale_smog.evaluation.groups.program import evaluate_groups
 from scale_smog.evaluation.knn import KnnProbe
-from scale_smog.evaluation.paper import compare, paper_table
+from scale_smog.evaluation.paper import ImageCounts, Ours, compare
 from scale_smog.evaluation.supervised.finetune import evaluate_finetuned
 from scale_smog.evaluation.supervised.label_subsets import labelled_samples
 from scale_smog.evaluation.supervised.linear import evaluate_linear
@@ -148,18 +147,43 @@ def _table(task: EvaluationTask, results: Results) -> str:
 
 def _comparison(task: EvaluationTask, results: Results) -> str:
     model, protocols = task.recipe.model, task.protocols
-    table = paper_table(
-        task.name,
-        model.backbone,
-        model.width,
-        protocols.finetune.share,
-        protocols.segmentation.setting,
+    ours = Ours(
+        evaluation=task.name,
+        backbone=model.backbone,
+        width=model.width,
+        epochs=task.recipe.run.epochs,
+        batch=task.recipe.data.global_batch,
+        num_small_crops=task.recipe.data.num_small_crops,
+        share=protocols.finetune.share,
+        dataset=protocols.segmentation.setting,
+        images=_COUNTS.get(task.name, _labelled_counts)(task),
+        results=results,
     )
-    if table is None:
-        return f"the paper has no table for {task.name}"
-    images = {"segmentation": protocols.segmentation.path, "detection": protocols.detection.path}
-    shown = Path(images.get(task.name, task.recipe.data.path)).name
-    return compare(table, f"ours: {model.backbone} on {shown}", results)
+    return compare(ours)
+
+
+def _labelled_counts(task: EvaluationTask) -> ImageCounts:
+    train, test = task.labelled_splits()
+    return ImageCounts(train.num_classes, train.num_samples, test.num_samples)
+
+
+def _segmentation_counts(task: EvaluationTask) -> ImageCounts:
+    from scale_smog.evaluation.dense.segmentation_data import open_segmentation
+
+    config = task.protocols.segmentation
+    train, test = (open_segmentation(config, x) for x in (config.train_split, config.val_split))
+    return ImageCounts(train.num_classes, len(train.pairs), len(test.pairs))
+
+
+def _detection_counts(task: EvaluationTask) -> ImageCounts:
+    from scale_smog.evaluation.dense.detection_data import open_detection
+
+    config = task.protocols.detection
+    train, test = (open_detection(config, x) for x in (config.train_split, config.val_split))
+    return ImageCounts(len(train.categories), len(train.ids), len(test.ids))
+
+
+_COUNTS = {"segmentation": _segmentation_counts, "detection": _detection_counts}
 
 
 PROGRAMS: dict[str, Callable[[Sequence[str], Iterable[str], bool], None]] = {

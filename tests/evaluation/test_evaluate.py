@@ -36,7 +36,7 @@ def test_a_result_holds_every_setting_and_the_hashes(run_dir, capsys):
     assert sum(key.startswith("top1_at_") for key in figures) == 8
     assert json.loads((run_dir / "results.json").read_text())["linear"] == figures
     out = capsys.readouterr().out
-    assert "SMoG, multi-crop, 400 epochs" in out and "76.4" in out and "resnet_tiny" in out
+    assert "no comparison: the paper has no linear results of resnet_tiny" in out
 
 
 def test_a_folder_gives_what_its_tars_give(run_dir, image_folder):
