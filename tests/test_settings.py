@@ -7,12 +7,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from scale_smog.cli.settings import DOCS, PAGE, SCHEMA, explain, list_settings, settings_page
+from scale_smog.cli.settings import recipe_schema as made_schema
 from scale_smog.config import Recipe
 from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import Protocols
 from scale_smog.recipe import shipped_recipes
-from scale_smog.settings import DOCS, PAGE, SCHEMA, explain, list_settings, settings_page
-from scale_smog.settings import recipe_schema as made_schema
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -85,7 +85,7 @@ def test_an_unknown_setting_gets_the_nearest_one(key, nearest) -> None:
     ("name", "made"), [(PAGE, lambda: settings_page() + "\n"), (SCHEMA, made_schema)]
 )
 def test_what_is_made_of_the_settings_is_current(name, made) -> None:
-    assert (DOCS / name).read_text() == made(), "run `python -m scale_smog.settings`"
+    assert (DOCS / name).read_text() == made(), "run `python -m scale_smog.cli.settings`"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

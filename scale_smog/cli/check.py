@@ -2,8 +2,8 @@
 
 RECIPE is checked on all ranks of the launcher that starts it (deepspeed, torchrun, srun): versions,
 dataset, run folder, clocks, memory, links between hosts. A table; exit status 0 or 2.
---rehearse needs neither GPUs nor data: it steps one rank of --ranks on a pretended --hardware GPU and
-says what memory, launches, collectives and waits each engine takes.
+--rehearse needs neither GPUs nor data: it steps one rank of --ranks on a pretended --hardware GPU
+and says what memory, launches, collectives and waits each engine takes.
 --doctor says which checkpoints of a run are whole, and why the others are not; exit status 0 only
 if the newest one is.
 """

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one setting, a section, or all."""
-    from scale_smog.settings import explain
+    from scale_smog.cli.settings import explain
 
     print(explain(arguments.key or ""))
     return 0

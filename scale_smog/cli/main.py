@@ -10,7 +10,8 @@ from typing import NoReturn
 
 from scale_smog.errors import exits_on_user_error
 
-COMMANDS = {  # a module of this package each
+DATA_TOOLS = {"shard", "index", "verify", "stats", "make_demo"}  # modules of that folder
+COMMANDS = {
     "pretrain": "train a recipe, alone or under deepspeed, torchrun and srun",
     "demo": "make the built-in images and train on them",
     "recipes": "list the recipes that come with the package, or print one",
@@ -45,7 +46,7 @@ def run_command(name: str, words: Sequence[str], prog: str | None = None) -> NoR
     """Runs one command and ends the process.
 
     Args:
-        name: a key of `COMMANDS`.
+        name: a module of this package, such as a key of `COMMANDS`.
         words: that follow it on the command line.
         prog: what the help calls it; default: the file that was started.
     """
@@ -63,7 +64,8 @@ def run_command(name: str, words: Sequence[str], prog: str | None = None) -> NoR
 
 
 def _command(name: str) -> ModuleType:
-    return import_module(f"scale_smog.cli.{name}")
+    folder = "cli.data_tools" if name in DATA_TOOLS else "cli"
+    return import_module(f"scale_smog.{folder}.{name}")
 
 
 def _description(command: ModuleType) -> dict:

@@ -1,6 +1,6 @@
 """Every setting by its key, as `smog explain`, docs/settings.md and the JSON schema show it.
 
-`python -m scale_smog.settings` writes both files in docs/ anew.
+`python -m scale_smog.cli.settings` writes both files in docs/ anew.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from scale_smog.config import INT64, Recipe
 from scale_smog.errors import UserError
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGE, SCHEMA = "settings.md", "recipe.schema.json"
 BOUNDS = {
     "minimum": "from {}",
@@ -28,7 +28,7 @@ NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": 
 HEADER = """\
 # Settings
 
-Written by `python -m scale_smog.settings` from `scale_smog/config.py` and
+Written by `python -m scale_smog.cli.settings` from `scale_smog/config.py` and
 `scale_smog/evaluation/protocols.py`. `smog explain data.order` prints a row, `smog explain` all of
 them. A setting is changed in a recipe's file or on the command line: `data.order=block`.
 """

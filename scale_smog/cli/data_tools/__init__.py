@@ -1,0 +1,1 @@
+"""The commands that make, check and describe datasets; also data_tools/X.py."""
