@@ -24,7 +24,7 @@ from scale_smog.reporting import run_folder
 from scale_smog.reporting.curves import draw_run_curves
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.progress import Progress
-from scale_smog.runtime import phases, rank_logs
+from scale_smog.runtime import flight_recorder, phases, rank_logs
 from scale_smog.runtime.preemption import Preemption
 from scale_smog.runtime.rank_logs import RankLogs
 from scale_smog.runtime.watchdog import Watchdog
@@ -41,6 +41,7 @@ def pretrain(recipe: Recipe) -> None:
     Raises:
         UserError: a setting, the dataset or the run folder does not fit; on every rank.
     """
+    flight_recorder.configure(Path(recipe.run.dir) / rank_logs.FOLDER)
     with (
         Preemption(),
         distributed.process_group() as device,

@@ -5,6 +5,7 @@ import re
 import resource
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from scale_smog.distributed.rendezvous import rendezvous
 from scale_smog.errors import RankError, UserError
 
 COMMON_FAILURE_S, POLL_S = 10.0, 0.1
+TIMEOUT_EXIT_CODE = 3  # 1 is any exception, 2 a user's error; launcher/slurm.sbatch asks for it
 _store: dist.Store | None = None  # of the rendezvous
 _num_sharing_ranks = 1
 
@@ -43,18 +45,42 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
         device = torch.device("cpu")
     global _store
     _store = rendezvous(env["RANK"], env["WORLD_SIZE"], rendezvous_timeout_s)
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-        rank=env["RANK"],
-        world_size=env["WORLD_SIZE"],
-        store=_store,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if has_gpu else None,
-    )
+    with _must_connect_within(rendezvous_timeout_s, env["RANK"]):
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            rank=env["RANK"],
+            world_size=env["WORLD_SIZE"],
+            store=_store,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if has_gpu else None,  # NCCL connects here, not at the first use
+        )
     count_sharing_ranks()
     if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_cores() // num_sharing_ranks()))
     return device
+
+
+@contextmanager
+def _must_connect_within(seconds: float, rank: int) -> Iterator[None]:
+    """Ends the process if the block takes longer: a connect that hangs cannot be interrupted."""
+
+    def abort() -> None:
+        print(
+            f"error: rank {rank} on {socket.gethostname()} has not connected to the other ranks in "
+            f"{seconds:.0f} s: is NCCL_SOCKET_IFNAME, or GLOO_SOCKET_IFNAME, the network that all "
+            "hosts share? NCCL_DEBUG=INFO says more",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(TIMEOUT_EXIT_CODE)
+
+    timer = threading.Timer(seconds, abort)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def count_sharing_ranks() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 import uuid
 from collections import Counter
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from scale_smog.errors import RankError, UserError
 
 MAX_NAMED = 8
+MAX_WAIT_S = 5.0  # without a look at signals
 EXTRA_WAIT_S = 10.0  # of the other ranks, so that rank 0 says first who is missing
 
 
@@ -58,32 +60,43 @@ def _open_round(server: dist.Store, world_size: int, timeout_s: float) -> dist.S
     store.set("open", "")
     _round(server, number - 1).set("outcome", "given up")
     _arrive(store, 0, world_size)
-    try:
-        store.wait(["all"], timedelta(seconds=timeout_s))
-    except RuntimeError:
-        raise UserError(_missing(store, world_size, timeout_s)) from None
+    if not _has_come(store, "all", timeout_s):
+        raise UserError(_missing(store, world_size, timeout_s))
     store.set("outcome", "complete")
     return store
 
 
 def _join_round(server: dist.Store, rank: int, world_size: int, timeout_s: float) -> dist.Store:
     """Other ranks: come to the newest round that becomes complete."""
-    patience = timedelta(seconds=timeout_s + EXTRA_WAIT_S)
-    number = server.add("num_rounds", 0)
+    number = max(1, server.add("num_rounds", 0))
     while True:
         store = _round(server, number)
-        try:
-            if number == 0 or not _arrive(store, rank, world_size):
-                number += 1
-                _round(server, number).wait(["open"], patience)
-                continue
-            store.wait(["outcome"], patience)
-        except RuntimeError:
-            kind = RankError if rank == 1 else UserError  # rank 0 has said more, if it has come
-            raise kind(f"rank 0 did not complete the rendezvous in {timeout_s:.0f} s") from None
-        if store.get("outcome") == b"complete":
-            return store
+        _await(store, "open", rank, timeout_s)
+        if _arrive(store, rank, world_size):
+            _await(store, "outcome", rank, timeout_s)
+            if store.get("outcome") == b"complete":
+                return store
         number += 1
+
+
+def _await(store: dist.Store, key: str, rank: int, timeout_s: float) -> None:
+    if not _has_come(store, key, timeout_s + EXTRA_WAIT_S):
+        kind = RankError if rank == 1 else UserError  # rank 0 has said more, if it has come
+        raise kind(f"rank 0 did not complete the rendezvous in {timeout_s:.0f} s")
+
+
+def _has_come(store: dist.Store, key: str, timeout_s: float) -> bool:
+    """Waits for a key; now and then the interpreter may hear a signal."""
+    end = time.monotonic() + timeout_s
+    while (left_s := end - time.monotonic()) > 0:
+        try:
+            store.wait([key], timedelta(seconds=min(MAX_WAIT_S, left_s)))
+        except dist.DistNetworkError:  # rank 0 is gone
+            return False
+        except RuntimeError:
+            continue
+        return True
+    return False
 
 
 def _round(server: dist.Store, number: int) -> dist.Store:

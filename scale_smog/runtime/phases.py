@@ -22,6 +22,8 @@ class StopRequested(Exception):
 
 on_enter: list[Callable[[str], None]] = []
 on_check: list[Callable[[], None]] = []
+is_stop_requested = False  # by a signal to this rank
+_num_stop_requests: float | None = None
 _current = START
 
 
@@ -47,6 +49,19 @@ def during(phase: str) -> Iterator[None]:
         yield
     finally:
         enter(before)
+
+
+def note_stop_requests(num: float) -> None:
+    """A step has summed up the ranks' `is_stop_requested`: the next check needs no collective."""
+    global _num_stop_requests
+    _num_stop_requests = num
+
+
+def take_stop_requests() -> float | None:
+    """What the step before this check has noted; None: nothing."""
+    global _num_stop_requests
+    num, _num_stop_requests = _num_stop_requests, None
+    return num
 
 
 def check_for_stop() -> None:

@@ -23,13 +23,14 @@ SIGINT_GRACE_S = 5.0
 class Preemption:
     """Turns a signal to one rank into a stop of all, from its beginning to its end (`with`).
 
-    The ranks' flags are summed by an asynchronous all-reduce and read at the next check, so that
-    no step waits for the network.
+    After a step, which has summed up the ranks' requests with its own verdict, a check costs
+    nothing. Elsewhere an asynchronous all-reduce sums them, and is read at the next check.
     """
 
     def __enter__(self) -> Self:
         self.is_agreed = False
-        self._is_requested = False
+        phases.is_stop_requested = False
+        phases.take_stop_requests()  # of a run before this one
         self._interrupted_at: float | None = None
         self._sum = torch.zeros(1)
         self._work: dist.Work | None = None
@@ -45,7 +46,7 @@ class Preemption:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self._is_requested = True
+        phases.is_stop_requested = True
         if number == signal.SIGINT:
             first = self._interrupted_at = self._interrupted_at or time.monotonic()
             if time.monotonic() - first > SIGINT_GRACE_S:
@@ -60,12 +61,14 @@ class Preemption:
 
     def _agree(self) -> bool:
         if distributed.world_size() == 1:
-            return self._is_requested
+            return phases.is_stop_requested
+        if (num_requests := phases.take_stop_requests()) is not None:
+            return num_requests > 0
         if self._work is not None:
             self._work.wait()
         if self._sum.item():
             return True
-        self._sum = torch.tensor([float(self._is_requested)])
+        self._sum = torch.tensor([float(phases.is_stop_requested)])
         self._work = dist.all_reduce(self._sum, async_op=True)
         return False
 

@@ -15,7 +15,7 @@ from typing import Self, TextIO
 
 from scale_smog import distributed
 from scale_smog.errors import UserError
-from scale_smog.runtime import phases
+from scale_smog.runtime import flight_recorder, phases
 
 FOLDER = "logs"
 FAILURE_FILE = "first-failure.txt"
@@ -100,7 +100,11 @@ class RankLogs:
         assert self._folder is not None
         where = distributed.rank_and_host()
         self._say(f"{where} failed in phase '{phases.current()}':\n{trace}")
-        text = f"error: {where} was the first to fail, in phase '{phases.current()}':\n{trace}"
+        text = f"error: {where} was the first to fail, in phase '{phases.current()}'"
+        if newest := flight_recorder.history()[-1:]:
+            text += f", after it began {newest[0]}"
+        text += f":\n{trace}"
+        flight_recorder.dump(distributed.rank())
         try:  # to make a file that is not there is one act, on a shared file system too
             with open(self._folder / FAILURE_FILE, "x", encoding="utf-8") as file:
                 file.write(text)

@@ -20,16 +20,18 @@ import torch.distributed as dist
 
 from scale_smog import distributed
 from scale_smog.config import DeadlinesConfig
-from scale_smog.runtime import phases, rank_logs
+from scale_smog.distributed.process_group import TIMEOUT_EXIT_CODE
+from scale_smog.runtime import flight_recorder, phases, rank_logs
 
-EXIT_CODE = 3  # 1 is any exception, 2 a user's error
-HEARTBEAT_S = 0.5  # between two heartbeats
-MIN_HEARTBEAT_S = 0.1  # where phases change quickly: rank 0's host hears all ranks
-STALLED_S = 4 * HEARTBEAT_S  # a rank without a new heartbeat for so long is stalled
+HEARTBEAT_S = 0.5  # between two heartbeats, of a few ranks
+MAX_PER_S = 200  # heartbeats of all ranks together, which rank 0's host hears
+MIN_SHARE = 0.2  # of the time between two heartbeats, where phases change quickly
+STALLED = 4  # times between two heartbeats: a rank without a new one is stalled
 STORE_TIMEOUT_S = 3.0
 WARN_AFTER_S = 15.0  # without a heartbeat: long before the timeout of the phase
+SILENCE_S = 60.0  # after a warning
 NUM_MONITORS = 2  # ranks that watch all others; the second, should the first be lost
-MARGIN_S = 12.0  # to look, to abort and for the launcher, so that the job ends within the timeout
+MARGIN_S = 10.0  # to abort and for the launcher, so that the job ends within the timeout
 NO_HEARTBEAT = "no heartbeat from"
 ADVICE = "the same command goes on from the newest checkpoint, also with fewer hosts"
 ENDED = "ended"  # in place of a phase, when there is nothing to watch any more
@@ -66,8 +68,12 @@ class Watchdog:
         self._since = time.monotonic()
         self._host = socket.gethostname()
         self._is_over, self._has_news = threading.Event(), threading.Event()
+        self._heartbeat_s = max(HEARTBEAT_S, distributed.world_size() / MAX_PER_S)
+        self._stalled_s = STALLED * self._heartbeat_s
         self._previous: list[Heartbeat] = []  # of all ranks, as a monitor saw them last
-        self._next_look = self._since + WARN_AFTER_S
+        self._warn_after_s = max(WARN_AFTER_S, 2 * self._stalled_s)
+        self._next_look = self._since + self._warn_after_s
+        self._silent_until = 0.0
         self._warned: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -117,9 +123,9 @@ class Watchdog:
     def _send_heartbeats(self) -> None:
         is_over = False
         while not is_over:
-            self._has_news.wait(HEARTBEAT_S)
+            self._has_news.wait(self._heartbeat_s)
             self._has_news.clear()
-            time.sleep(MIN_HEARTBEAT_S)
+            time.sleep(MIN_SHARE * self._heartbeat_s)
             is_over = self._is_over.is_set()
             try:
                 self._send_heartbeat()
@@ -131,9 +137,12 @@ class Watchdog:
             with suppress(Exception):  # it is the timeouts that must not fail
                 self._warn_of_stalled()
             key, timeout_s = self._timeout()
-            if time.monotonic() - self._since < timeout_s - min(MARGIN_S, timeout_s / 2):
+            margin_s = MARGIN_S + self._stalled_s
+            if time.monotonic() - self._since < timeout_s - min(margin_s, timeout_s / 2):
                 continue
             watched = self._num_phases
+            if self._store is not None:  # all ranks come here at about the same time
+                flight_recorder.publish(self._store, distributed.rank())
             diagnosis, speaks = self._diagnose()
             if self._num_phases != watched or self._is_over.is_set():
                 continue  # it went on in time after all
@@ -142,35 +151,52 @@ class Watchdog:
     def _warn_of_stalled(self) -> None:
         """A monitor says it when a rank's heartbeat stops; it may come back."""
         is_monitor = self._store is not None and distributed.rank() < NUM_MONITORS
-        if not is_monitor or time.monotonic() < self._next_look:
+        now = time.monotonic()
+        if not is_monitor or now < self._next_look:
             return
-        self._next_look = time.monotonic() + WARN_AFTER_S
+        self._next_look = now + self._warn_after_s
+        stalled, alive, heartbeats = self._look()
+        self._warned &= stalled
+        news = stalled - self._warned
+        if not news or now < self._silent_until:
+            return
+        self._silent_until = now + SILENCE_S
+        self._warned |= news
+        if distributed.rank() in alive[:1]:
+            text = diagnose(heartbeats, sorted(news)) if heartbeats else self._rank_0_lost()
+            print(f"warning: {text}", file=rank_logs.console(), flush=True)
+
+    def _look(self) -> tuple[set[int], list[int], list[Heartbeat]]:
+        """Ranks without a new heartbeat since the last look, the others that run, and all of them.
+
+        No heartbeats where rank 0, who has the store, does not answer.
+        """
         previous, newest = self._previous, self._heartbeats()
-        if newest is None:  # rank 0 has the store
-            stalled, alive, diagnosis = [0], [1], self._rank_0_lost()
-        else:
-            self._previous = newest
-            running = [r for r in range(len(newest)) if newest[r].phase != ENDED]
-            stalled = [r for r in _stalled(previous, newest) if r in running]
-            alive = [r for r in running if r not in stalled]
-            diagnosis = diagnose(newest, [r for r in stalled if r not in self._warned])
-        news, self._warned = set(stalled) - self._warned, set(stalled)
-        if news and distributed.rank() in alive[:1]:
-            print(f"warning: {diagnosis}", file=rank_logs.console(), flush=True)
+        if newest is None:
+            return {0}, [1], []
+        self._previous = newest
+        running = [r for r in range(len(newest)) if newest[r].phase != ENDED]
+        stalled = set(_stalled(previous, newest)) & set(running)
+        return stalled, [r for r in running if r not in stalled], newest
 
     def _diagnose(self) -> tuple[str, bool]:
         """Who holds up the others, and whether this rank is the one to say it."""
         if self._store is None:
-            time.sleep(STALLED_S)
+            time.sleep(self._stalled_s)
             return f"{self._host} is still in phase '{self._phase}'", True
         previous = self._heartbeats()
-        time.sleep(STALLED_S)
+        time.sleep(self._stalled_s)
         newest = self._heartbeats()
         if previous is None or newest is None:
             return self._rank_0_lost(), os.environ.get("LOCAL_RANK", "0") == "0"
         stalled = _stalled(previous, newest)
         alive = [r for r in range(len(newest)) if r not in stalled]
-        return diagnose(newest, stalled), distributed.rank() in alive[:1]
+        speaks = distributed.rank() in alive[:1]
+        difference = ""
+        if speaks:
+            hosts = [heartbeat.host for heartbeat in newest]
+            difference = flight_recorder.compare_published(self._store, hosts)
+        return diagnose(newest, stalled) + difference, speaks
 
     def _rank_0_lost(self) -> str:
         master = os.environ.get("MASTER_ADDR", "its host")
@@ -203,8 +229,9 @@ class Watchdog:
             stack = "".join(traceback.format_stack(main))
             with suppress(Exception):  # with the launcher the console may be gone
                 print(f"error: {text}; {ADVICE}\n{stack}", file=rank_logs.console(), flush=True)
+        flight_recorder.dump(distributed.rank())
         time.sleep(2 * HEARTBEAT_S)  # on rank 0 the others may still be reading the store
-        os._exit(EXIT_CODE)
+        os._exit(TIMEOUT_EXIT_CODE)
 
 
 def diagnose(heartbeats: list[Heartbeat], stalled: list[int]) -> str:

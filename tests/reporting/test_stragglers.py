@@ -1,4 +1,4 @@
-"""A rank that is slow by its own work is named, once; one that waits for a core or others is not."""
+"""A rank that is slow by its own work is named, once; one that waits for a core is not."""
 
 import subprocess
 import sys

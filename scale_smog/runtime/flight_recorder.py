@@ -1,0 +1,143 @@
+"""torch's flight recorder: which collectives each rank has begun, and where the ranks differ.
+
+It keeps the newest ones in memory. When a run is given up they are written to the logs of the run;
+`torchfrtrace` reads such files of all ranks.
+"""
+
+import base64
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+
+BACKENDS = ("gloo", "nccl")
+NUM_KEPT = 2000  # collectives; a step of a deep net with BatchNorm over all ranks begins some 200
+NUM_COMPARED = 600
+MAX_NAMED = 8
+FILE_PREFIX = "flight-recorder-rank-"
+
+
+class Collective(NamedTuple):
+    """One that a rank has begun."""
+
+    group: str  # of processes
+    number: int  # of the group's collectives, the same on all its ranks
+    what: str  # such as "all_reduce [3000, 129]"
+
+    def __str__(self) -> str:
+        return f"{self.what} as collective {self.number} of process group {self.group}"
+
+
+History = list[Collective]
+
+
+def configure(folder: Path) -> None:
+    """Has dumps written into a folder; call it before the process group is made."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(NUM_KEPT))
+    os.environ.setdefault("TORCH_FR_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / FILE_PREFIX))
+
+
+def dump(rank: int) -> None:
+    """Writes this rank's file; a dump that fails must not keep a run from ending."""
+    for backend in BACKENDS:
+        with suppress(Exception):
+            c10d._dump_fr_trace_file(rank, backend=backend)
+
+
+def history() -> History:
+    """This rank's newest collectives, oldest first; sends and receives left out."""
+    found: History = []
+    for backend in BACKENDS:
+        with suppress(Exception):  # a build of torch without it
+            trace = json.loads(c10d._dump_fr_trace_json(True, False, backend))
+            entries = [entry for entry in trace.get("entries", []) if not entry["is_p2p"]]
+            found += [_collective(entry) for entry in entries[-NUM_COMPARED:]]
+    return found
+
+
+def _collective(entry: dict) -> Collective:
+    name = entry["profiling_name"].rpartition(":")[2]
+    sizes = ", ".join(str(size) for size in entry["input_sizes"])
+    return Collective(entry["process_group"][0], entry["collective_seq_id"], f"{name} {sizes}")
+
+
+def publish(store: dist.Store, rank: int) -> None:
+    """Puts this rank's history into a store, if it answers."""
+    packed = zlib.compress(json.dumps(history()).encode())
+    with suppress(RuntimeError):
+        store.set(_key(rank), base64.b85encode(packed).decode())
+
+
+def compare_published(store: dist.Store, hosts: Sequence[str]) -> str:
+    """Names the ranks whose published history differs from the others'.
+
+    Args:
+        store: with the histories.
+        hosts: of all ranks.
+
+    Returns:
+        Text to append to a sentence; "" where the histories are the same, or missing.
+    """
+    with suppress(RuntimeError):
+        keys = {rank: _key(rank) for rank in range(len(hosts))}
+        there = [rank for rank, key in keys.items() if store.check([key])]
+        values = store.multi_get([keys[rank] for rank in there])
+        histories = {rank: _unpack(value) for rank, value in zip(there, values, strict=True)}
+        if difference := first_difference(histories):
+            ranks, what = difference
+            names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:MAX_NAMED])
+            return f"; {names} {what}"
+    return ""
+
+
+def _unpack(packed: bytes) -> History:
+    fields = json.loads(zlib.decompress(base64.b85decode(packed)))
+    return [Collective(*values) for values in fields]
+
+
+def _key(rank: int) -> str:
+    return f"collectives-of-rank-{rank}"
+
+
+def first_difference(histories: Mapping[int, History]) -> tuple[list[int], str] | None:
+    """The ranks that began another collective than most of their group, or have yet to begin it.
+
+    Args:
+        histories: by rank; of some ranks or all.
+
+    Returns:
+        The ranks and what they did; None where they have done the same.
+    """
+    groups = dict.fromkeys(c.group for collectives in histories.values() for c in collectives)
+    for group in groups:  # the default one, of all ranks, comes first
+        begun = {
+            rank: {c.number: c for c in collectives if c.group == group}
+            for rank, collectives in histories.items()
+        }
+        begun = {rank: numbers for rank, numbers in begun.items() if numbers}
+        if found := _difference_in_group(begun):
+            return found
+    return None
+
+
+def _difference_in_group(
+    begun: Mapping[int, Mapping[int, Collective]],
+) -> tuple[list[int], str] | None:
+    first = max(min(numbers) for numbers in begun.values())  # that all still remember
+    last = max(max(numbers) for numbers in begun.values())
+    for number in range(first, last + 1):
+        there = {rank: numbers[number] for rank, numbers in begun.items() if number in numbers}
+        most, _ = Counter(there.values()).most_common(1)[0]
+        if others := [rank for rank, collective in there.items() if collective != most]:
+            return others, f"began {there[others[0]].what} where the others began {most}"
+        if late := [rank for rank in begun if rank not in there]:
+            return late, f"did not begin {most}, where the others are"
+    return None
