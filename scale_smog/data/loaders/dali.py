@@ -25,6 +25,7 @@ from scale_smog.data.augment import (
 )
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.held_outputs import held_until_read
 from scale_smog.data.loaders.prefetch import prefetch
 from scale_smog.data.pixels import empty_views, make_views
 from scale_smog.errors import UserError
@@ -67,7 +68,7 @@ class DaliLoader:
         labels = self._source.dataset.labels
         # The thread reads the files and samples the parameters that DALI asks for in `run`.
         run = partial(run_pipeline, self._pipeline)
-        batches = prefetch(run, self._steps, PREFETCH_BATCHES)
+        batches = held_until_read(prefetch(run, self._steps, PREFETCH_BATCHES), self._device)
         for step, outputs in zip(self._steps, batches, strict=True):
             views = [to_torch(output, self._device) for output in outputs]
             ids = self._source.ids(step)
@@ -102,7 +103,10 @@ def run_pipeline(pipeline: Any, step: int) -> Any:
 
 
 def to_torch(output: Any, device: torch.device) -> Tensor:
-    """[B, 3, px, px] over DALI's own HWC memory: channels_last without a copy."""
+    """[B, 3, px, px] over DALI's own HWC memory: channels_last without a copy.
+
+    DALI reuses the memory when the output is gone: see `held_until_read`.
+    """
     view = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
     return view.to(device, non_blocking=True)
 

@@ -38,6 +38,7 @@ from scale_smog.data.loaders.dali import (
     run_pipeline,
     to_torch,
 )
+from scale_smog.data.loaders.held_outputs import held_until_read
 from scale_smog.data.loaders.prefetch import prefetch
 from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.data.tars import LABEL_EXTENSION
@@ -81,7 +82,7 @@ class FastDaliLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         run = partial(run_pipeline, self._pipeline)
-        batches = prefetch(run, self._steps, PREFETCH_BATCHES)
+        batches = held_until_read(prefetch(run, self._steps, PREFETCH_BATCHES), self._device)
         for labels, *outputs in batches:
             views = [to_torch(output, self._device) for output in outputs]
             label = _to_numbers(labels).to(self._device, non_blocking=True)
