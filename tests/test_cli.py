@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -80,6 +81,29 @@ def test_a_dry_run_needs_no_dataset(tmp_path, monkeypatch, capsys) -> None:
     _, text = smog("pretrain", "cifar10_r18", "data.num_images=5000", "--dry-run", capsys=capsys)
     assert "num_groups: 200" in text and re.search(r"^images +5000 ", text, re.MULTILINE)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("start", "blocked_before"),
+    [
+        ("runpy.run_path('launcher/pretrain.py', run_name='__main__')", "scale_smog.cli.main"),
+        ("from scale_smog.cli.main import main; main(['pretrain', 'r50'])", "scale_smog.pretrain"),
+    ],
+)
+def test_stop_signals_wait_while_libraries_are_imported(start, blocked_before) -> None:
+    code = f"""
+import runpy, signal, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == {blocked_before!r}:
+            print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+            raise SystemExit
+sys.meta_path.insert(0, Watch())
+sys.argv = ["pretrain.py", "r50"]
+{start}
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.split() == [str(int(x)) for x in (signal.SIGUSR1, signal.SIGTERM)]
 
 
 def test_recipes_are_listed_and_printed(capsys) -> None:
