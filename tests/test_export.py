@@ -10,6 +10,7 @@ import torchvision
 import yaml
 from safetensors.torch import load_file, save_file
 from small_recipe import small_recipe
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from scale_smog.checkpoint import nets
 from scale_smog.errors import UserError
@@ -72,6 +73,10 @@ def test_timm_and_a_hugging_face_folder_give_the_same_features(tmp_path, fake_ru
     other = timm.create_model(f"local-dir:{done.folder}", pretrained=True)
     assert (outputs(other, px) - expected).abs().max() <= 1e-5
     assert json.loads((done.folder / "config.json").read_text())["num_features"] == net.num_features
+    expected_cfg = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0}
+    for key, value in expected_cfg.items():  # crop_pct is of the small recipe
+        assert other.pretrained_cfg[key] == pytest.approx(value)
+    assert other.pretrained_cfg["input_size"] == (3, 24, 24)
     card = (done.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm") and "local-dir:" in card
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from images import jpeg
+from PIL import Image
 
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
 from scale_smog.evaluation.program import PROGRAMS, evaluate
 from scale_smog.evaluation.supervised import linear
+from scale_smog.evaluation.task import weights_sha256
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = ["linear.epochs=4", "linear.batch=8", "linear.checkpoint_every=3"]
@@ -37,6 +39,29 @@ def test_a_result_holds_every_setting_and_the_hashes(run_dir, capsys):
     assert json.loads((run_dir / "results.json").read_text())["linear"] == figures
     out = capsys.readouterr().out
     assert "no comparison: the paper has no linear results of resnet_tiny" in out
+
+
+def test_the_learning_rate_is_chosen_on_held_out_images_and_never_on_test_images(tmp_path, run_dir):
+    # Dark and bright images, in the test set the other way round: what learns is wrong there.
+    for split, dark, bright in (("train", "a", "b"), ("test", "b", "a")):
+        for number in range(16):
+            for name, grey in ((dark, 40), (bright, 215)):
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                image = Image.new("RGB", (24, 24), (grey + number % 5,) * 3)
+                image.save(tmp_path / split / name / f"{number}.png")
+    own = [f"data.path={tmp_path}", "linear.held_out=0.25", "linear.learning_rates=[1e-60, 1.0]"]
+    evaluate("linear", [str(run_dir)], [*SHORT, *own])
+    figures = results(run_dir, "linear")["figures"]
+    assert figures["learning_rate"] == 1.0 and figures["top1"] < 0.2
+    assert figures["top1_at_1e-60"] == 0.5
+
+
+def test_other_weights_have_another_hash():
+    torch.manual_seed(0)
+    one, two = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert weights_sha256(one) != weights_sha256(two)
+    two.load_state_dict(one.state_dict())
+    assert weights_sha256(one) == weights_sha256(two)
 
 
 def test_a_folder_gives_what_its_tars_give(run_dir, image_folder):

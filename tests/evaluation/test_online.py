@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
+from ranks import run_on_ranks
 from torch import nn
 
+from scale_smog import distributed
 from scale_smog.evaluation.online import OnlineProbe
 
 
@@ -47,3 +49,35 @@ def test_accuracies_are_those_since_the_last_report():
     assert probe.accuracies()["online_linear"] < 1.0  # of the whole course
     probe.update(400, features, labels)
     assert probe.accuracies() == {"online_linear": 1.0, "online_knn": 1.0}
+
+
+def accuracies_of(scale: float) -> dict[str, float]:
+    torch.manual_seed(0)
+    labels = torch.arange(64) % 4
+    probe = OnlineProbe(8, 4, torch.device("cpu"))
+    for step in range(1, 61):
+        noise = torch.randn(64, 8)
+        probe.update(step, scale * (F.one_hot(labels, 8).float() + noise), labels)
+    return probe.accuracies()
+
+
+def test_the_size_of_the_features_does_not_matter():
+    assert accuracies_of(1000.0) == accuracies_of(1.0) == accuracies_of(0.1)
+
+
+def two_halves() -> list[float]:
+    """Every rank has one class only, so alone it would say that class of everything."""
+    rank = distributed.rank()
+    probe = OnlineProbe(8, 2, torch.device("cpu"))
+    labels = torch.full((64,), rank)
+    for step in range(1, 201):
+        probe.update(step, F.one_hot(labels, 8).float(), labels)
+    probe.accuracies()
+    probe.update(201, F.one_hot(labels, 8).float(), labels)
+    own = probe.accuracies()["online_linear"]
+    probe.update(202, F.one_hot(1 - labels, 8).float(), 1 - labels)
+    return [own, probe.accuracies()["online_linear"]]
+
+
+def test_ranks_learn_one_classifier_from_all_images():
+    assert run_on_ranks(2, two_halves) == [[1.0, 1.0]] * 2

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from bisect import bisect_right
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,13 +103,10 @@ def evaluate_detection(task: EvaluationTask) -> Results:
             losses: dict[str, Tensor] = wrapped(images, targets)
         return torch.stack([value.float() for value in losses.values()]).sum()
 
-    def lr_factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / (config.warmup + 1))
-        return warmup * STEP_FACTOR ** bisect_right(config.milestones, step)
-
     plan = EpochPlan(len(train_set.ids), config.batch, config.seed)
     batches = training_batches(plan, TrainingSamples(train_set), config.workers)
-    training = Training(net, optimizer, lr_factor, loss, config.steps, config.checkpoint_every)
+    schedule = partial(lr_factor, config)
+    training = Training(net, optimizer, schedule, loss, config.steps, config.checkpoint_every)
     train(task, "mask_rcnn", training, batches)
     setattr(net.transform, "min_size", (config.test_px,))  # noqa: B010  # for pyright a module
     found = _detect(task, net.eval(), val_set)
@@ -119,6 +117,12 @@ def evaluate_detection(task: EvaluationTask) -> Results:
         for kind, iou_type in (("box", "bbox"), ("mask", "segm"))
         for name, value in average_precision(val_set, found, iou_type).items()
     }
+
+
+def lr_factor(config: DetectionConfig, step: int) -> float:
+    """Linear warm-up from 1 / (warmup + 1), then a tenth at each milestone."""
+    warmup = min(1.0, (step + 1) / (config.warmup + 1))
+    return warmup * STEP_FACTOR ** bisect_right(config.milestones, step)
 
 
 def average_precision(

@@ -74,7 +74,7 @@ def evaluate_finetuned(
         with task.autocast():
             return net(images).float()[:, None]  # [B, 1, C]
 
-    optimizer, lr_factor = _optimizer(config, net), _lr_factor(config, num_steps)
+    optimizer, lr_factor = build_optimizer(config, net), lr_schedule(config, num_steps)
     training = Training(net, optimizer, lr_factor, loss, num_steps, config.checkpoint_every)
     train(task, name, training, batches)
     net.eval()
@@ -84,7 +84,8 @@ def evaluate_finetuned(
     return {"top1": top1, "top5": top5, "num_labels": len(ids)}
 
 
-def _optimizer(config: FinetuneConfig, net: Classifier) -> torch.optim.SGD:
+def build_optimizer(config: FinetuneConfig, net: Classifier) -> torch.optim.SGD:
+    """SGD with a learning rate for the backbone and one for the classifier."""
     scale = config.batch / LR_BATCH
     groups = [
         {"params": list(net.backbone.parameters()), "lr": config.trunk_rate * scale},
@@ -93,7 +94,8 @@ def _optimizer(config: FinetuneConfig, net: Classifier) -> torch.optim.SGD:
     return torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=config.nesterov)
 
 
-def _lr_factor(config: FinetuneConfig, num_steps: int) -> Callable[[int], float]:
+def lr_schedule(config: FinetuneConfig, num_steps: int) -> Callable[[int], float]:
+    """The factor on the learning rates at a step: a cosine, or a fall at each milestone."""
     if not config.milestones:
         return partial(cosine, num_steps=num_steps)
     steps = [epoch / config.epochs * num_steps for epoch in config.milestones]

@@ -100,6 +100,15 @@ def test_a_net_without_maps_is_refused_by_name():
         require_resnet(net, "segmentation")
 
 
+def test_learning_rates_follow_the_published_schedules():
+    config = load_protocols().detection  # 1x: tenths after 60,000 and 80,000 steps
+    steps = (0, 250, 500, 59_999, 60_000, 80_000)
+    factors = [detection.lr_factor(config, step) for step in steps]
+    assert factors == pytest.approx([1 / 501, 251 / 501, 1, 1, 0.1, 0.01])
+    factors = [segmentation.polynomial(step, 200) for step in (0, 100, 200)]
+    assert factors == pytest.approx([1, 0.5**0.9, 0])
+
+
 def test_fcn_learns_resumes_and_reports_what_its_predictions_give(
     tmp_path, run_dir, every_loss, monkeypatch
 ):

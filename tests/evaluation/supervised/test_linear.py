@@ -71,3 +71,9 @@ def test_correct_predictions_are_counted_for_each_classifier():
     logits = torch.tensor([[[9.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]]])  # [1, 2, 6]
     assert topk_correct(logits, torch.tensor([0])).tolist() == [[1, 1], [0, 0]]
     assert topk_correct(logits, torch.tensor([1])).tolist() == [[0, 0], [0, 1]]
+
+
+def test_a_learning_rate_is_for_256_images():
+    config = LinearConfig(learning_rates=(0.1, 3.0), batch=1024)
+    _, optimizer = build_heads(config, 8, 2, torch.device("cpu"))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 12.0]
