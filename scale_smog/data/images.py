@@ -132,7 +132,9 @@ def _reads_alike_everywhere(image: Image.Image, content: bytes) -> bool:
 
 def _has_readable_exif(image: Image.Image) -> bool:
     try:
-        image.getexif().get(ExifTags.Base.Orientation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # on damaged metadata Pillow raises nearly anything
         return False
     return True

@@ -12,6 +12,7 @@ import numpy as np
 UNLABELLED = -1
 MAX_CLASSES = 1_000_000  # a manifest names every class: more are ids of something else
 
+_WHOLE = re.compile(r"([+-]?)(\d+)(\.0*)?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
 
 
@@ -22,13 +23,15 @@ def label_of(number: str | int | float) -> int:
         ValueError: one line on what is wrong with it.
     """
     text = str(int(number) if isinstance(number, bool) else number).strip()
-    if not _NUMBER.fullmatch(text) or (value := Decimal(text)) % 1:
+    match = _WHOLE.fullmatch(text)
+    if not match:
         raise ValueError(f"its label is not a whole number: {text[:20]!r}")
-    if value < 0:
+    sign, digits = match[1], match[2].lstrip("0") or "0"
+    if sign == "-" and digits != "0":
         return UNLABELLED
-    if value >= MAX_CLASSES:
+    if len(digits) > len(str(MAX_CLASSES)) or int(digits) >= MAX_CLASSES:
         raise ValueError(f"its label {text[:20]} is beyond {MAX_CLASSES:,} classes")
-    return int(value)
+    return int(digits)
 
 
 def numbered_classes(num_classes: int) -> tuple[str, ...]:

@@ -134,6 +134,8 @@ def _manifest_bytes(folder: Path) -> bytes:
     try:
         return (folder / MANIFEST_NAME).read_bytes()
     except FileNotFoundError:
+        is_foreign = any(folder.glob("*.tar")) and not any(folder.glob(".sharding-*"))
+        tool = f"data_tools/index.py {folder}" if is_foreign else "data_tools/shard.py"
         raise UserError(
-            f"{folder} has no {MANIFEST_NAME}: unfinished or foreign; run data_tools/shard.py"
+            f"{folder} has no {MANIFEST_NAME}: unfinished or foreign; run {tool}"
         ) from None

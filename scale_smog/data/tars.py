@@ -143,17 +143,20 @@ def _members_by_key(
 
 
 def _headers(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """All headers of a file, also of tars that follow the first one's end."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        yield from tar
-        file.seek(tar.offset)
-    while _skip_zeros(file):
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                yield from tar
-                file.seek(tar.offset)
-        except tarfile.ReadError as error:
-            raise tarfile.ReadError(f"its end is followed by no whole tar: {error}") from None
+    """All headers of a file, also of tars that follow the first one's end.
+
+    Raises:
+        tarfile.ReadError: one is damaged, or the file ends too early.
+    """
+    while True:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            yield from tar
+            end = tar.offset
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes it for the end
+            raise tarfile.ReadError(f"no header at byte {end:,}, the rest is not read")
+        if not _skip_zeros(file):
+            return
 
 
 def _skip_zeros(file: IO[bytes]) -> bool:

@@ -54,6 +54,7 @@ def write_quarantine(
         )
     if len(bad) > max_bad * num_images or len(bad) == num_images:
         raise UserError(
-            f"{len(bad):,} of {num_images:,} images are bad, more than max_bad = {max_bad:g} "
-            f"allows; see {path}, mend the source or raise --max-bad"
+            f"{len(bad):,} of {num_images:,} images are bad, such as {bad[0].file} "
+            f"({bad[0].reason}), more than max_bad = {max_bad:g} allows; see {path}, mend the "
+            "source or raise --max-bad"
         )

@@ -180,7 +180,7 @@ def _class_label_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
         names = described["info"]["features"]["label"]["names"]
     except (ValueError, KeyError, TypeError):
         return ()
-    return tuple(str(name) for name in names or ())
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
 
 class _Spool:
