@@ -9,7 +9,7 @@ LINUX = "platform_system == 'Linux'"
 setup(
     name="scale_smog",
     version="0.1.0",
-    description="Large-scale group-contrastive pre-training (SMoG), from tar shards on",
+    description="Self-supervised pre-training of image backbones by SMoG (ECCV 2022), at any scale",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

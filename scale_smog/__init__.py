@@ -1,4 +1,4 @@
-"""scale_smog: large-scale group-contrastive pre-training, from tar shards to wide backbones."""
+"""scale_smog: self-supervised pre-training of image backbones by SMoG, from one machine to many."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -20,8 +20,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     recipes = shipped_recipes()
     width = max(map(len, recipes)) + 2
-    for name, path in recipes.items():
-        print(f"{name:<{width}}{_lines(path)[0].removeprefix('# ')}")
+    summaries = {name: _lines(path)[0].removeprefix("# ") for name, path in recipes.items()}
+    print("\n".join(f"{name:<{width}}{summary}" for name, summary in summaries.items()))
     return 0
 
 
