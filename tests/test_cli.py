@@ -73,6 +73,18 @@ def test_commands_offer_what_the_package_has() -> None:
     assert export.FORMATS == scale_smog.export.FORMATS
 
 
+def test_a_dry_run_imports_only_what_it_needs(tmp_path) -> None:
+    code = (
+        "import sys\nfrom scale_smog.cli.main import main\n"
+        "try: main(['pretrain', 'r50', '--dry-run'])\nexcept SystemExit: pass\n"
+        "print('imported', *{x.partition('.')[0] for x in sys.modules})"
+    )
+    run_in = {"cwd": tmp_path, "capture_output": True, "text": True, "check": True}
+    *_, last = subprocess.run([sys.executable, "-c", code], **run_in).stdout.splitlines()
+    unused = {"torchvision", "deepspeed", "matplotlib", "tensorboard", "nvidia", "timm", "PIL"}
+    assert "torch" in last.split() and not unused & set(last.split())
+
+
 def test_a_dry_run_needs_no_dataset(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     status, text = smog("pretrain", "r50", "--dry-run", capsys=capsys)
