@@ -32,7 +32,7 @@ class DdpEngine(Engine):
             return self.online, self.momentum
         if self.device.type == "cpu":
             for net in (self.online, self.momentum):
-                _lay_out_as_gradients(net)
+                match_gradient_strides(net)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # Batch norm keeps its own buffers equal, where its scope is global.
         keep_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
@@ -60,7 +60,7 @@ class DdpEngine(Engine):
         self._update()
 
 
-def _lay_out_as_gradients(net: nn.Module) -> None:
+def match_gradient_strides(net: nn.Module) -> None:
     """Gives the weights of 1x1 convolutions the strides that their gradients have on a CPU.
 
     The bytes stay where they are: DDP takes its buckets' strides from the weights, and would copy.

@@ -1,20 +1,19 @@
 """What is DDP's own."""
 
-import warnings
-from pathlib import Path
+import pytest
+import torch
+from torch import nn
 
-import engine_runs as runs
-from ranks import run_on_ranks
-
-
-def warnings_of_a_step(folder: Path) -> list[str]:
-    recipe = runs.recipe_of(folder, kind="ddp")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        runs.run(recipe, runs.build_state(recipe), num_steps=1)
-    return [str(warning.message) for warning in caught]
+from scale_smog.engine.ddp import match_gradient_strides
 
 
-def test_gradients_of_1x1_convolutions_are_laid_out_as_the_buckets(tmp_path):
-    for said in run_on_ranks(2, warnings_of_a_step, tmp_path):
-        assert not [text for text in said if "strides" in text]
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_have_the_strides_of_their_gradients(size):
+    """Else DDP, whose buckets have the weights' strides, copies every gradient and warns."""
+    net = nn.Conv2d(12, 8, size, bias=False)
+    before = net.weight.detach().clone()
+    match_gradient_strides(net)
+    images = torch.randn(2, 12, 5, 5).contiguous(memory_format=torch.channels_last)
+    net(images).square().sum().backward()
+    assert net.weight.grad is not None
+    assert net.weight.grad.stride() == net.weight.stride() and torch.equal(net.weight, before)
