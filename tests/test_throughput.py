@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,3 +125,22 @@ def test_two_ranks_report_the_communication_that_they_waited_for(tmp_path):
         assert sum(facts["parts"].values()) == pytest.approx(facts["step_s"], rel=0.03)
     links = first["measured_links"]
     assert links["gpus_per_node"] == 2 and links["node"]["gb_per_s"][1] > 0.01
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names} or name.startswith("nvidia.dali"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import scale_smog.data.prepare.shard, scale_smog.throughput
+"""
+
+
+def test_a_step_needs_no_library_of_one_loader_one_engine_or_pictures():
+    names = ("webdataset", "braceexpand", "psutil", "deepspeed", "matplotlib")
+    program = WITHOUT.format(names=names)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

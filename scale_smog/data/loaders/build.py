@@ -5,7 +5,6 @@ from importlib import import_module
 from types import ModuleType
 
 import numpy as np
-import psutil
 import torch
 
 from scale_smog import distributed
@@ -15,7 +14,6 @@ from scale_smog.data.batch import Batch
 from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.memory import MemoryLoader
-from scale_smog.data.loaders.stream import StreamLoader, shard_urls
 from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.data.plan import EpochPlan, SequentialPlan
@@ -80,6 +78,8 @@ def build_evaluation_loader(
 
 def workers_of_rank(wanted: int) -> int:
     """Decoding processes that a rank may start: its share of the machine's cores and memory."""
+    import psutil  # comes with deepspeed, which not every machine has
+
     num_ranks = distributed.num_sharing_ranks()
     memory = psutil.virtual_memory().available // num_ranks // WORKER_BYTES
     return min(wanted, distributed.num_cores() // num_ranks, memory)
@@ -101,23 +101,24 @@ def require_loader(data: DataConfig, device: torch.device) -> None:
     if data.loader in ("dali", "fast"):
         _import_dali(data.loader)
     if data.loader == "stream":
-        shard_urls(data.stream, data.allow_pipe)
+        _import_stream().shard_urls(data.stream, data.allow_pipe)
 
 
 def _build(
     data: DataConfig, source: BatchSource, steps: range, device: torch.device
 ) -> Iterable[Batch]:
     require_loader(data, device)
+    if data.loader == "synthetic":
+        return SyntheticLoader(source.views, source.batch_size, len(steps), device)
+    if data.loader == "memory":
+        return MemoryLoader(source, steps, device)
     on_gpu = device.type == "cuda" and data.device != "cpu"
     processes = workers_of_rank(data.workers)
     threads = max(1, processes)
-    if data.loader == "synthetic":
-        return SyntheticLoader(source.views, source.batch_size, len(steps), device)
     if data.loader == "stream":
-        urls = shard_urls(data.stream, data.allow_pipe)
-        return StreamLoader(urls, source, steps, threads, device)
-    if data.loader == "memory":
-        return MemoryLoader(source, steps, device)
+        stream = _import_stream()
+        urls = stream.shard_urls(data.stream, data.allow_pipe)
+        return stream.StreamLoader(urls, source, steps, threads, device)
     if data.loader == "fast":
         fast = import_module("scale_smog.data.loaders.dali_fast")
         return fast.FastDaliLoader(source, steps, threads, device, on_gpu)
@@ -127,6 +128,15 @@ def _build(
             return dali.DaliLoader(source, steps, threads, device, on_gpu)
         return dali.DaliCpuLoader(source, steps, threads, device)
     return TorchLoader(source, steps, processes, device)
+
+
+def _import_stream() -> ModuleType:
+    try:
+        return import_module("scale_smog.data.loaders.stream")
+    except ImportError as error:
+        raise UserError(
+            f"data.loader=stream needs webdataset ({error}): install it, or take data.loader=dali"
+        ) from None
 
 
 def _import_dali(loader: str) -> ModuleType:

@@ -3,8 +3,6 @@
 from glob import glob
 from pathlib import Path
 
-from braceexpand import braceexpand
-
 from scale_smog.data.image_folder import holds_images
 from scale_smog.data.prepare.sources.csv_list import csv_source
 from scale_smog.data.prepare.sources.folder import folder_source
@@ -47,6 +45,8 @@ def open_source(source: str | Path) -> Source:
 def _matching_files(pattern: str) -> list[Path]:
     if Path(pattern).exists():
         return [Path(pattern)]
+    from braceexpand import braceexpand  # comes with webdataset, which not every machine has
+
     try:
         patterns = list(braceexpand(pattern))
     except ValueError:  # braces that are no pattern
