@@ -119,6 +119,9 @@ def animals(tmp_path) -> FolderDataset:
     (tmp_path / "train" / "zebra" / "n01_7.JPEG").write_bytes(jpeg(20, 20, 2))
     (tmp_path / "train" / "zebra" / "deep").mkdir()
     (tmp_path / "train" / "zebra" / "deep" / "n02_7.JPEG").write_bytes(jpeg(20, 20, 2))
+    (tmp_path / "train" / "deep").mkdir()
+    for folder in ("deep", "zebra/deep"):
+        (tmp_path / "train" / folder / "both.jpg").write_bytes(jpeg(20, 20, 2))
     return FolderDataset(tmp_path, "train")
 
 
@@ -137,6 +140,7 @@ def listed(dataset: FolderDataset, folder: Path, text: str | bytes) -> list[str]
         ("/data/set/train/zebra/image_0001.jpg\n", ["zebra/image_0001.jpg"]),
         ("n01_7.JPEG\n", ["zebra/n01_7.JPEG"]),  # SimCLR's
         ("n02_7.JPEG\ndeep/n02_7.JPEG\n", ["zebra/deep/n02_7.JPEG"]),
+        ("deep/both.jpg\n", ["deep/both.jpg"]),  # the whole name of one, an end of another
         ("a b.jpg\n", ["zebra/a b.jpg"]),  # blanks
         ("zebra/a b.jpg\r\n\r\nn01_7.JPEG\r\n", ["zebra/a b.jpg", "zebra/n01_7.JPEG"]),
         ("\ufeffn01_7.JPEG", ["zebra/n01_7.JPEG"]),  # a byte-order mark, no last line end

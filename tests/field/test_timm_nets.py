@@ -102,6 +102,11 @@ def test_dropout_of_every_kind_is_turned_off(monkeypatch):
     require_images_fit(ModelConfig(backbone="vit_tiny_patch16_224"), {"data.large_px": 64}, batch=2)
 
 
+def test_position_embeddings_without_noise_in_training():
+    model = ModelConfig(backbone="vit_base_patch16_sapiens2")
+    require_images_fit(model, {"data.large_px": 64}, batch=2)
+
+
 def test_a_run_with_multi_crop_and_a_vit_ends(tmp_path, tars):
     overrides = ["model.backbone=vit_tiny_patch16_224", "data.num_small_crops=1", "run.steps=2"]
     sizes = ["data.large_px=64", "data.small_px=32", "evaluation.image_px=64", "optimizer.name=sgd"]
