@@ -2,17 +2,17 @@
 
 import os
 import socket
-import time
+import threading
 import uuid
 from collections import Counter
 from datetime import timedelta
+from queue import SimpleQueue
 
 import torch.distributed as dist
 
 from scale_smog.errors import RankError, UserError
 
 MAX_NAMED = 8
-MAX_WAIT_S = 5.0  # without a look at signals
 EXTRA_WAIT_S = 10.0  # of the other ranks, so that rank 0 says first who is missing
 
 
@@ -86,17 +86,19 @@ def _await(store: dist.Store, key: str, rank: int, timeout_s: float) -> None:
 
 
 def _has_come(store: dist.Store, key: str, timeout_s: float) -> bool:
-    """Waits for a key; now and then the interpreter may hear a signal."""
-    end = time.monotonic() + timeout_s
-    while (left_s := end - time.monotonic()) > 0:
+    """Waits for a key, on a thread: the main one goes on to hear signals."""
+    answers: SimpleQueue[bool] = SimpleQueue()
+
+    def wait() -> None:
         try:
-            store.wait([key], timedelta(seconds=min(MAX_WAIT_S, left_s)))
-        except dist.DistNetworkError:  # rank 0 is gone
-            return False
-        except RuntimeError:
-            continue
-        return True
-    return False
+            store.wait([key], timedelta(seconds=timeout_s))
+        except RuntimeError:  # time is over, or rank 0 is gone
+            answers.put(False)
+        else:
+            answers.put(True)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return answers.get()
 
 
 def _round(server: dist.Store, number: int) -> dist.Store:

@@ -191,6 +191,8 @@ class Watchdog:
             return self._rank_0_lost(), os.environ.get("LOCAL_RANK", "0") == "0"
         stalled = _stalled(previous, newest)
         alive = [r for r in range(len(newest)) if r not in stalled]
+        # Who has ended by itself, for lack of another, has said so.
+        stalled = [r for r in stalled if newest[r].phase != ENDED] or stalled
         speaks = distributed.rank() in alive[:1]
         difference = ""
         if speaks:

@@ -132,9 +132,10 @@ class ForkedRanks:
         return self.folder / f"console-{rank:05d}.log"
 
     def said(self) -> str:
-        """All consoles, rank by rank."""
+        """All consoles, rank by rank, without what torch's C++ logs."""
         logs = sorted(self.folder.glob("console-*.log"))
-        return "".join(log.read_text(errors="replace") for log in logs)
+        lines = "".join(log.read_text(errors="replace") for log in logs).splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith("[W"))
 
     def poll(self) -> bool:
         """Whether ranks still run; notes who has ended.

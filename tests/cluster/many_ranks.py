@@ -16,6 +16,7 @@ version, dataset: a rank has another version of a package, or another dataset; i
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -167,6 +168,8 @@ def kill(campaign: Campaign) -> bool:
     """A killed rank is named, and the same command goes on to the end."""
     codes, said, seconds = strike(campaign, signal.SIGKILL)
     is_named = "no heartbeat from THE VICTIM" in said
+    if not is_named:
+        print(said[-6000:])
     campaign.facts.append(f"named {is_named} {seconds:.0f} s later")
     return is_named and all(codes) and campaign.train() and campaign.is_complete()
 
@@ -196,7 +199,7 @@ def elastic(campaign: Campaign) -> bool:
     for number, count in enumerate(counts, start=1):
         steps = STEPS * number // len(counts)
         per_node = campaign.per_node
-        campaign.per_node = min(per_node, count)
+        campaign.per_node = math.gcd(per_node, count)
         is_good = campaign.train(
             f"run.steps={steps}", "evaluation.num_train_images=16", ranks=count
         )
@@ -208,32 +211,37 @@ def elastic(campaign: Campaign) -> bool:
 
 
 def evaluate(campaign: Campaign) -> bool:
-    """kNN, the linear classifier and the groups on all ranks."""
-    if not campaign.train():
-        return False
+    """kNN, the linear classifier and the groups as programs on all ranks."""
+    overrides = {"linear": ["linear.epochs=1", f"linear.batch={campaign.ranks}"]}
 
-    def work(rank: int) -> None:
-        del rank
-        from scale_smog import distributed
-        from scale_smog.errors import exits_on_user_error
-        from scale_smog.evaluation import program
+    def program(name: str) -> Callable[[int], object]:
+        def work(rank: int) -> None:
+            del rank
+            from scale_smog import distributed
+            from scale_smog.errors import exits_on_user_error
+            from scale_smog.evaluation.groups.program import evaluate_groups
+            from scale_smog.evaluation.program import evaluate
 
-        run_dir = [str(campaign.run_dir)]
-        with exits_on_user_error():
-            program.evaluate("knn", run_dir, [])
-            program.evaluate(
-                "linear", run_dir, ["linear.epochs=1", f"linear.batch={campaign.ranks}"]
-            )
-            program.evaluate("groups", run_dir, [])
-        distributed.end_process()
+            run_dir = [str(campaign.run_dir)]
+            with exits_on_user_error():
+                if name == "groups":
+                    evaluate_groups(run_dir, [])
+                else:
+                    evaluate(name, run_dir, overrides.get(name, []))
+            distributed.end_process()
 
-    job = campaign.job(work)
-    codes = campaign.finish(job)
+        return work
+
+    is_good = campaign.train()
+    for name in ("knn", "linear", "groups"):
+        job = campaign.job(program(name))
+        codes = campaign.finish(job)
+        if any(codes):
+            print(f"{name}: exit codes {codes}\n{job.said()[-6000:]}", flush=True)
+            is_good = False
     results = json.loads((campaign.run_dir / "results.json").read_text())
     campaign.facts.append(f"results of {', '.join(sorted(results))}")
-    if any(codes):
-        print(job.said()[-4000:])
-    return not any(codes) and {"knn", "linear", "groups"} <= results.keys()
+    return is_good and {"knn", "linear", "groups"} <= results.keys()
 
 
 def late(campaign: Campaign) -> bool:
@@ -323,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=64)
     parser.add_argument("--per-node", type=int, default=8)
     parser.add_argument("--engine", default="hsdp", help="or several, with commas; all")
-    parser.add_argument("--batch", type=int, default=0, help="of all ranks; default: 4 a rank")
+    parser.add_argument("--batch", type=int, default=0, help="of all ranks; default: 6 a rank")
     parser.add_argument("--scenario", default="train", help="or several, with commas; all")
     given = parser.parse_args(arguments)
     preload()
@@ -331,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engines = given.engine.split(",")
     if given.engine == "all":
         engines = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
-    batch = given.batch or 4 * given.ranks
+    batch = given.batch or 6 * given.ranks  # three quarters of the ranks divide it too
     good = []
     for engine in engines:
         for name in scenarios:
