@@ -13,6 +13,7 @@ from dense_sets import write_voc
 from ranks import run_on_ranks
 
 from scale_smog import distributed
+from scale_smog.checkpoint.nets import find_checkpoint, read_part
 from scale_smog.evaluation.program import PROGRAMS
 
 FINETUNE = ["finetune.share=0.5", "finetune.epochs=2", "finetune.batch=8"]
@@ -66,6 +67,9 @@ def test_a_fine_tuned_net_is_the_same_but_for_rounding(run_dir, tmp_path):
     ]
     for name, value in nets[0].items():
         torch.testing.assert_close(nets[1][name], value, atol=1e-3, rtol=1e-3)
+    # The batch norms are trained too: their statistics are no longer those of the pre-training.
+    before = read_part(find_checkpoint(run_dir)[0], "online")["backbone.bn1.running_mean"]
+    assert not torch.allclose(nets[0]["backbone.bn1.running_mean"], before, rtol=1e-3)
     assert figures(two, "finetune")["top5"] == figures(one, "finetune")["top5"] == 1.0
 
 

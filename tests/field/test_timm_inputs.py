@@ -12,7 +12,7 @@ from timm_sweep import try_name
 from scale_smog.config import ModelConfig
 from scale_smog.errors import UserError
 from scale_smog.models import build_backbone
-from scale_smog.models.check import require_images_fit
+from scale_smog.models.check import batch_norm_images, require_images_fit
 from scale_smog.models.weights import load_weights, without_classifier
 from scale_smog.pretrain import pretrain
 
@@ -135,6 +135,13 @@ def test_a_batch_of_one_image_under_batch_norm_is_one_line(tmp_path, tars, overr
     with pytest.raises(UserError, match="batch norm sees 1 image at a time and needs two"):
         pretrain(recipe)
     assert not Path(recipe.run.dir).exists()
+
+
+@pytest.mark.parametrize(("scope", "images"), [("global", 16), ("node", 8), (2, 4), ("local", 2)])
+def test_batch_norm_sees_the_images_of_the_ranks_that_share_it(scope, images):
+    model = ModelConfig(batch_norm=scope)
+    assert batch_norm_images(model, batch=2, world_size=8, ranks_per_node=4) == images
+    assert batch_norm_images(model, batch=2, world_size=1, ranks_per_node=4) <= images
 
 
 @pytest.mark.parametrize("name", ["resnet26", "convnext_atto", "repvit_m0_9"])
