@@ -21,7 +21,7 @@ def main() -> int:
     if set(sys.argv[1:]) <= {"-h", "--help"}:
         print(__doc__)
         return 0
-    _refuse_missing_hostfile(sys.argv[1:])
+    _check_hosts(sys.argv[1:])
     interpreter = Path(sys.executable)
     own = interpreter.with_name(f"python-{uuid.uuid4().hex[:8]}")
     try:
@@ -34,13 +34,27 @@ def main() -> int:
         own.unlink(missing_ok=True)
 
 
-def _refuse_missing_hostfile(arguments: list[str]) -> None:
-    """deepspeed only warns of it, and trains on this machine alone."""
+def _check_hosts(arguments: list[str]) -> None:
+    """Of a missing hostfile deepspeed only warns, and trains on this machine alone."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-H", "--hostfile")
-    hostfile = parser.parse_known_args(arguments)[0].hostfile
-    if hostfile and not Path(hostfile).is_file():
-        raise UserError(f"no hostfile {hostfile}: a line a host, such as 'node1 slots=8'")
+    parser.add_argument("-i", "--include", default="")
+    parser.add_argument("-e", "--exclude", default="")
+    given = parser.parse_known_args(arguments)[0]
+    if given.include and given.exclude:
+        raise UserError("--include and --exclude do not go together")
+    if not given.hostfile:
+        return
+    if not Path(given.hostfile).is_file():
+        raise UserError(f"no hostfile {given.hostfile}: a line a host, such as 'node1 slots=8'")
+    lines = [
+        line.partition("#")[0].split() for line in Path(given.hostfile).read_text().splitlines()
+    ]
+    hosts = [words[0] for words in lines if words]
+    for part in filter(None, (given.include or given.exclude).split("@")):
+        name = part.partition(":")[0].strip()
+        if name not in hosts:
+            raise UserError(f"no host '{name}' in {given.hostfile}: it has {', '.join(hosts)}")
 
 
 def _run(command: list[str]) -> int:

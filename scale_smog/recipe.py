@@ -142,6 +142,10 @@ def apply_override(tree: dict[str, dict[str, Any]], override: str, model: type[B
     Raises:
         UserError: it has another form.
     """
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"override {override!r} is not UTF-8 text") from None
     key, equals, value = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):

@@ -38,7 +38,10 @@ LENGTHS = ("run.steps", "run.epochs")
 def kept_recipe(run_dir: str) -> Recipe | None:
     """What the run of this folder is trained by; None if there is no run yet."""
     path = Path(run_dir) / RECIPE_FILE
-    return load_recipe(path) if path.exists() else None
+    try:
+        return load_recipe(path) if path.exists() else None
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"cannot read run.dir={run_dir}: {error.strerror}") from None
 
 
 def claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
@@ -77,6 +80,8 @@ def _claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
                 "give another run.dir"
             )
         changes = _allowed_changes(load_recipe(folder / RECIPE_FILE), recipe)
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir={folder} is a file: give another run.dir")
     elif folder.exists() and any(path.name not in KNOWN_FILES for path in folder.iterdir()):
         raise UserError(f"{folder} exists and is not a run's folder: give another run.dir")
     try:

@@ -37,6 +37,8 @@ class RankLogs:
         self._folder: Path | None = None
 
     def __enter__(self) -> Self:
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # None where a service has closed it
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         return self
 
     def open(self, run_dir: Path) -> None:

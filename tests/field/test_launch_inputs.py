@@ -1,11 +1,21 @@
 """Recipes, command lines and environments as users have them: each kind, and what comes of it."""
 
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from small_recipe import write_small_recipe
 
 from scale_smog import UserError, load_recipe
 from scale_smog.evaluation.protocols import load_protocols
+from scale_smog.reporting import run_folder
+
+ROOT = Path(__file__).parent.parent.parent
 
 MINIMAL = "run: {steps: 10}\ndata: {path: somewhere}\n"
 
@@ -95,3 +105,63 @@ def test_a_mapping_within_a_mapping_is_given_whole(tmp_path):
     path = tmp_path / "mapping.yaml"
     path.write_text(MINIMAL)
     assert load_recipe(path, [whole, "engine.kind=zero1"]).engine.deepspeed
+
+
+def test_an_override_that_is_no_text_is_refused(tmp_path):
+    assert "is not UTF-8 text" in refusal(tmp_path, MINIMAL, "run.dir=runs/\udcff")
+
+
+def test_a_run_folder_that_is_a_file_or_has_an_impossible_name_is_refused(tmp_path, recipe):
+    (tmp_path / "file").touch()
+    for name in ("file", "file/run", "a" * 300):
+        with pytest.raises(UserError, match=r"run\.dir="):
+            run_folder.kept_recipe(str(tmp_path / name))
+            run_folder.claim(load_recipe(recipe, [f"run.dir={tmp_path / name}"]), "")
+
+
+def test_shared_memory_that_is_too_small_is_said_before_the_workers_start(tars, monkeypatch):
+    from scale_smog.data import TarDataset
+    from scale_smog.data.augment import CentreView
+    from scale_smog.data.loaders.batch_source import BatchSource
+    from scale_smog.data.loaders.torch import TorchLoader
+    from scale_smog.data.plan import EpochPlan
+
+    few = shutil.disk_usage("/dev/shm")._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: few)
+    dataset, cpu = TarDataset(str(tars), "train"), torch.device("cpu")
+    source = BatchSource(dataset, EpochPlan(40, 8), [CentreView(224, 1.0)], 0, 0, 1)
+    with pytest.raises(UserError, match=r"/dev/shm has 1 MiB for a rank, and 2 workers need 28"):
+        TorchLoader(source, range(5), 2, cpu)
+    TorchLoader(source, range(5), 0, cpu)
+
+
+def run_program(*arguments: str, **options: Any) -> tuple[int, str]:
+    """Exit status and the last line of what a program of the launcher says."""
+    command = [sys.executable, *map(str, arguments)]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
+    return ended.returncode, (ended.stderr.splitlines() or [""])[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--hostfile", "nowhere"), "error: no hostfile nowhere"),
+        (("--hostfile", "{hosts}", "--include", "nosuch"), "error: no host 'nosuch' in "),
+        (("--hostfile", "{hosts}", "--exclude", "a@nosuch:1"), "error: no host 'nosuch' in "),
+        (("--include", "a", "--exclude", "b"), "error: --include and --exclude do not go together"),
+    ],
+)
+def test_hosts_that_are_not_there_are_named_before_a_launcher_starts(tmp_path, options, words):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# two of them\na slots=2\nb slots=2\n")
+    given = [option.format(hosts=hosts) for option in options]
+    status, said = run_program("launcher/on_hosts.py", *given, "launcher/pretrain.py", "x.yaml")
+    assert status == 2 and said.startswith(words)
+
+
+def test_a_closed_console_ends_no_run(tmp_path, tars):
+    path = write_small_recipe(tmp_path, tars)
+    command = [sys.executable, "launcher/pretrain.py", path, "run.steps=2", "data.loader=synthetic"]
+    quoted = " ".join(shlex.quote(str(word)) for word in command)
+    ended = subprocess.run(["sh", "-c", f"umask 077; exec {quoted} >&- 2>&- <&-"], cwd=ROOT)
+    assert ended.returncode == 0 and (tmp_path / "run" / "results.json").exists()

@@ -1,6 +1,8 @@
 """The torchvision loader: same plan, same views as DALI's, on the CPU with worker processes."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,10 +10,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 
+from scale_smog import distributed
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.pixels import empty_views, make_views, one_thread
+from scale_smog.errors import UserError
 from scale_smog.runtime.preemption import stop_signals_blocked
+
+SHARED_MEMORY = Path("/dev/shm")
+BATCHES_AHEAD = 3  # of a worker: two that wait, and the one on its way
+MIB = 2**20
 
 
 class TorchLoader:
@@ -22,10 +30,14 @@ class TorchLoader:
         steps: of the plan.
         workers: processes; each makes whole batches.
         device: where the batches go.
+
+    Raises:
+        UserError: the workers' batches do not fit into /dev/shm.
     """
 
     def __init__(self, source: BatchSource, steps: range, workers: int, device: torch.device):
         on_gpu = device.type == "cuda"
+        _require_shared_memory(source, min(workers, len(steps)))
         self._source = source
         self._device = device
         self._batches = DataLoader(
@@ -49,6 +61,21 @@ class TorchLoader:
     def _to_device(self, view: Tensor) -> Tensor:
         view = view.to(self._device, non_blocking=True)
         return view.contiguous(memory_format=torch.channels_last)
+
+
+def _require_shared_memory(source: BatchSource, workers: int) -> None:
+    """Batches come through /dev/shm; a worker that finds it full leaves the others waiting."""
+    values = sum(3 * view.px**2 for view in source.views)
+    needed = 4 * values * source.batch_size * BATCHES_AHEAD * workers
+    if workers == 0 or not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free // distributed.num_sharing_ranks()
+    if free < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} has {free / MIB:.0f} MiB for a rank, and {workers} workers need "
+            f"{needed / MIB:.0f} for their batches: start the container with more (docker run "
+            "--shm-size=16g or --ipc=host), or take fewer data.workers, or 0"
+        )
 
 
 class _PlannedBatches(Dataset):
