@@ -1,19 +1,24 @@
 """Every claim on one GPU in one command of at most nine minutes.
 
-    python benchmarks/gpu_suite.py [--quick] [--minutes 9] [--out FILE]
+    python benchmarks/gpu_suite.py [--parts 1 2 kmeans ...] [--quick] [--minutes 9] [--out FILE]
 
-Each claim stands beside its peer, measured in turns in the same run. What this machine lacks (DALI,
-lightly, faiss, time) is reported as not measured. `--quick` runs every part of it on small nets, on
-a CPU too, to see that it runs.
+Parts come in stages: 1 is the GPU's path right, 2 how fast a step is, 3 loading and k-means, 4 what
+compilation and graphs give. A claim is written to FILE, a line of JSON, as soon as it is known;
+each part has a time limit, and what this machine lacks (DALI, deepspeed, lightly, faiss, time) is
+written as not measured. Each claim stands beside its peer, measured in turns in the same run.
+`--quick` runs every part of it on small nets, on a CPU too, to see that it runs.
 """
 
 import argparse
 import gc
 import json
+import os
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +31,6 @@ from step import STEPS_A_TURN, Bare, Ours, one_rank, step_recipe, turn
 
 from scale_smog import distributed
 from scale_smog.config import Recipe
-from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.grouping import spherical_kmeans
 from scale_smog.loop import train_step
 from scale_smog.models import build_backbone
@@ -40,6 +44,7 @@ from scale_smog.throughput import FIXED_VALUES, build_batches, timed_methods
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 CLUSTERED, GROUPS, ITERATIONS, RESET_EVERY, CLUSTER_GPUS = 1_228_800, 3000, 10, 300, 64
 PHOTO_SIZE, NUM_PHOTOS = (500, 375), 2048
+NUM_EXACT_STEPS = 8
 
 
 class Claim(NamedTuple):
@@ -73,6 +78,68 @@ class Suite:
         num = self.batch * STEPS_A_TURN[DEVICE.type]
         return {name: num / s for name, s in seconds.items()}
 
+    def waiting(self) -> Iterator[Claim]:
+        """How often the host waits for the GPU at a step."""
+        ours = Ours(self.recipe(), DEVICE)
+        for _ in range(2):
+            ours.step()
+        if DEVICE.type != "cuda":
+            raise RuntimeError("there is no GPU to wait for")
+        import warnings
+
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        num = sum("synchroniz" in str(x.message) for x in said)
+        yield _limit("waits of the host at a step, against 1", num, 1)
+
+    def batch_norm(self) -> Iterator[Claim]:
+        """The synchronised batch norm's own forward pass on a GPU, against torch's batch norm."""
+        import torch.distributed as dist
+
+        from scale_smog.models import synchronise_batch_norm
+
+        for is_even in (True, False):
+            x = torch.randn(16, 64, 28, 28, device=DEVICE) * 2 + 30
+            x = x.contiguous(memory_format=torch.channels_last)
+            grad = torch.randn_like(x)
+            plain = torch.nn.BatchNorm2d(64).to(DEVICE)
+            ours = torch.nn.Sequential(torch.nn.BatchNorm2d(64).to(DEVICE))
+            synchronise_batch_norm(ours, dist.group.WORLD, is_even=is_even)  # one rank's group
+            found = []
+            for norm in (plain, ours):
+                leaf = x.clone().requires_grad_()
+                y = norm(leaf)
+                y.backward(grad)
+                buffers = [b.float() for b in norm.buffers()]
+                weights = [w.grad for w in norm.parameters()]
+                found.append([y.detach(), leaf.grad, *weights, *buffers])
+            worst = max(_difference(a, b) for a, b in zip(*found, strict=True))
+            kind = "equal batches" if is_even else "any batches"
+            yield _limit(f"batch norm on a GPU against torch's, {kind}, against 1e-4", worst, 1e-4)
+
+    def exactness(self) -> Iterator[Claim]:
+        """Eight steps of ddp in fp32 and bf16 against fp64, from the same weights and views."""
+        results: dict[str, list[torch.Tensor]] = {}
+        for precision in ("fp64", "fp32", "bf16"):
+            small = Suite(self.quick)
+            small.batch = min(16, self.batch)
+            ours = Ours(small.recipe(engine={"precision": precision}), DEVICE)
+            before = [p.detach().double().clone() for p in ours.state.engine.online.parameters()]
+            for _ in range(NUM_EXACT_STEPS):
+                ours.step()
+            after = [p.detach().double() for p in ours.state.engine.online.parameters()]
+            results[precision] = [b - a for a, b in zip(before, after, strict=True)]
+        exact = torch.cat([x.flatten() for x in results.pop("fp64")])
+        for precision, limit in (("fp32", 1e-3), ("bf16", 0.2)):
+            moved = torch.cat([x.flatten() for x in results[precision]])
+            text = f"{precision} against fp64, what 8 steps moved, against {limit:g}"
+            yield _limit(text, _difference(moved, exact), limit)
+
     def step_against_a_bare_loop(self) -> Iterator[Claim]:
         """The whole step costs little more than the nets."""
         recipe = self.recipe()
@@ -81,28 +148,19 @@ class Suite:
         ).values()
         yield _share("whole step against a bare loop, x1", ours, bare, 0.90)
 
-    def compiled(self) -> Iterator[Claim]:
-        """What torch.compile gives."""
-        settings: dict[str, Any] = {"compile": not self.quick}  # a minute of compilation
-        sides = {
-            "compiled": Ours(self.recipe(engine=settings), DEVICE),
-            "eager": Ours(self.recipe(), DEVICE),
-        }
-        compiled, eager = self.rates(sides).values()
-        yield _share("compiled against eager, x1", compiled, eager, 1.10)
-
     def formats(self) -> Iterator[Claim]:
-        """What bf16 and channels_last give, and what weights left as they are cost."""
+        """What bf16 and channels_last give, and what weights left as they are cost; TF32 is off."""
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         fast, slow = self.recipe(), self.recipe(engine={"precision": "fp32"})
         rate = self.rates(
             {
                 "bf16, channels_last": Bare(fast, DEVICE, True, True),
                 "bf16, channels_last views only": Bare(fast, DEVICE, True, False),
-                "fp32, NCHW": Bare(slow, DEVICE, False, False),
+                "fp32 without TF32, NCHW": Bare(slow, DEVICE, False, False),
             }
         )
         best, views_only, plain = rate.values()
-        yield _share("bf16 channels_last against fp32 NCHW, x1", best, plain, 2.3)
+        yield _share("bf16 channels_last against fp32 (no TF32) NCHW, x1", best, plain, 2.3)
         text = "weights contiguous (ZeRO, FSDP) against channels_last"
         yield _share(text, views_only, best, 0.95)
 
@@ -160,8 +218,42 @@ class Suite:
         text = f"s, k-means of {rows:,} x 128, K = {groups}, against faiss on the CPU"
         yield Claim(text, ours_s, faiss_s, faiss_s / ours_s, 1.0)
 
+    def memory(self) -> Iterator[Claim]:
+        """The loader of small sets: views a second, and the step with it against random views."""
+        from scale_smog.data.prepare.shard import shard_folder
+
+        batch, num = (16, 64) if self.quick else (256, 4096)
+        small = Suite(self.quick)
+        small.batch, small.px = batch, 32
+        with tempfile.TemporaryDirectory() as folder:
+            make_photos(Path(folder) / "photos", num, (32, 32))
+            tars = Path(folder) / "tars"
+            shard_folder(Path(folder) / "photos", tars)
+            ours = Ours(small.recipe(model={"backbone": "resnet18", "small_images": True}), DEVICE)
+            streams = {
+                "memory": lambda: small._train(ours, tars, "memory"),
+                "random views": lambda: small._train(ours, None),
+            }
+            memory_s, synthetic_s = interleaved_streams(
+                streams, 4, 12, min(3, self.rounds)
+            ).values()
+        text = "end to end from memory against random views, ResNet-18, 32 px"
+        yield _share(text, batch / memory_s, batch / synthetic_s, 0.90)
+
+    def zero(self) -> Iterator[Claim]:
+        """DeepSpeed's engines on one GPU against ddp."""
+        import deepspeed  # noqa: F401  # what it lacks is said before anything runs
+
+        sides = {k: Ours(self.recipe(engine={"kind": k}), DEVICE) for k in ("ddp", "zero1")}
+        ddp, zero1 = self.rates(sides).values()
+        yield _share("zero1 on one GPU against ddp, x1", zero1, ddp, 0.90)
+
     def loading(self) -> Iterator[Claim]:
         """End to end with DALI against random views."""
+        import nvidia.dali  # noqa: F401  # what it lacks is said before pictures are made
+
+        from scale_smog.data.prepare.shard import shard_folder
+
         with tempfile.TemporaryDirectory() as folder:
             make_photos(Path(folder) / "photos", 64 if self.quick else NUM_PHOTOS)
             tars = Path(folder) / "tars"
@@ -183,6 +275,8 @@ class Suite:
         from framework import LightlyExample
         from framework import Ours as Framework
 
+        from scale_smog.data.prepare.shard import shard_folder
+
         batch, groups, workers = (16, 8, 1) if self.quick else (256, 300, 8)
         # The peer's workers have two batches each ready at the start: those may not count.
         num_warm_up, num_timed = (1, 2) if self.quick else (2 * workers, 5 * workers)
@@ -198,24 +292,6 @@ class Suite:
         rates = [batch / s for s in seconds.values()]
         text = "images/s against lightly's SMoG example, ResNet-18, 32 px"
         yield _share(text, rates[0], rates[1], 3.0)
-
-    def waiting(self) -> Iterator[Claim]:
-        """How often the host waits for the GPU at a step."""
-        ours = Ours(self.recipe(), DEVICE)
-        ours.step()
-        if DEVICE.type != "cuda":
-            raise RuntimeError("there is no GPU to wait for")
-        import warnings
-
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        num = sum("synchroniz" in str(x.message) for x in said)
-        yield _limit("waits of the host at a step, against 1", num, 1)
 
     def forward(self) -> Iterator[Claim]:
         """Forward images/s of every backbone, beside its parameters."""
@@ -239,6 +315,33 @@ class Suite:
             print(f"    {name} x{width}: {millions:.2f} M parameters, {rate:.0f} images/s forward")
         yield from ()
 
+    def compiled(self) -> Iterator[Claim]:
+        """What torch.compile gives."""
+        settings: dict[str, Any] = {"compile": not self.quick}  # a minute of compilation
+        sides = {
+            "compiled": Ours(self.recipe(engine=settings), DEVICE),
+            "eager": Ours(self.recipe(), DEVICE),
+        }
+        compiled, eager = self.rates(sides).values()
+        yield _share("compiled against eager, x1", compiled, eager, 1.10)
+
+    def graphs(self) -> Iterator[Claim]:
+        """What the momentum net's forward pass as one CUDA graph gives, where the host limits."""
+        if DEVICE.type != "cuda":
+            raise RuntimeError("there is no GPU to launch graphs on")
+        for batch in (min(8, self.batch), self.batch):
+            few = Suite(self.quick)
+            few.batch = batch
+            sides = {
+                "one launch": Ours(few.recipe(engine={"cuda_graphs": True}), DEVICE),
+                "eager": Ours(few.recipe(), DEVICE),
+            }
+            for side in sides.values():
+                for _ in range(5):  # captured after three
+                    side.step()
+            graphed, eager = few.rates(sides).values()
+            yield _share(f"CUDA graph against eager, x1, {batch} images", graphed, eager, 1.0)
+
     def _peaks(self) -> tuple[float, float]:
         if name := hardware_name(DEVICE):
             machine = load_hardware(name)
@@ -255,8 +358,8 @@ class Suite:
                     train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
         return StepProfile.of(timeline.durations())
 
-    def _train(self, ours: Ours, tars: Path | None) -> Iterator[None]:
-        changes: dict[str, Any] = {"path": str(tars or ""), "loader": "dali", "workers": 12}
+    def _train(self, ours: Ours, tars: Path | None, loader: str = "dali") -> Iterator[None]:
+        changes: dict[str, Any] = {"path": str(tars or ""), "loader": loader, "workers": 12}
         data = ours.recipe.data.model_copy(update=changes)
         recipe = ours.recipe.model_copy(update={"data": data})
         for batch in build_batches(recipe, self.batch, 16, tars is None, DEVICE):
@@ -278,6 +381,101 @@ def make_photos(folder: Path, num: int, size: tuple[int, int] = PHOTO_SIZE) -> N
         Image.fromarray(pixels).save(place / f"{i:05d}.jpg", quality=90)
 
 
+class Part(NamedTuple):
+    """What is measured together."""
+
+    stage: int
+    limit_s: float
+    run: Callable[[Suite], Iterator[Claim]]
+
+    @property
+    def name(self) -> str:
+        """By which `--parts` asks for it."""
+        return self.run.__name__
+
+
+PARTS = [
+    Part(1, 40, Suite.waiting),
+    Part(1, 30, Suite.batch_norm),
+    Part(1, 60, Suite.exactness),
+    Part(2, 60, Suite.step_against_a_bare_loop),
+    Part(2, 120, Suite.rooflines),
+    Part(2, 90, Suite.formats),
+    Part(3, 90, Suite.kmeans),
+    Part(3, 60, Suite.memory),
+    Part(3, 120, Suite.loading),
+    Part(3, 60, Suite.zero),
+    Part(3, 120, Suite.lightly),
+    Part(4, 60, Suite.graphs),
+    Part(4, 60, Suite.forward),
+    Part(4, 150, Suite.compiled),
+]
+
+
+class Record:
+    """A file to which every claim is appended at once: what is known survives any end.
+
+    Args:
+        path: of the file, which is begun anew.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("w", encoding="utf-8")
+
+    def add(self, **figures: Any) -> None:
+        """A line, on the disk when this returns."""
+        line = json.dumps(figures)
+        print(f"    {line}", flush=True)
+        self._file.write(line + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises a TimeoutError in what takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(part: Part, suite: Suite, limit_s: float, record: Record) -> None:
+    """Runs a part; what ends it early is on record too."""
+    print(f"\n{part.stage} {part.name}: {(part.run.__doc__ or '').strip()}", flush=True)
+    try:
+        with time_limit(limit_s):
+            for claim in part.run(suite):
+                record.add(part=part.name, **claim._asdict())
+    except Exception as error:
+        traceback.print_exc()
+        record.add(part=part.name, not_measured=f"{type(error).__name__}: {error}")
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def chosen(names: list[str]) -> list[Part]:
+    """Parts by their names or stages; all without any."""
+    known = {part.name for part in PARTS} | {str(part.stage) for part in PARTS}
+    if unknown := set(names) - known:
+        raise SystemExit(f"no part {', '.join(sorted(unknown))}: there are {sorted(known)}")
+    return [p for p in PARTS if not names or p.name in names or str(p.stage) in names]
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest, as a share of the largest value."""
+    largest = b.abs().max().item()
+    return (a - b).abs().max().item() / largest if largest else float(a.abs().max().item())
+
+
 def _limit(claim: str, ours: float, limit: float) -> Claim:
     """A figure that should stay below a limit."""
     return Claim(claim, ours, limit, limit / ours if ours else 1.0, 1.0)
@@ -288,57 +486,25 @@ def _share(claim: str, ours: float, peer: float, target: float) -> Claim:
 
 
 def main() -> None:
-    """Runs the parts in the order of their worth until the time is up."""
+    """Runs the parts in the order of their stages until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="*", default=[], help="names or stages (default: all)")
     parser.add_argument("--quick", action="store_true", help="small nets: does it all run?")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no part begins after that")
-    parser.add_argument("--out", default="", help="Markdown file for the table")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
+    parser.add_argument("--out", type=Path, default=Path("gpu_suite.jsonl"), help="of the claims")
     arguments = parser.parse_args()
-    suite, begin = Suite(arguments.quick), time.perf_counter()
+    parts, suite, begin = chosen(arguments.parts), Suite(arguments.quick), time.perf_counter()
+    record = Record(arguments.out)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU"
-    print(f"{device}, torch {torch.__version__}", flush=True)
-    rows: list[str] = []
-    claims: list[Claim] = []
-    parts = (
-        suite.step_against_a_bare_loop, suite.rooflines, suite.formats, suite.kmeans, suite.waiting,
-        suite.loading, suite.lightly, suite.forward, suite.compiled,
-    )  # fmt: skip
+    record.add(device=device, torch=torch.__version__, quick=arguments.quick)
     with one_rank():
         for part in parts:
-            title = (part.__doc__ or "").strip()
-            print(f"\n{title}", flush=True)
-            # A part may take a minute and a half; the last ones give way.
-            if time.perf_counter() - begin > 60 * arguments.minutes - 75:
-                rows.append(f"| {title} | not measured: the time was up | | | |")
+            left_s = 60 * arguments.minutes - (time.perf_counter() - begin)
+            if left_s < 5:
+                record.add(part=part.name, not_measured="no time left")
                 continue
-            try:
-                for claim in part():
-                    claims.append(claim)
-                    print(json.dumps(claim._asdict()), flush=True)
-                    rows.append(_row(claim))
-            except Exception as error:
-                traceback.print_exc(limit=-1)
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                rows.append(f"| {title} | not measured: {reason} | | | |")
-            gc.collect()
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-    table = ["| claim | ours | peer | ratio | target |", "|---|---|---|---|---|", *rows]
-    print("\n" + "\n".join(table))
-    if arguments.out:
-        Path(arguments.out).write_text(f"# One GPU: {device}\n\n" + "\n".join(table) + "\n")
-    reached = sum(claim.ratio >= claim.target for claim in claims)
-    closing = {"claim": f"goals reached, {device}", "ours": reached, "peer": len(claims)}
-    print(json.dumps(closing | {"ratio": round(reached / max(1, len(claims)), 3)}))
-
-
-def _row(claim: Claim) -> str:
-    verdict = "" if claim.ratio >= claim.target else " (not reached)"
-    return (
-        f"| {claim.claim} | {claim.ours:.4g} | {claim.peer:.4g} | {claim.ratio:.3f} "
-        f"| {claim.target:g}{verdict} |"
-    )
+            measure(part, suite, min(part.limit_s, left_s), record)
+    record.add(seconds=round(time.perf_counter() - begin, 1))
 
 
 if __name__ == "__main__":

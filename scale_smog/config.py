@@ -257,6 +257,9 @@ class EngineConfig(Section):
     more time."""
     compile: bool = False
     """torch.compile, stage by stage."""
+    cuda_graphs: bool = False
+    """Launch the momentum net's forward pass as one CUDA graph: for steps that the host limits, on
+    engines that hold whole weights (ddp, zero1, zero2)."""
     deepspeed: dict[str, Any] = {}
     """Further settings of DeepSpeed for zero1, zero2 and zero3; those that change what is
     trained are refused."""
@@ -270,6 +273,15 @@ class EngineConfig(Section):
             )
         if self.precision == "fp64" and self.reduce_precision == "bf16":
             raise ValueError("engine.precision=fp64 does not go with engine.reduce_precision=bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_need_whole_weights(self) -> Self:
+        if self.cuda_graphs and self.kind not in ("ddp", "zero1", "zero2"):
+            raise ValueError(
+                f"engine.cuda_graphs=true does not go with engine.kind={self.kind}, which gathers "
+                "the momentum net's weights at every step: take ddp, zero1 or zero2"
+            )
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,8 @@ from scale_smog import distributed
 from scale_smog.config import EngineConfig, OptimizerConfig
 from scale_smog.distributed import Partition
 from scale_smog.engine.buffer_snapshot import BufferSnapshot
+from scale_smog.engine.graphed import GraphedForward
+from scale_smog.engine.side_stream import SideStream
 from scale_smog.engine.stages import prepare_stages
 from scale_smog.errors import UserError
 from scale_smog.models import (
@@ -29,6 +31,7 @@ from scale_smog.optim import (
     is_excluded,
     set_rates,
 )
+from scale_smog.runtime import phases
 
 # Shapes: B images per rank, D feature size, V views of the online net.
 
@@ -101,6 +104,8 @@ class Engine(ABC):
         self.device = next(online.parameters()).device
         self.dtype = DTYPES[config.precision]
         self.config = config
+        if config.precision == "fp32":  # else a GPU's convolutions keep ten bits of the fraction
+            torch.backends.cudnn.allow_tf32 = False
         self.online = online.to(self.dtype).train()
         self.momentum = momentum.to(self.dtype).train()
         for net in (self.online, self.momentum):
@@ -127,6 +132,12 @@ class Engine(ABC):
         self._is_applied = True
         self._finite_if: dict[str, Tensor] = {}  # of a step's passes, [] each: finite if they were
         self._buffers = BufferSnapshot([self.online, self.momentum])
+        # Engines that split the nets have streams of their own, which gather the weights.
+        self._momentum_stream = SideStream(self.device if self.net_group is None else None)
+        if config.cuda_graphs:
+            if self.device.type != "cuda":
+                raise UserError("engine.cuda_graphs=true needs a GPU")
+            self._forward_momentum = GraphedForward(self._forward_momentum)
         self._pending: tuple[list[MicroBatch], Tensor, Tensor] | None = None
 
     @abstractmethod
@@ -157,6 +168,7 @@ class Engine(ABC):
         """z [B, D] of the large view and p [V, B, D] of all views, with their graph."""
         if torch.is_grad_enabled():
             self._buffers.take()
+            self._momentum_stream.may_start_now()
         micro_batches = self._split(view, small)
         if len(micro_batches) == 1:
             z, p, self.features = self._forward_online(*micro_batches[0])
@@ -171,9 +183,14 @@ class Engine(ABC):
 
     @torch.no_grad()
     def forward_momentum(self, view: Tensor) -> Tensor:
-        """z' [B, D] of the other large view."""
-        z = torch.cat([self._forward_momentum(x.view) for x in self._split(view)])
-        self._finite_if["z'"] = z.sum()  # no gradient will tell
+        """z' [B, D] of the other large view.
+
+        Its kernels run beside those of the `forward_online` just called, so that batch norms of one
+        net wait for other ranks while the other net computes.
+        """
+        with self._momentum_stream.running():
+            z = torch.cat([self._forward_momentum(x.view) for x in self._split(view)])
+            self._finite_if["z'"] = z.sum()  # no gradient will tell
         return z
 
     def backward(self, loss: Tensor) -> None:
@@ -274,7 +291,9 @@ class Engine(ABC):
         for part in self.partitions:
             held = self._partition(parameters[part.name])
             offset = part.start - held.start  # a master copy may be a range of what is held
-            part.value.copy_(_view_as(held.values.reshape(-1)[offset:], part.value))
+            source = held.values.reshape(-1)[offset:]
+            if source.data_ptr() != part.value.data_ptr():  # else the copy above has set it
+                part.value.copy_(_view_as(source, part.value))
             own: dict[str, Tensor] = {}
             for key in self._state_keys:
                 saved = values[f"optimizer.{part.name}.{key}"]
@@ -294,12 +313,18 @@ class Engine(ABC):
         self._optimizer.zero_grad(set_to_none=True)
 
     def _is_finite(self) -> bool:
-        """Whether every rank's z', loss and gradients are; the one place where a step waits."""
+        """Whether every rank's z', loss and gradients are; the one place where a step waits.
+
+        The ranks' requests for a stop travel along.
+        """
         grads = [p.value.grad for p in self.partitions if p.value.grad is not None]
         norms = list(torch._foreach_norm(grads)) if grads else []
         total = torch.stack([*self._finite_if.values(), *norms]).sum()
-        num_bad = distributed.all_reduce((~total.isfinite()).float())
-        return num_bad.item() == 0
+        requested = total.new_full((), float(phases.is_stop_requested), dtype=torch.float32)
+        sums = distributed.all_reduce(torch.stack([(~total.isfinite()).float(), requested]))  # [2]
+        num_bad, num_requests = sums.tolist()
+        phases.note_stop_requests(num_requests)
+        return num_bad == 0
 
     def _split(self, view: Tensor, small: Sequence[Tensor] = ()) -> list[MicroBatch]:
         """The views in micro-batches, in the nets' precision and the convolutions' layout."""

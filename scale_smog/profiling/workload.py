@@ -89,8 +89,8 @@ def estimate_parts(work: Workload, machine: Hardware, estimate: int) -> dict[str
     if grouping.kmeans:
         rows = recipe.bank_steps * work.batch
         flops = 2.0 * rows * grouping.num_groups * recipe.model.dim * grouping.kmeans_iterations
-        # Scores are written and read, and products are full float32: an eighth of TF32's rate.
+        # Scores are written and read, and products are full float32.
         passes = 3 * 4.0 * rows * grouping.num_groups * grouping.kmeans_iterations
-        seconds = 8 * flops / machine.flops_per_s("fp32") + passes / bandwidth
+        seconds = flops / machine.flops_per_s("fp32") + passes / bandwidth
         parts["kmeans"] = seconds / fraction / grouping.reset_every
     return parts

@@ -106,6 +106,8 @@ class Operations(TorchDispatchMode):
             return self._sized_by_values
         if name == "_local_scalar_dense":
             return _value
+        if name == "_to_copy":
+            return _copy_to_host
         return _fill if name in FILLING else _run
 
     def _product(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -174,6 +176,12 @@ def _fill(func: Any, args: Any, kwargs: Any) -> Any:
     if x.numel() < LARGE or not x.is_cpu:
         return func(*args, **kwargs)
     return torch.empty_like(x) if func.overloadpacket.__name__ == "clone" else x
+
+
+def _copy_to_host(func: Any, args: Any, kwargs: Any) -> Any:
+    """As `_value`, of a whole tensor; copies to elsewhere are the runtime's."""
+    result = func(*args, **kwargs)
+    return result.zero_() if args[0].is_cuda and result.is_cpu else result
 
 
 def _value(func: Any, args: Any, kwargs: Any) -> Any:

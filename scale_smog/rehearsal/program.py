@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scale_smog.config import Recipe
+from scale_smog.data.plan import images_per_rank
 from scale_smog.errors import UserError
 from scale_smog.profiling.communication_model import exposed_s
 from scale_smog.profiling.hardware import MICRO, Hardware
@@ -21,6 +22,7 @@ from scale_smog.profiling.workload import Workload, estimate_parts
 from scale_smog.rehearsal.rank import RankReport
 from scale_smog.rehearsal.runtime_build import environment
 
+SPLIT_WEIGHTS = ("zero3", "fsdp", "hsdp")
 TIMEOUT_S, COMPARED_S = 300.0, 50.0  # of the recipe's own engine, and of all together
 NUM_AT_ONCE = 2
 NOMINAL = 1
@@ -50,6 +52,7 @@ def rehearse(recipe: Recipe, ranks: int, machine: Hardware) -> str:
     Raises:
         UserError: the recipe's engine does not step, or this machine lacks what a rehearsal needs.
     """
+    images_per_rank(recipe.data.global_batch, ranks)
     own, deadline = recipe.engine.kind, time.monotonic() + COMPARED_S
     others = sorted((x for x in ENGINES if x != own), key=lambda x: x == "zero3")  # it takes long
     environment(machine)  # built once, before processes ask for it
@@ -61,7 +64,7 @@ def rehearse(recipe: Recipe, ranks: int, machine: Hardware) -> str:
             )
     if problem := reports[own].result().problem:
         raise UserError(f"engine.kind={own}: {problem}")
-    rows = [_row(recipe, kind, reports[kind].result(), ranks, machine) for kind in ENGINES]
+    rows = [row_of(recipe, kind, reports[kind].result(), ranks, machine) for kind in ENGINES]
     return _text(recipe, ranks, machine, rows)
 
 
@@ -97,14 +100,17 @@ def run_rank(
 
 def with_engine(recipe: Recipe, kind: str) -> Recipe:
     """The recipe under another engine; what only its own has is left out."""
-    changes = {"kind": kind, "deepspeed": {}}
+    changes: dict[str, object] = {"kind": kind, "deepspeed": {}}
     if kind == "zero3":
         changes["compile"] = False
+    if kind in SPLIT_WEIGHTS:
+        changes["cuda_graphs"] = False
     engine = recipe.engine.model_copy(update=changes)
     return recipe.model_copy(update={"engine": engine})
 
 
-def _row(recipe: Recipe, kind: str, report: RankReport, ranks: int, machine: Hardware) -> Row:
+def row_of(recipe: Recipe, kind: str, report: RankReport, ranks: int, machine: Hardware) -> Row:
+    """An engine's report beside what is predicted of it."""
     recipe = with_engine(recipe, kind)
     if report.problem:
         return Row(kind, report, 0.0, 0.0, 0.0, 0.0)
@@ -134,7 +140,7 @@ def _text(recipe: Recipe, ranks: int, machine: Hardware, rows: list[Row]) -> str
             f"  {'engine':<7}{'peak MiB':>9}{'plan MiB':>9}{'launches':>9}{'collectives':>12}"
             f"{'sent MiB':>9}{'waits':>6}{'host ms':>8}{'GPU ms':>7}"
             f"{'ranks ms':>9}  limited by",
-            *(_line(row, recipe.engine.kind) for row in rows),
+            *(format_row(row, recipe.engine.kind) for row in rows),
             "",
             *_details(next(row for row in rows if row.engine == recipe.engine.kind)),
             "Peak: of torch's allocator; the libraries' workspaces and NCCL's buffers come on top.",
@@ -142,7 +148,8 @@ def _text(recipe: Recipe, ranks: int, machine: Hardware, rows: list[Row]) -> str
     )
 
 
-def _line(row: Row, own: str) -> str:
+def format_row(row: Row, own: str) -> str:
+    """A line of the table; the recipe's `own` engine is marked."""
     name = f"{'*' if row.engine == own else ' '} {row.engine:<7}"
     report = row.report
     if report.problem:

@@ -68,6 +68,7 @@ def rehearse_rank(recipe: Recipe, rank: int, ranks: int, ranks_per_node: int) ->
         RuntimeError: what a GPU would refuse: tensors of two devices, shapes, strides.
     """
     from scale_smog.data.plan import images_per_rank
+    from scale_smog.engine.graphed import NUM_WARM_UPS
     from scale_smog.loop import train_step
     from scale_smog.state import build_state
     from scale_smog.throughput import (
@@ -82,6 +83,8 @@ def rehearse_rank(recipe: Recipe, rank: int, ranks: int, ranks_per_node: int) ->
         state = build_state(recipe, batch, device)
         torch.cuda.reset_peak_memory_stats()
         num_steps = NUM_STEPS.get(recipe.engine.kind, 2)
+        if recipe.engine.cuda_graphs:
+            num_steps = NUM_WARM_UPS + 2
         for views in build_batches(recipe, batch, num_steps, True, device):
             operations.clear()
             with operations.watching_for_waits():

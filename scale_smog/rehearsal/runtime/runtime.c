@@ -21,7 +21,10 @@
 // What is counted; the names are in counters.py.
 enum { KERNELS, COPIES, STREAM_WAITS, DEVICE_WAITS, EVENT_WAITS, NUM };
 static long counts[NUM];
-static void add(int what) { __atomic_fetch_add(&counts[what], 1, __ATOMIC_RELAXED); }
+static __thread int is_capturing;  // into a graph: what is launched runs with it, not now
+static void add(int what) {
+  if (!is_capturing) __atomic_fetch_add(&counts[what], 1, __ATOMIC_RELAXED);
+}
 API void pretended_gpu_counts(long *out) { memcpy(out, counts, sizeof counts); }
 
 static __thread int device;
@@ -199,7 +202,12 @@ API cudaError_t cudaDeviceGetStreamPriorityRange(int *l, int *g) {
   if (g) *g = -5;
   return cudaSuccess;
 }
-API cudaError_t cudaDeviceSynchronize(void) { add(DEVICE_WAITS); return cudaSuccess; }
+static cudaError_t wait_for(int what) {
+  if (is_capturing) return cudaErrorStreamCaptureUnsupported;
+  add(what);
+  return cudaSuccess;
+}
+API cudaError_t cudaDeviceSynchronize(void) { return wait_for(DEVICE_WAITS); }
 API cudaError_t cudaDriverGetVersion(int *v) { *v = 13020; return cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int *v) { *v = 13020; return cudaSuccess; }
 OK(cudaGetLastError, void)
@@ -220,19 +228,22 @@ API cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned f) {
 API cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithPriority(s, 0, 0); }
 OK(cudaStreamDestroy, cudaStream_t s)
 API cudaError_t cudaStreamGetPriority(cudaStream_t s, int *p) { *p = 0; return cudaSuccess; }
-API cudaError_t cudaStreamSynchronize(cudaStream_t s) { add(STREAM_WAITS); return cudaSuccess; }
+API cudaError_t cudaStreamSynchronize(cudaStream_t s) { return wait_for(STREAM_WAITS); }
 OK(cudaStreamQuery, cudaStream_t s)
 OK(cudaStreamWaitEvent, cudaStream_t s, cudaEvent_t e, unsigned f)
+static enum cudaStreamCaptureStatus capture_status(void) {
+  return is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+}
 API cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *c) {
-  *c = cudaStreamCaptureStatusNone;
+  *c = capture_status();
   return cudaSuccess;
 }
 API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *c,
                                          unsigned long long *id, cudaGraph_t *g,
                                          const cudaGraphNode_t **d, const cudaGraphEdgeData **e,
                                          size_t *n) {
-  *c = cudaStreamCaptureStatusNone;
-  if (id) *id = 0;
+  *c = capture_status();
+  if (id) *id = is_capturing;
   if (n) *n = 0;
   return cudaSuccess;
 }
@@ -264,11 +275,38 @@ API cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned
   return cudaEventRecord(e, s);
 }
 OK(cudaEventQuery, cudaEvent_t e)
-API cudaError_t cudaEventSynchronize(cudaEvent_t e) { add(EVENT_WAITS); return cudaSuccess; }
+API cudaError_t cudaEventSynchronize(cudaEvent_t e) { return wait_for(EVENT_WAITS); }
 API cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
   *ms = *(double *)b - *(double *)a;
   return cudaSuccess;
 }
+
+// Graphs: one launch, whatever they hold.
+static int num_captures;
+API cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode m) {
+  is_capturing = ++num_captures;
+  return cudaSuccess;
+}
+API cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) {
+  *g = (cudaGraph_t)(uintptr_t)is_capturing;
+  is_capturing = 0;
+  return cudaSuccess;
+}
+API cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long f) {
+  *e = (cudaGraphExec_t)g;
+  return cudaSuccess;
+}
+API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *e, cudaGraph_t g,
+                                              unsigned long long f) {
+  return cudaGraphInstantiate(e, g, f);
+}
+API cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t *nodes, size_t *n) {
+  *n = 1;
+  return cudaSuccess;
+}
+API cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t s) { add(KERNELS); return cudaSuccess; }
+OK(cudaGraphDestroy, cudaGraph_t g)
+OK(cudaGraphExecDestroy, cudaGraphExec_t e)
 
 // Kernels.
 #define LAUNCH(name, ...) \
