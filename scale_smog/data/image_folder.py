@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -257,6 +258,9 @@ def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
 
 def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size
+        status = os.stat(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be read without end
+        raise UserError(f"{path} is no plain file, but a pipe, a socket or a device: remove it")
+    return status.st_size

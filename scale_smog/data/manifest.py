@@ -139,3 +139,5 @@ def _manifest_bytes(folder: Path) -> bytes:
         raise UserError(
             f"{folder} has no {MANIFEST_NAME}: unfinished or foreign; run {tool}"
         ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {folder / MANIFEST_NAME}: {error.strerror}") from None

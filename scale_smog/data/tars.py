@@ -191,7 +191,7 @@ def reason_to_refuse(info: tarfile.TarInfo, extension: str, tar_size: float = ma
     """Empty if the member may be read."""
     base = info.name.rpartition("/")[2]
     if info.name.startswith("/") or ".." in info.name.split("/"):
-        return "its path leaves the tar"
+        return "its path leaves the tar: write it without a leading / and .."
     if info.isdir():
         return ""
     if not info.isreg() or info.issparse():

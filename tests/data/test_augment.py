@@ -1,9 +1,9 @@
-"""Views as params."""
+"""Views as parameters: what is sampled, and how it is distributed."""
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ks_2samp
+from scipy.stats import ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
 
 from scale_smog.config import AugmentConfig, DataConfig
@@ -85,6 +85,19 @@ def test_views_of_an_image_differ_and_repeat_only_for_the_same_seed_epoch_and_st
         params(large(), 50, epoch=1),
     ]
     assert all((one.box != other.box).any(axis=1).mean() > 0.9 for other in others)
+
+
+def test_the_blurs_sigma_is_uniform_between_a_tenth_and_two_pixels():
+    sigma = params(large(blur=1.0)).sigma
+    assert kstest(sigma, "uniform", args=(0.1, 1.9)).pvalue > 1e-3
+
+
+def test_crops_lie_anywhere_with_equal_odds():
+    """Of a square crop in a wide image: its place among those there are."""
+    view = large(scale=(0.2, 0.2))
+    left, top, width, height = params(view, width=4000, height=3000).box.astype(float).T
+    for place in (left / (4000 - width), top / (3000 - height)):
+        assert kstest(place, "uniform").pvalue > 1e-3
 
 
 def recolour(n, i, pixels):

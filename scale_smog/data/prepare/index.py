@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.images import BadImageError, decode, has_deep_pixels
-from scale_smog.data.labels import numbered_classes, say_unlabelled
+from scale_smog.data.labels import numbered_classes, printable, say_unlabelled
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -18,6 +18,7 @@ from scale_smog.data.manifest import (
     write_manifest,
 )
 from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
+from scale_smog.data.prepare.work_folder import says_what_it_cannot_write
 from scale_smog.data.tar_dataset import SIDECAR_DTYPE, npy_bytes
 from scale_smog.data.tars import TarMember, TarSample, format_index, list_tar
 from scale_smog.data.workers import num_usable_cores, run_in_processes
@@ -77,40 +78,47 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
     they lie in the tars: those with an EXIF orientation stay turned.
 
     Raises:
-        UserError: there are no tars, one cannot be read, or too many images are bad.
+        UserError: there are no tars, one cannot be read, too many images are bad, or the folder
+            cannot be written.
     """
     out = Path(out)
-    others = load_manifest(out).splits if (out / MANIFEST_NAME).exists() else {}
-    others = {name: described for name, described in others.items() if name != split}
-    taken = {entry.name for described in others.values() for entry in described.shards}
-    paths = [path for path in sorted(out.glob("*.tar")) if path.name not in taken]
-    if not paths:
-        raise UserError(f"no tars in {out}")
-
+    manifest = load_manifest(out) if (out / MANIFEST_NAME).exists() else None
+    others = {name: s for name, s in manifest.splits.items() if name != split} if manifest else {}
+    paths = _tars_of_no_split(out, others)
     indexed = dict(run_in_processes(index_tar, paths, num_usable_cores()))
     tars = [indexed[number] for number in range(len(paths))]
     bad = [image for tar in tars for image in tar.bad]
-    num_good = sum(len(tar.rows) for tar in tars)
     extra = [member for tar in tars for member in tar.extra]
-    write_quarantine(out, split, bad, extra, num_good + len(bad), max_bad)
-    pairs = zip(paths, tars, strict=True)
-    shards = tuple(_write_index(path, tar) for path, tar in pairs if len(tar.rows))
-    described = SplitManifest(
-        seed=0,
-        options={"indexed": 1},
-        source_fingerprint="",
-        num_samples=num_good,
-        shards=shards,
-    )
     labels = np.concatenate([tar.rows["label"] for tar in tars])
-    say_unlabelled(out, labels)
-    names = load_manifest(out).classes if others else ()
-    names += numbered_classes(1 + int(labels.max()))[len(names) :]
-    splits = dict(sorted({**others, split: described}.items()))
-    write_manifest(
-        out, DatasetManifest(format_version=FORMAT_VERSION, classes=names, splits=splits)
-    )
+    with says_what_it_cannot_write(out):
+        write_quarantine(out, split, bad, extra, len(labels) + len(bad), max_bad)
+        say_unlabelled(out, labels)
+        pairs = zip(paths, tars, strict=True)
+        described = SplitManifest(
+            seed=0,
+            options={"indexed": 1},
+            source_fingerprint="",
+            num_samples=len(labels),
+            shards=tuple(_write_index(path, tar) for path, tar in pairs if len(tar.rows)),
+        )
+        names = manifest.classes if manifest and others else ()
+        names += numbered_classes(1 + int(labels.max()))[len(names) :]
+        splits = dict(sorted({**others, split: described}.items()))
+        write_manifest(
+            out, DatasetManifest(format_version=FORMAT_VERSION, classes=names, splits=splits)
+        )
     return described
+
+
+def _tars_of_no_split(out: Path, splits: dict[str, SplitManifest]) -> list[Path]:
+    taken = {entry.name for described in splits.values() for entry in described.shards}
+    paths = [path for path in sorted(out.glob("*.tar")) if path.name not in taken]
+    if not paths:
+        raise UserError(f"no tars in {out}")
+    for path in paths:
+        if printable(path.name) != path.name:  # the manifest, in JSON, cannot name it
+            raise UserError(f"{printable(str(path))}: its name is not UTF-8: rename it")
+    return paths
 
 
 def _write_index(path: Path, tar: IndexedTar) -> ShardEntry:

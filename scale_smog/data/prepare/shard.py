@@ -26,7 +26,7 @@ from scale_smog.data.manifest import (
 from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
 from scale_smog.data.prepare.shard_plan import ShardPlan, plan_shards
 from scale_smog.data.prepare.sources import Source, open_source
-from scale_smog.data.prepare.work_folder import locked, work_folder
+from scale_smog.data.prepare.work_folder import locked, says_what_it_cannot_write, work_folder
 from scale_smog.data.prepare.writer import ShardJob, ShardRecord, finish_shard
 from scale_smog.data.workers import num_usable_cores, run_in_processes, start_forkserver
 from scale_smog.errors import UserError
@@ -104,7 +104,7 @@ def shard_source(
     written = _existing_split(out, split, source.classes, plan)
     if written is None:
         jobs = plan_shards(source, plan, split, out, work)
-        with work_folder(work, split, plan):
+        with work_folder(work, split, plan), says_what_it_cannot_write(out):
             records = _run(jobs, split, workers or num_usable_cores())
             bad = [BadImage.of(*each) for each in source.bad]
             bad += [image for record in records for image in record.bad]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.images import BadImageError, decode
-from scale_smog.data.labels import UNLABELLED
+from scale_smog.data.labels import UNLABELLED, printable
 from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest
 from scale_smog.data.prepare.index import index_tar
 from scale_smog.data.tar_dataset import load_sidecar, npy_bytes
@@ -57,10 +57,17 @@ def _count_problems(manifest: DatasetManifest) -> list[str]:
 def _extra_files(folder: Path, entries: list[ShardEntry]) -> list[str]:
     known = {name for e in entries for name in (e.name, e.idx_name, e.npy_name)}
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".tar", ".idx", ".npy"))
-    return [f"{name}: not in the manifest" for name in found if name not in known]
+    return [f"{printable(name)}: not in the manifest" for name in found if name not in known]
 
 
 def _shard_problems(check: _ShardCheck) -> list[str]:
+    try:
+        return _problems_of_files(check)
+    except OSError as error:
+        return [f"{check.entry.name}: cannot read {error.filename}: {error.strerror}"]
+
+
+def _problems_of_files(check: _ShardCheck) -> list[str]:
     folder, entry = check.folder, check.entry
     mismatched = entry.mismatched_files(folder)
     problems = [

@@ -44,6 +44,15 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def says_what_it_cannot_write(out: Path) -> Iterator[None]:
+    """Turns an error of the disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from None
+
+
 def _make_folder(work: Path, split: str) -> None:
     out = work.parent
     if not work.exists() and (foreign := sorted(out.glob(f"{split}-*.tar"))):

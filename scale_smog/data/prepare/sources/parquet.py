@@ -57,7 +57,7 @@ def parquet_source(paths: Sequence[Path]) -> Source:
             images.append((place, len(row.content)))
             labels.append(row.label)
     if not images:
-        why = f", such as {bad[0][1]}: store the images in the files" if bad else ""
+        why = f": {bad[0][1]}: store the images in the files" if bad else ""
         raise UserError(f"{paths[0]} holds no images{why}")
     classes, numbers = _numbered(labels, names or (), [name for name, _ in images])
     entries = tuple(
