@@ -12,7 +12,7 @@ from scale_smog.runtime.own_time import OwnTime
 
 WINDOW_S = 5.0  # at least, so that what is sampled means something
 NUM_WINDOWS = 2  # in a row before a rank is named: one slow moment is nobody's fault
-MAX_EXCESS = 0.2  # of the time, by which a rank's own work may exceed the median of the ranks
+MAX_EXCESS = 0.05  # of the time, by which a rank's own work may exceed the median of the ranks
 MAX_RATIO = 1.0 / 0.7  # of a rank's own work, or of its GPU's, to the median of the ranks
 SILENCE_S = 60.0  # after a line
 MAX_NAMED = 8

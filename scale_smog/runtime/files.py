@@ -34,3 +34,8 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def printable(name: str) -> str:
+    """A file's name for JSON and the console: bytes that are not UTF-8 become escapes (`\\xe9`)."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -21,6 +21,7 @@ BACKENDS = ("gloo", "nccl")
 NUM_KEPT = 2000  # collectives; a step of a deep net with BatchNorm over all ranks begins some 200
 NUM_COMPARED = 600
 MAX_NAMED = 8
+DIFFERENCE = "where the others began"
 FILE_PREFIX = "flight-recorder-rank-"
 
 
@@ -137,7 +138,7 @@ def _difference_in_group(
         there = {rank: numbers[number] for rank, numbers in begun.items() if number in numbers}
         most, _ = Counter(there.values()).most_common(1)[0]
         if others := [rank for rank, collective in there.items() if collective != most]:
-            return others, f"began {there[others[0]].what} where the others began {most}"
+            return others, f"began {there[others[0]].what} {DIFFERENCE} {most}"
         if late := [rank for rank in begun if rank not in there]:
             return late, f"did not begin {most}, where the others are"
     return None

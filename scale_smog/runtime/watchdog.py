@@ -97,9 +97,11 @@ class Watchdog:
     def report_lost_ranks(self) -> None:
         """Says which ranks are gone, where a collective has failed; takes a moment."""
         if self._store is not None:
+            flight_recorder.publish(self._store, distributed.rank())
             diagnosis, speaks = self._diagnose()
-            if speaks and NO_HEARTBEAT in diagnosis:
-                print(f"error: {diagnosis}; {ADVICE}", file=sys.stderr, flush=True)
+            is_news = NO_HEARTBEAT in diagnosis or flight_recorder.DIFFERENCE in diagnosis
+            if speaks and is_news:
+                print(f"error: {diagnosis}; {ADVICE}", file=rank_logs.console(), flush=True)
 
     def _enter(self, phase: str) -> None:
         self._num_steps += self._phase == phases.STEP and phase != phases.KMEANS

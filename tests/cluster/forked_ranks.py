@@ -4,6 +4,7 @@ What was imported is shared until it is written, so a rank costs about 100 MB in
 parent watches the machine's free memory and ends the ranks, and only those, before it runs out.
 """
 
+import ctypes
 import gc
 import importlib
 import os
@@ -28,6 +29,7 @@ PRELOADED = (
     "matplotlib.pyplot",
 )
 MIN_FREE_GIB = 4.0
+PR_SET_PDEATHSIG = 1  # of Linux
 POLL_S = 0.1
 GRACE_S = 20.0  # for the others, when a rank has failed, as a launcher would
 
@@ -85,6 +87,7 @@ class ForkedRanks:
             pid = os.fork()
             if pid == 0:
                 os.setpgid(0, self._group)
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives us
                 self._run_rank(rank, port)
             self._group = self._group or pid
             with suppress(PermissionError, ProcessLookupError):

@@ -10,6 +10,8 @@ same command goes on to the end.
 elastic: the same run goes on with three quarters, half and an eighth of the ranks, with one, and
 with all again.
 evaluate: train, then kNN, linear classifier and groups as programs on all ranks.
+straggler: no rank is named on loaded cores, until one sleeps in every step.
+skip: a rank leaves out an all-reduce; it is named, with the collective and its number.
 late: a rank comes 20 s after the others.
 version, dataset: a rank has another version of a package, or another dataset; it is named.
 """
@@ -26,11 +28,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from forked_ranks import ForkedRanks, OutOfMemory, preload
 from images import make_dataset
 from small_recipe import write_small_recipe
+
+if TYPE_CHECKING:
+    import torch
 
 STEPS, RESET_EVERY, CHECKPOINT_EVERY = 14, 6, 5
 DEADLINE_S = 60
@@ -244,6 +250,86 @@ def evaluate(campaign: Campaign) -> bool:
     return is_good and {"knn", "linear", "groups"} <= results.keys()
 
 
+def straggler(campaign: Campaign) -> bool:
+    """On loaded cores no rank is named, until one sleeps half a second a step; then it is, once."""
+    victim, step_s, num_steps = campaign.ranks // 2 + 1, 0.5, 40
+
+    def before(rank: int) -> None:
+        from scale_smog.runtime import phases
+
+        num_left = num_steps
+
+        def sleep_in_a_step(phase: str) -> None:
+            nonlocal num_left
+            num_left -= phase == phases.STEP
+            if rank == victim and phase == phases.STEP and num_left < 0:
+                time.sleep(step_s)
+
+        phases.on_enter.append(sleep_in_a_step)
+
+    overrides = [f"run.steps={num_steps + 40}", "run.log_every=4", "grouping.reset_every=30"]
+    job = campaign.job(campaign.pretrain(*overrides, before=before))
+    codes, name = campaign.finish(job), f"rank {victim} on node-{victim // campaign.per_node}"
+    lines = job.said().splitlines()
+    named = [n for n, line in enumerate(lines) if "slower than the other ranks" in line]
+    first = next((n for n, line in enumerate(lines) if f"step {num_steps}/" in line), len(lines))
+    campaign.facts += [lines[n] for n in named]
+    if len(named) == 1:
+        windows = sum(line.startswith("step ") for line in lines[first + 1 : named[0]])
+        campaign.facts.append(f"after {windows} windows")
+    is_good = len(named) == 1 and named[0] > first and name in lines[named[0]]
+    return is_good and lines[named[0]].count(" on node-") == 1 and not any(codes)
+
+
+def skip(campaign: Campaign) -> bool:
+    """A rank leaves out an all-reduce: it is named, with the collective and its number."""
+    victim = campaign.ranks // 2 + 1
+
+    def before(rank: int) -> None:
+        import torch.distributed as dist
+
+        from scale_smog.runtime import phases
+
+        if rank != victim:
+            return
+        all_reduce, is_next, num_steps = dist.all_reduce, False, 0
+
+        def count(phase: str) -> None:
+            nonlocal is_next, num_steps
+            num_steps += phase == phases.STEP
+            is_next = is_next or (phase == phases.STEP and num_steps == 5)
+
+        def reduce_or_skip(x: "torch.Tensor", *arguments: object, **options: object) -> object:
+            nonlocal is_next
+            if is_next and x.numel() > 1:
+                is_next = False
+                print(f"SKIPPED at {time.time()}", flush=True)
+                return None
+            return all_reduce(x, *arguments, **options)
+
+        phases.on_enter.append(count)
+        dist.all_reduce = reduce_or_skip
+
+    deadlines = [f"deadlines.{key}={DEADLINE_S}" for key in ("data_s", "step_s", "kmeans_s")]
+    job = campaign.job(campaign.pretrain(*deadlines, before=before))
+    codes = campaign.finish(job)
+    said, name = job.said(), f"rank {victim} on node-{victim // campaign.per_node}"
+    pattern = rf"{name} (began|did not begin) .* as collective \d+ of process group \S+"
+    found = re.search(pattern, said)
+    ended = max(log.stat().st_mtime for log in job.folder.glob("console-*.log"))
+    skipped = re.search(
+        r"SKIPPED at ([\d.]+)",
+        "".join(log.read_text() for log in campaign.run_dir.glob("logs/*.log")),
+    )
+    seconds = ended - float(skipped.group(1)) if skipped else 0.0
+    campaign.facts.append(f"{found and found.group()}; ended {seconds:.0f} s after it")
+    dumps = len(list(campaign.run_dir.glob("logs/flight-recorder-rank-*")))
+    campaign.facts.append(f"{dumps} dumps")
+    if not found:
+        print(f"exit codes {codes}\n{said[-8000:]}", flush=True)
+    return found is not None and all(codes) and seconds < DEADLINE_S + 10
+
+
 def late(campaign: Campaign) -> bool:
     """The others wait for a rank that comes late."""
 
@@ -303,7 +389,9 @@ def refused_by(campaign: Campaign, job: ForkedRanks, words: str) -> bool:
 
 SCENARIOS: dict[str, Callable[[Campaign], bool]] = {
     function.__name__: function
-    for function in (train, kill, stop, term, elastic, evaluate, late, version, dataset)
+    for function in (
+        *(train, kill, stop, term, elastic, evaluate, straggler, skip, late, version, dataset),
+    )
 }
 
 
