@@ -185,6 +185,11 @@ def test_top5_counts_no_class_without_a_vote(twenty_classes, k):
     assert top5 < 0.12 or k > 1  # chance is k / 20
 
 
+def test_neighbours_are_looked_for_among_other_images_than_those_tested(twenty_classes):
+    probe = KnnProbe(twenty_classes, EvaluationConfig(k=1, image_px=12), torch.device("cpu"))
+    assert probe.accuracy(lambda images: images.flatten(1)) < 0.5  # of itself it would be 1
+
+
 def test_a_vote_counts_however_cold_the_temperature():
     train_z, train_y = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([0, 1])
     assert knn_accuracy(train_z, train_y, train_z, train_y, k=2, temperature=1e-4) == 1.0
