@@ -23,8 +23,9 @@ from scale_smog.data.images import (
     fingerprint,
     preprocess,
 )
-from scale_smog.data.labels import UNLABELLED, printable
+from scale_smog.data.labels import UNLABELLED
 from scale_smog.errors import UserError
+from scale_smog.runtime.files import printable
 
 NUM_ASKING, NAMES_AT_ONCE = 32, 1000  # threads, and files of one job of them
 SPLIT_WORDS = {

@@ -68,8 +68,3 @@ def say_unlabelled(source: str | Path, labels: Sequence[int] | np.ndarray) -> No
     num = int(np.sum(np.asarray(labels) == UNLABELLED))
     if num:
         print(f"{source}: {num:,} of {len(labels):,} images have no label", file=sys.stderr)
-
-
-def printable(name: str) -> str:
-    """A name for JSON and the console: bytes that are not UTF-8 become escapes such as `\\xe9`."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -16,6 +16,7 @@ from scale_smog.data.manifest import MANIFEST_NAME, load_manifest
 from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import FeaturesConfig
 from scale_smog.evaluation.task import EvaluationTask
+from scale_smog.runtime.files import printable
 
 THUMBNAIL_PX = 32
 
@@ -70,7 +71,7 @@ def _write(kind: str, out: Path, name: str, z: Tensor, dataset: Images) -> None:
             np.save(out / f"{name}-labels.npy", dataset.labels)
             return
         pyarrow, parquet = _import_pyarrow()
-        names = getattr(dataset, "names", None) or [str(i) for i in range(len(z))]
+        names = [printable(name) for name in getattr(dataset, "names", map(str, range(len(z))))]
         values = pyarrow.array(z.flatten().numpy())
         table = pyarrow.table(
             {

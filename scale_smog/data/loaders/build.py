@@ -85,6 +85,18 @@ def workers_of_rank(wanted: int) -> int:
     return min(wanted, distributed.num_cores() // num_ranks, memory)
 
 
+def describe_workers(
+    data: DataConfig, workers: Sequence[int], num_ranks: int, num_cores: Sequence[int]
+) -> str:
+    """What ranks start, in words; the numbers of workers and of cores that they have."""
+    what = "threads" if data.loader in ("dali", "fast", "stream") else "processes"
+    each = f"{' or '.join(map(str, workers))} decoding {what} each"
+    if data.loader in ("memory", "synthetic"):
+        each = f"no decoding processes in training, and {each} in an evaluation"
+    cores = f"{' or '.join(map(str, num_cores))} cores"
+    return f"{num_ranks} ranks start {each} (data.workers={data.workers}; a rank may use {cores})"
+
+
 def require_loader(data: DataConfig, device: torch.device) -> None:
     """Says early what building a loader would say late.
 
@@ -113,7 +125,7 @@ def _build(
     if data.loader == "memory":
         return MemoryLoader(source, steps, device)
     on_gpu = device.type == "cuda" and data.device != "cpu"
-    processes = workers_of_rank(data.workers)
+    processes = workers_of_rank(data.workers, distributed.num_sharing_ranks())
     threads = max(1, processes)
     if data.loader == "stream":
         stream = _import_stream()

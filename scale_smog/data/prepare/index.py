@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.images import BadImageError, decode, has_deep_pixels
-from scale_smog.data.labels import numbered_classes, printable, say_unlabelled
+from scale_smog.data.labels import numbered_classes, say_unlabelled
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -23,7 +23,7 @@ from scale_smog.data.tar_dataset import SIDECAR_DTYPE, npy_bytes
 from scale_smog.data.tars import TarMember, TarSample, format_index, list_tar
 from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
-from scale_smog.runtime.files import file_sha256, write_atomically
+from scale_smog.runtime.files import file_sha256, printable, write_atomically
 
 _READ_BY_ALL = frozenset({"JPEG", "PNG", "WEBP"})
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scale_smog.config import StrictModel
-from scale_smog.data.labels import printable
 from scale_smog.errors import UserError
-from scale_smog.runtime.files import write_atomically
+from scale_smog.runtime.files import printable, write_atomically
 
 
 class BadImage(StrictModel):

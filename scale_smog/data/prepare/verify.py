@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.images import BadImageError, decode
-from scale_smog.data.labels import UNLABELLED, printable
+from scale_smog.data.labels import UNLABELLED
 from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest
 from scale_smog.data.prepare.index import index_tar
 from scale_smog.data.tar_dataset import load_sidecar, npy_bytes
 from scale_smog.data.tars import TarMember, format_index
 from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
+from scale_smog.runtime.files import printable
 
 
 @dataclass(frozen=True)
