@@ -63,6 +63,7 @@ EXTRA = {
     "captions": {f"{i:04d}.txt": b"a cat" for i in range(NUM)},
     "descriptions": {f"{i:04d}.json": b"{}" for i in range(NUM)},
     "notes for all": {"README.md": b"words", "meta/labels.csv": b"a,b", "LICENSE": b"free"},
+    "an image without a name": {".jpg": jpeg(9, 9, 0), "folder/.png": jpeg(9, 9, 0)},
     "a hidden file": {".DS_Store": b"x", "._.DS_Store": b"x"},
 }
 
