@@ -1,4 +1,4 @@
-"""Runs a function over jobs in several processes that end with their parent."""
+"""How many workers a rank may start, and jobs in processes that end with their parent."""
 
 import multiprocessing
 import os
@@ -9,15 +9,49 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import TypeVar
 
+from scale_smog.config import DataConfig
 from scale_smog.errors import UserError
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
+WORKER_BYTES = 2**30  # of a decoding process, with the batches that it has made
 
 
 def num_usable_cores() -> int:
     """Number of cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def workers_of_rank(wanted: int, num_ranks: int) -> int:
+    """Decoding processes that a rank starts: at most its share of the machine's cores and memory.
+
+    Args:
+        wanted: data.workers.
+        num_ranks: that share the cores of this rank.
+    """
+    import psutil  # comes with deepspeed, which not every machine has
+
+    memory = psutil.virtual_memory().available // num_ranks // WORKER_BYTES
+    return min(wanted, num_usable_cores() // num_ranks, memory)
+
+
+def describe_workers(
+    data: DataConfig, workers: Sequence[int], num_ranks: int, num_cores: Sequence[int]
+) -> str:
+    """What ranks start, in words.
+
+    Args:
+        data: the recipe's section.
+        workers: the numbers of `workers_of_rank` among the ranks.
+        num_ranks: of the job.
+        num_cores: the numbers of cores that ranks may use.
+    """
+    what = "threads" if data.loader in ("dali", "fast", "stream") else "processes"
+    each = f"{' or '.join(map(str, workers))} decoding {what} each"
+    if data.loader in ("memory", "synthetic"):
+        each = f"none in training, and {each} in an evaluation"
+    cores = f"{' or '.join(map(str, num_cores))} cores"
+    return f"{num_ranks} rank(s) start {each} (data.workers={data.workers}; of {cores})"
 
 
 def start_forkserver(*modules: str) -> None:

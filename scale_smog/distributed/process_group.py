@@ -56,7 +56,7 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
         )
     count_sharing_ranks()
     if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, num_cores() // num_sharing_ranks()))
+        torch.set_num_threads(max(1, len(_cores()) // num_sharing_ranks()))
     return device
 
 
@@ -86,16 +86,18 @@ def _must_connect_within(seconds: float, rank: int) -> Iterator[None]:
 def count_sharing_ranks() -> None:
     """Under srun each rank has cores of its own, under other launchers all have the machine's."""
     global _num_sharing_ranks
-    mine = socket.gethostname(), sum(1 << core for core in os.sched_getaffinity(0))
+    mine = socket.gethostname(), sum(1 << core for core in _cores())
     ranks = [mine] * world_size()
     if world_size() > 1:
         dist.all_gather_object(ranks, mine)
     _num_sharing_ranks = sum(host == mine[0] and bool(cores & mine[1]) for host, cores in ranks)
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def _cores() -> set[int]:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def num_sharing_ranks() -> int:

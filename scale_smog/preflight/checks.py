@@ -11,9 +11,10 @@ import torch
 
 from scale_smog import distributed
 from scale_smog.checkpoint.disk_space import probe_space
-from scale_smog.config import Recipe
+from scale_smog.config import DataConfig, Recipe
 from scale_smog.data import TarDataset
 from scale_smog.data.plan import images_per_rank
+from scale_smog.data.workers import describe_workers, num_usable_cores, workers_of_rank
 from scale_smog.errors import UserError
 from scale_smog.preflight import dataset, versions
 from scale_smog.preflight.libraries import check_libraries
@@ -77,6 +78,7 @@ def examine(recipe: Recipe, device: torch.device) -> list[Row]:
         check_clocks(hosts),
         check_run_folder(recipe),
         check_memory(recipe, device),
+        check_workers(recipe.data),
         check_links(hosts.names, hosts.leaders, device, machine),
         check_collectives(recipe, device, machine),
     ]
@@ -196,6 +198,14 @@ def check_memory(recipe: Recipe, device: torch.device) -> Row:
         return Row("memory", said)
     advice = "more ranks, engine.accumulate, engine.activation_checkpointing or engine.kind=fsdp"
     return Row("memory", "", [f"{said}: take {advice}"])
+
+
+def check_workers(data: DataConfig) -> Row:
+    """What decodes images, and on how many cores; a collective."""
+    mine = workers_of_rank(data.workers, distributed.num_sharing_ranks())
+    ranks = distributed.gather_objects((mine, num_usable_cores()))
+    workers, cores = (sorted(set(column)) for column in zip(*ranks, strict=True))
+    return Row("workers", describe_workers(data, workers, len(ranks), cores))
 
 
 def _memory_mib(device: torch.device, per_node: int) -> float:

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+from scale_smog import distributed
 from scale_smog.config import Recipe
 from scale_smog.data import EpochPlan
+from scale_smog.data.workers import describe_workers, num_usable_cores, workers_of_rank
 from scale_smog.profiling.memory import MemoryPlan, plan_memory
 from scale_smog.recipe import dump_recipe
 from scale_smog.schedules import Schedules
@@ -48,9 +50,11 @@ def _length_rows(recipe: Recipe, num_images: int, world_size: int) -> list[tuple
     batch = plan.images_per_rank(world_size)
     schedules = Schedules.of_run(recipe.run, recipe.optimizer, recipe.grouping, plan)
     epochs = schedules.num_steps / schedules.steps_per_epoch
+    workers = workers_of_rank(recipe.data.workers, distributed.ranks_per_node())
     return [
         ("steps", f"{schedules.num_steps} ({epochs:.2f} epochs)"),
         ("batch", f"{recipe.data.global_batch} = {world_size} rank(s) x {batch}"),
+        ("workers", describe_workers(recipe.data, [workers], world_size, [num_usable_cores()])),
         ("peak learning rate", f"{schedules.peak_lr:g} after {schedules.warmup_steps} steps"),
     ]
 

@@ -18,12 +18,12 @@ from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.data.plan import EpochPlan, SequentialPlan
 from scale_smog.data.tar_dataset import TarDataset
+from scale_smog.data.workers import workers_of_rank
 from scale_smog.errors import UserError
 
 # On a CPU, views up to this size are DALI's own: of 32 px a view costs less than torch's calls that
 # make it (the demo trains at 410 images/s against 210); larger ones torch makes sooner.
 SMALL_VIEW_PX = 64
-WORKER_BYTES = 2**30  # of a decoding process, with the batches that it has made
 
 
 def build_plan(data: DataConfig, dataset: TarDataset, seed: int) -> EpochPlan:
@@ -74,27 +74,6 @@ def build_evaluation_loader(
     view = CentreView(evaluation.image_px, evaluation.crop_share)
     source = BatchSource(dataset, plan, [view], 0, rank, world_size)
     return _build(with_random_access(data), source, range(plan.num_steps(world_size)), device)
-
-
-def workers_of_rank(wanted: int) -> int:
-    """Decoding processes that a rank may start: its share of the machine's cores and memory."""
-    import psutil  # comes with deepspeed, which not every machine has
-
-    num_ranks = distributed.num_sharing_ranks()
-    memory = psutil.virtual_memory().available // num_ranks // WORKER_BYTES
-    return min(wanted, distributed.num_cores() // num_ranks, memory)
-
-
-def describe_workers(
-    data: DataConfig, workers: Sequence[int], num_ranks: int, num_cores: Sequence[int]
-) -> str:
-    """What ranks start, in words; the numbers of workers and of cores that they have."""
-    what = "threads" if data.loader in ("dali", "fast", "stream") else "processes"
-    each = f"{' or '.join(map(str, workers))} decoding {what} each"
-    if data.loader in ("memory", "synthetic"):
-        each = f"no decoding processes in training, and {each} in an evaluation"
-    cores = f"{' or '.join(map(str, num_cores))} cores"
-    return f"{num_ranks} ranks start {each} (data.workers={data.workers}; a rank may use {cores})"
 
 
 def require_loader(data: DataConfig, device: torch.device) -> None:
