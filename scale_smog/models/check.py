@@ -43,6 +43,7 @@ def require_images_fit(model: ModelConfig, sizes_px: Mapping[str, int], batch: i
     """
     with torch.device("meta"):
         online, _ = build_nets(model)
+    _require_untied(online.backbone, model.backbone)
     for key, px in sizes_px.items():
         random = _RandomOperators()
         try:
@@ -60,6 +61,16 @@ def require_images_fit(model: ModelConfig, sizes_px: Mapping[str, int], batch: i
                 f"({', '.join(sorted(random.names))}), so that no step could be repeated: take "
                 "another backbone"
             )
+
+
+def _require_untied(backbone: nn.Module, name: str) -> None:
+    once = {key for key, _ in backbone.named_parameters()}
+    again = [key for key, _ in backbone.named_parameters(remove_duplicate=False) if key not in once]
+    if again:
+        raise UserError(
+            f"model.backbone={name} uses weights in several places, such as {again[0]}, and "
+            "checkpoints keep weights once: take another backbone"
+        )
 
 
 def _require_features(features: Any, backbone: nn.Module, name: str) -> None:

@@ -75,6 +75,7 @@ def test_a_net_whose_own_size_is_no_multiple_of_its_patch_keeps_its_own_size():
         ("mixer_s16_224", "data.small_px", 32, "images of data.small_px=32 .*own size is 224 px"),
         ("levit_128s", "data.large_px", 96, "images of data.large_px=96 .*own size is 224 px"),
         ("vit_small_patch14_dinov2", "data.small_px", 96, "divisible by patch size"),
+        ("coat_lite_tiny", "data.large_px", 224, "uses weights in several places"),
         ("gemma4_vit_167m_enc", "data.large_px", 768, "makes no features .* of images"),
     ],
 )

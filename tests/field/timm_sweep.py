@@ -24,12 +24,12 @@ from scale_smog.models.weights import load_weights
 NAMES = """
 beit_base_patch16_224 caformer_s18 cait_xxs24_224 coat_lite_tiny convnext_atto convnextv2_atto
 crossvit_tiny_240 cspresnet50 davit_tiny deit_tiny_distilled_patch16_224 densenet121 dla34 dpn48b
-edgenext_xx_small efficientformer_l1 efficientnet_b0 efficientvit_b0 efficientvit_m0 ese_vovnet19b_dw
-eva02_tiny_patch14_224 fastvit_t8 focalnet_tiny_srf ghostnet_100 hgnetv2_b0 hiera_tiny_224 inception_v3
-legacy_xception levit_128s mambaout_femto maxvit_pico_rw_256 mixer_s16_224 mobilenetv3_small_050
-mobilenetv4_conv_small mobilevit_xxs nest_tiny_jx pit_ti_224 poolformer_s12 regnety_002 repvit_m0_9
-resnet50_clip swinv2_cr_tiny_ns_224 swinv2_tiny_window8_256 vit_tiny_patch16_224 volo_d1_224
-xcit_nano_12_p16_224
+edgenext_xx_small efficientformer_l1 efficientnet_b0 efficientvit_b0 efficientvit_m0
+ese_vovnet19b_dw eva02_tiny_patch14_224 fastvit_t8 focalnet_tiny_srf ghostnet_100 hgnetv2_b0
+hiera_tiny_224 inception_v3 legacy_xception levit_128s mambaout_femto maxvit_pico_rw_256
+mixer_s16_224 mobilenetv3_small_050 mobilenetv4_conv_small mobilevit_xxs nest_tiny_jx pit_ti_224
+poolformer_s12 regnety_002 repvit_m0_9 resnet50_clip swinv2_cr_tiny_ns_224 swinv2_tiny_window8_256
+vit_tiny_patch16_224 volo_d1_224 xcit_nano_12_p16_224
 """.split()
 PX = 96
 
@@ -79,7 +79,7 @@ def _reads_own_file(name: str, net: torch.nn.Module) -> bool:
     theirs = timm.create_model(name).state_dict()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "theirs.safetensors"
-        save_file({key: value.contiguous() for key, value in theirs.items()}, path)
+        save_file({key: value.clone() for key, value in theirs.items()}, path)
         load_weights(net, path)
     own = net.state_dict()
     return all(torch.equal(own[key], theirs[key]) for key in own)
