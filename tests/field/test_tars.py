@@ -271,6 +271,13 @@ def test_an_empty_file_is_no_tar(tars, tmp_path):
         assert "cannot read" in line and "b.tar" in line
 
 
+def test_a_tar_without_a_good_image_is_left_out_of_a_set(tars, tmp_path, read):
+    write_tar(tars / "a.tar", samples("0" * 40))
+    write_tar(tars / "b.tar", {})
+    write_tar(tars / "c.tar", {"x.jpg": b"", "x.cls": b"0"})
+    assert read(tars, tmp_path / "out").num_samples == 40
+
+
 def test_a_label_that_cannot_be_read_is_not_no_label(tars, tmp_path, read):
     path = write_tar(tars / "a.tar", samples("0" * 40))
     with tarfile.open(path, "a") as tar:

@@ -58,7 +58,16 @@ def _count_problems(manifest: DatasetManifest) -> list[str]:
 def _extra_files(folder: Path, entries: list[ShardEntry]) -> list[str]:
     known = {name for e in entries for name in (e.name, e.idx_name, e.npy_name)}
     found = sorted(p.name for p in folder.iterdir() if p.suffix in (".tar", ".idx", ".npy"))
-    return [f"{printable(name)}: not in the manifest" for name in found if name not in known]
+    extra = [name for name in found if name not in known and not _is_empty_tar(folder / name)]
+    return [f"{printable(name)}: not in the manifest" for name in extra]
+
+
+def _is_empty_tar(path: Path) -> bool:
+    """Whether it is a tar without a good image, which index.py leaves out."""
+    try:
+        return path.suffix == ".tar" and not len(index_tar(path).rows)
+    except UserError:
+        return False
 
 
 def _shard_problems(check: _ShardCheck) -> list[str]:
