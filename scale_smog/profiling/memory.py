@@ -14,6 +14,7 @@ from scale_smog.models.check import batch_norm_images, image_sizes, require_imag
 
 MIB = 2**20
 ZERO3_LIVE = 1e9  # weights that DeepSpeed keeps gathered by default
+REDUCE_BUCKET_NUMEL = 50_000_000  # that the ZeRO engines ask DeepSpeed for; it allocates it whole
 STATES = {"lars": 1, "sgd": 1, "adamw": 2}  # optimizer values a parameter
 
 
@@ -55,17 +56,15 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
     value_bytes = 8 if engine.precision == "fp64" else 4
     num_online, num_momentum = _numel(online), _numel(momentum)
     parts = _parts(engine.kind, world_size, ranks_per_node)
-    # ZeRO has master values apart from those that the nets compute with.
-    masters = num_online / parts.optimizer if engine.is_zero else 0.0
-    weights = num_online / parts.weights + num_online / parts.gradients + masters
-    if parts.weights > 1:
-        largest = max(_numel(stage) for stage in stages(online.backbone))
-        if engine.is_zero:  # both nets gathered, and a stage once more while it is on its way
-            weights += min(num_online, ZERO3_LIVE) + min(num_momentum, ZERO3_LIVE) + largest
-        else:  # gathered weights of a stage, its gradients, and what is sent of them
-            weights += 3 * largest
-    states = STATES[recipe.optimizer.name] * num_online / parts.optimizer
     batch = data.global_batch // world_size
+    weights = _weights_and_gradients(engine.kind, parts, online, momentum)
+    activations = _activation_bytes(online, recipe, batch // engine.accumulate)
+    if engine.precision == "bf16":  # autocast's copies of the weights, which the pass back needs
+        copied = _largest_stage(online) if engine.activation_checkpointing else num_online
+        activations += 2 * copied
+    if engine.kind == "zero1":  # its gradients come while activations go: they share the room
+        activations = max(activations, num_online * value_bytes)
+    states = STATES[recipe.optimizer.name] * num_online / parts.optimizer
     bank = recipe.bank_steps * batch * model.dim * 4
     groups = 3 * recipe.grouping.num_groups * (model.dim + 1) * value_bytes
     return MemoryPlan(
@@ -74,9 +73,31 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
         weights_and_gradients_mib=weights * value_bytes / MIB,
         momentum_net_mib=num_momentum / parts.weights * value_bytes / MIB,
         optimizer_mib=states * value_bytes / MIB,
-        activations_mib=_activation_bytes(online, recipe, batch // engine.accumulate) / MIB,
+        activations_mib=activations / MIB,
         groups_and_bank_mib=(bank + groups) / MIB,
     )
+
+
+def _weights_and_gradients(
+    kind: str, parts: "_Parts", online: OnlineNet, momentum: MomentumNet
+) -> float:
+    """Values that a rank holds of them at the peak, master values and buffers among them."""
+    num_online, num_momentum = _numel(online), _numel(momentum)
+    values = num_online / parts.weights
+    if kind != "zero1":
+        values += num_online / parts.gradients
+    if kind.startswith("zero"):  # masters apart from what the nets compute with, and a bucket
+        values += num_online / parts.optimizer + REDUCE_BUCKET_NUMEL
+    if kind == "zero3":  # both nets gathered, and a stage once more while it is on its way
+        gathered = min(num_online, ZERO3_LIVE) + min(num_momentum, ZERO3_LIVE)
+        return values + gathered + _largest_stage(online)
+    if parts.weights > 1:  # a stage's gathered weights and their gradients
+        values += 2 * _largest_stage(online)
+    return values
+
+
+def _largest_stage(online: OnlineNet) -> int:
+    return max(_numel(stage) for stage in stages(online.backbone))
 
 
 def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
