@@ -190,6 +190,7 @@ def test_tars_are_plain_ustar_without_time_or_owner(source, tmp_path):
                 assert (member.uname, member.gname) == ("", "")
                 keys.append(member.name)
         assert path.read_bytes()[257:265] == b"ustar\x0000"
+        assert path.stat().st_size % tarfile.RECORDSIZE == 0  # as tar itself ends a file
     assert [key[:12] for key in keys[::2]] == [f"{index:012d}" for index in range(NUM_IMAGES)]
     assert {key[12:] for key in keys[::2]} == {".jpg", ".png"}
     assert keys[1::2] == [f"{index:012d}.cls" for index in range(NUM_IMAGES)]
