@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from scale_smog.config import INT64, Recipe
 from scale_smog.errors import UserError
+from scale_smog.evaluation.protocols import Protocols
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, SCHEMA = "settings.md", "recipe.schema.json"
@@ -60,12 +61,7 @@ def explain(key: str) -> str:
     Raises:
         UserError: there is no such setting; the nearest is suggested.
     """
-    if key.partition(".")[0] not in Recipe.model_fields:
-        from scale_smog.evaluation.protocols import Protocols  # slow: it imports torch
-
-        settings = [*list_settings(Recipe), *list_settings(Protocols)]
-    else:
-        settings = list_settings(Recipe)
+    settings = [*list_settings(Recipe), *list_settings(Protocols)]
     found = [setting for setting in settings if setting.key == key]
     if found:
         return _block(found[0])
@@ -77,8 +73,6 @@ def explain(key: str) -> str:
 
 def settings_page() -> str:
     """docs/settings.md."""
-    from scale_smog.evaluation.protocols import Protocols
-
     parts = [HEADER, *_tables(Recipe), "\n# Settings of the evaluations\n", *_tables(Protocols)]
     return "\n".join(parts)
 
