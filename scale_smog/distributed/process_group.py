@@ -45,6 +45,9 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
         device = torch.device("cpu")
     global _store
     _store = rendezvous(env["RANK"], env["WORLD_SIZE"], rendezvous_timeout_s)
+    # Each rank of a gloo group connects to those it talks to, not to all others in each group.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    _raise_file_limit()
     with _must_connect_within(rendezvous_timeout_s, env["RANK"]):
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if has_gpu else "gloo",
@@ -58,6 +61,13 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
     if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(_cores()) // num_sharing_ranks()))
     return device
+
+
+def _raise_file_limit() -> None:
+    """To what the system allows: connections are files, and 1,024 is a usual limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

@@ -7,16 +7,20 @@ parent watches the machine's free memory and ends the ranks, and only those, bef
 import ctypes
 import gc
 import importlib
+import mmap
 import os
 import re
+import selectors
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PRELOADED = (
     "scale_smog.pretrain",
@@ -76,11 +80,17 @@ class ForkedRanks:
     seconds: float = 0.0
     peak_gib: float = 0.0
 
-    def start(self) -> None:
-        """Forks all ranks, in a process group of their own."""
+    def start(self, counted: bool = False) -> None:
+        """Forks all ranks, in a process group of their own.
+
+        Args:
+            counted: the others reach rank 0's store through `self.store`, which counts.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._free_gib, self._start, self._group = free_gib(), time.monotonic(), 0
         port = free_port()
+        self.store = CountingProxy(port)
+        proxy_port = self.store.start() if counted else port
         sys.stdout.flush()
         sys.stderr.flush()
         for rank in range(self.world_size):
@@ -88,7 +98,7 @@ class ForkedRanks:
             if pid == 0:
                 os.setpgid(0, self._group)
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives us
-                self._run_rank(rank, port)
+                self._run_rank(rank, port if rank == 0 else proxy_port)
             self._group = self._group or pid
             with suppress(PermissionError, ProcessLookupError):
                 os.setpgid(pid, self._group)  # whoever is first
@@ -174,6 +184,7 @@ class ForkedRanks:
 
     def end(self) -> None:
         """Kills what is left of the ranks and of their own processes."""
+        self.store.end()
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._group, signal.SIGKILL)
         for rank, pid in list(self.pids.items()):
@@ -182,6 +193,83 @@ class ForkedRanks:
     def _note(self, rank: int, status: int) -> None:
         self.codes[rank] = os.waitstatus_to_exitcode(status)
         del self.pids[rank]
+
+
+class CountingProxy:
+    """Stands before a port of this machine and counts what clients send, in a process of its own.
+
+    Args:
+        port: of the server.
+    """
+
+    def __init__(self, port: int):
+        self._port, self._pid = port, 0
+        self._counts = mmap.mmap(-1, 16)  # shared with the process: messages, bytes
+
+    def start(self) -> int:
+        """Returns the port that clients take."""
+        listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self._pid = os.fork()
+        if self._pid == 0:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            try:
+                self._forward(listener)
+            finally:
+                os._exit(1)
+        port = listener.getsockname()[1]
+        listener.close()
+        return port
+
+    def _forward(self, listener: socket.socket) -> None:
+        selector, other = selectors.DefaultSelector(), {}
+        selector.register(listener, selectors.EVENT_READ, None)
+        while True:
+            for key, _ in selector.select():
+                if key.data is None:
+                    client, _ = listener.accept()
+                    server = self._connect()
+                    for end, is_client in ((client, True), (server, False)):
+                        selector.register(end, selectors.EVENT_READ, is_client)
+                    other |= {client: server, server: client}
+                    continue
+                sender: Any = key.fileobj
+                message = sender.recv(2**20)
+                if not message:
+                    for end in (sender, other[sender]):
+                        with suppress(KeyError):
+                            selector.unregister(end)
+                        end.close()
+                    continue
+                other[sender].sendall(message)
+                if key.data:
+                    self._add(len(message))
+
+    def _connect(self) -> socket.socket:
+        while True:  # the server may have yet to come
+            with suppress(ConnectionRefusedError):
+                return socket.create_connection(("127.0.0.1", self._port))
+            time.sleep(0.05)
+
+    def _add(self, num_bytes: int) -> None:
+        counts = self.num_messages + 1, self.num_bytes + num_bytes
+        self._counts[:] = struct.pack("qq", *counts)
+
+    @property
+    def num_messages(self) -> int:
+        """That clients have sent."""
+        return struct.unpack("qq", self._counts)[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """That clients have sent."""
+        return struct.unpack("qq", self._counts)[1]
+
+    def end(self) -> None:
+        """Ends the process."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
 
 
 def free_port() -> int:

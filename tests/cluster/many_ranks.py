@@ -3,6 +3,7 @@
 Ranks are forked from one process (forked_ranks.py), on pretended nodes; views are synthetic. The
 last line says the outcome, and the exit status is 0 only if it is good. Scenarios:
 
+start: what a start costs in seconds, messages to the store, files and sockets.
 train: over two resets and three checkpoints to the last evaluation, everything written.
 equal: features of a global batch through groups, bank and k-means; the bits of one rank.
 kill, stop, term: a rank gets SIGKILL, SIGSTOP or SIGTERM in training; it is named, or all save; the
@@ -95,12 +96,14 @@ class Campaign:
 
         return work
 
-    def job(self, work: Callable[[int], object], ranks: int | None = None) -> ForkedRanks:
+    def job(
+        self, work: Callable[[int], object], ranks: int | None = None, counted: bool = False
+    ) -> ForkedRanks:
         """A job that has been started, its consoles empty."""
         shutil.rmtree(self.folder / "consoles", ignore_errors=True)
         ranks = ranks or self.ranks
         job = ForkedRanks(self.folder / "consoles", ranks, min(self.per_node, ranks), work)
-        job.start()
+        job.start(counted)
         return job
 
     def finish(self, job: ForkedRanks) -> list[int]:
@@ -330,6 +333,50 @@ def skip(campaign: Campaign) -> bool:
     return found is not None and all(codes) and seconds < DEADLINE_S + 10
 
 
+def start(campaign: Campaign) -> bool:
+    """What a start costs: seconds, what goes through the store, files, sockets."""
+    counts = campaign.folder / "counts"
+    counts.mkdir()
+    begun = time.monotonic()
+
+    def before(rank: int) -> None:
+        from scale_smog.runtime import phases
+
+        opened: list[str] = []
+
+        def note(event: str, arguments: tuple) -> None:
+            if event == "open" and isinstance(arguments[0], str):
+                if arguments[0].startswith(str(campaign.folder)):
+                    opened.append(arguments[0])
+
+        def write(phase: str) -> None:
+            if phase == phases.STEP and not (counts / f"{rank}.json").exists():
+                links = [
+                    os.readlink(path)
+                    for path in map(str, Path("/proc/self/fd").iterdir())
+                    if os.path.lexists(path)
+                ]
+                facts = {"seconds": time.monotonic() - begun, "opened": len(opened)}
+                facts["sockets"] = sum(link.startswith("socket") for link in links)
+                (counts / f"{rank}.json").write_text(json.dumps(facts))
+
+        sys.addaudithook(note)
+        phases.on_enter.append(write)
+
+    job = campaign.job(campaign.pretrain("run.steps=2", before=before), counted=True)
+    codes = campaign.finish(job)
+    ranks = [json.loads((counts / f"{r}.json").read_text()) for r in range(campaign.ranks)]
+    others = ranks[1:] or ranks
+    campaign.facts += [
+        f"first step after {max(rank['seconds'] for rank in ranks):.1f} s",
+        f"{job.store.num_messages} messages, {job.store.num_bytes} bytes to the store",
+        f"files opened: rank 0 {ranks[0]['opened']}, another {others[0]['opened']}, "
+        f"all {sum(rank['opened'] for rank in ranks)}",
+        f"sockets: rank 0 {ranks[0]['sockets']}, another {others[0]['sockets']}",
+    ]
+    return not any(codes)
+
+
 def late(campaign: Campaign) -> bool:
     """The others wait for a rank that comes late."""
 
@@ -390,7 +437,20 @@ def refused_by(campaign: Campaign, job: ForkedRanks, words: str) -> bool:
 SCENARIOS: dict[str, Callable[[Campaign], bool]] = {
     function.__name__: function
     for function in (
-        *(train, kill, stop, term, elastic, evaluate, straggler, skip, late, version, dataset),
+        *(
+            start,
+            train,
+            kill,
+            stop,
+            term,
+            elastic,
+            evaluate,
+            straggler,
+            skip,
+            late,
+            version,
+            dataset,
+        ),
     )
 }
 
