@@ -30,7 +30,7 @@ setup(
         "timm>=1.0",
         "webdataset>=1.0",
         "braceexpand",
-        # DALI's operators open NPP and cuFFT of CUDA 12 at run time, and ask for no wheel of them; a
+        # DALI opens NPP and cuFFT of CUDA 12 at run time and asks for no wheel of them, and a
         # torch for CUDA 13 brings others. nvidia-dali-cuda130 may take the place of the three.
         *(
             f"{package}; {LINUX} and platform_machine in 'x86_64 aarch64'"

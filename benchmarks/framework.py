@@ -34,8 +34,8 @@ from torchvision.models import resnet18
 from scale_smog.config import Recipe
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.loop import train_step
-from scale_smog.state import build_state
 from scale_smog.profiling.timing import synchronize
+from scale_smog.state import build_state
 from scale_smog.throughput import FIXED_VALUES, build_batches
 
 PX, DIM, RESET_EVERY = 32, 128, 300
