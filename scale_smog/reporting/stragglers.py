@@ -12,8 +12,10 @@ from scale_smog.runtime.own_time import OwnTime
 
 WINDOW_S = 5.0  # at least, so that what is sampled means something
 NUM_WINDOWS = 2  # in a row before a rank is named: one slow moment is nobody's fault
-MAX_EXCESS = 0.05  # of the time, by which a rank's own work may exceed the median of the ranks
-MAX_RATIO = 1.0 / 0.7  # of a rank's own work, or of its GPU's, to the median of the ranks
+# By how much a rank's own work may exceed the median of the ranks.
+MAX_EXCESS_S, MAX_EXCESS, MAX_RATIO = 0.5, 0.02, 2.0  # of a window: seconds, share of it, times
+MAX_DATA_WAIT = 0.2  # of the time, beyond the median
+MAX_GPU_RATIO = 1.0 / 0.7  # of a GPU's time for the same product to the median of the GPUs
 SILENCE_S = 60.0  # after a line
 MAX_NAMED = 8
 
@@ -67,13 +69,14 @@ class Stragglers:
         elapsed_s = ranks[0][0]
         _, own, waits, probes = (list(column) for column in zip(*ranks, strict=True))
         usual, slow = median(own), {}
+        most = max(usual + max(MAX_EXCESS_S, MAX_EXCESS * elapsed_s), MAX_RATIO * usual)
         for rank, host in enumerate(self._hosts):
             name = f"rank {rank} on {host}"
-            if own[rank] - usual > MAX_EXCESS * elapsed_s and own[rank] > MAX_RATIO * usual:
+            if own[rank] > most:
                 slow[rank] = f"{name} is busy {min(1.0, own[rank] / elapsed_s):.0%} of the time"
-                if waits[rank] - median(waits) > MAX_EXCESS:
+                if waits[rank] - median(waits) > MAX_DATA_WAIT:
                     slow[rank] = f"{name} waits {waits[rank]:.0%} of the time for its data"
-            elif probes[rank] > MAX_RATIO * median(probes):
+            elif probes[rank] > MAX_GPU_RATIO * median(probes):
                 times = probes[rank] / median(probes)
                 slow[rank] = f"the GPU of {name} computes {times:.1f} times as long"
         return slow

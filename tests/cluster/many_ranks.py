@@ -270,7 +270,8 @@ def straggler(campaign: Campaign) -> bool:
 
         phases.on_enter.append(sleep_in_a_step)
 
-    overrides = [f"run.steps={num_steps + 40}", "run.log_every=4", "grouping.reset_every=30"]
+    overrides = [f"run.steps={num_steps + 16}", "run.log_every=4", "grouping.reset_every=30"]
+    overrides += ["model.batch_norm=node"]
     job = campaign.job(campaign.pretrain(*overrides, before=before))
     codes, name = campaign.finish(job), f"rank {victim} on node-{victim // campaign.per_node}"
     lines = job.said().splitlines()
