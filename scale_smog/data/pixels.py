@@ -6,6 +6,7 @@ The CPU loaders make one image after the other, the loader of sets in memory who
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -109,7 +110,8 @@ def augment_crops(x: Tensor, view: View, params: AugmentationParams) -> Tensor:
     if view.has_solarize and params.solarize.any():
         solarize = _on(params.solarize, x)[:, None, None, None]
         x = torch.where(solarize & (x >= SOLARIZE_THRESHOLD), 255 - x, x)
-    return x.sub_(_MEAN.to(x.device)).div_(_STD.to(x.device))
+    mean, std = _normalisation(x.device)
+    return x.sub_(mean).div_(std)
 
 
 def _recolour(x: Tensor, params: AugmentationParams) -> Tensor:
@@ -122,7 +124,7 @@ def _recolour(x: Tensor, params: AugmentationParams) -> Tensor:
 
 def _blur(x: Tensor, sigma: np.ndarray, window: int) -> Tensor:
     """Gaussian blur of the images whose sigma is not 0, reflected at the edges: [B, 3, H, H]."""
-    rows = torch.from_numpy(np.flatnonzero(sigma)).to(x.device)  # n of B
+    rows = _on(np.flatnonzero(sigma), x)  # n of B
     band = _blur_bands(_on(sigma, x)[rows], x.shape[-1], window)
     if len(rows) == len(x):
         return _blur_all(x, band)
@@ -164,4 +166,18 @@ def _blur_bands(sigma: Tensor, px: int, window: int) -> Tensor:
 
 
 def _on(values: np.ndarray, x: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(x.device, non_blocking=True)
+    return on_device(values, x.device)
+
+
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """The values on a device; from pinned memory, so that the host does not wait for a GPU."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@cache
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, [3, 1, 1] each; copied to a device once."""
+    return _MEAN.to(device), _STD.to(device)

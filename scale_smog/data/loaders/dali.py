@@ -27,7 +27,7 @@ from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.held_outputs import held_until_read
 from scale_smog.data.loaders.prefetch import prefetch
-from scale_smog.data.pixels import empty_views, make_views
+from scale_smog.data.pixels import empty_views, make_views, on_device
 from scale_smog.errors import UserError
 
 PREFETCH_BATCHES = 2
@@ -72,7 +72,7 @@ class DaliLoader:
         for step, outputs in zip(self._steps, batches, strict=True):
             views = [to_torch(output, self._device) for output in outputs]
             ids = self._source.ids(step)
-            label = torch.from_numpy(labels[ids]).to(self._device, non_blocking=True)
+            label = on_device(labels[ids], self._device)
             yield Batch.from_views(self._source.views, views, label, torch.from_numpy(ids))
 
 
@@ -150,7 +150,7 @@ class DaliCpuLoader:
 
         list(threads.map(make_views_of, range(len(ids))))
         views = [view.to(self._device, non_blocking=True) for view in outputs]
-        label = torch.from_numpy(source.dataset.labels[ids]).to(self._device)
+        label = on_device(source.dataset.labels[ids], self._device)
         return Batch.from_views(source.views, views, label, torch.from_numpy(ids))
 
 

@@ -15,7 +15,7 @@ from scale_smog.data.augment import AugmentationParams
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.torch import decode
-from scale_smog.data.pixels import augment_crops
+from scale_smog.data.pixels import augment_crops, on_device
 from scale_smog.data.workers import num_usable_cores
 from scale_smog.errors import UserError
 
@@ -47,13 +47,13 @@ class MemoryLoader:
         source = self._source
         for step in self._steps:
             ids = source.ids(step)
-            images = self._images[torch.from_numpy(ids).to(self._device)].float()  # [B, 3, H, W]
+            images = self._images[on_device(ids, self._device)].float()  # [B, 3, H, W]
             views = []
             for view, params in zip(source.views, source.augmentation_params(step), strict=True):
                 cropped = crop_batch(images, params, view.px)
                 made = augment_crops(cropped, view, params)
                 views.append(made.contiguous(memory_format=torch.channels_last))
-            label = torch.from_numpy(source.dataset.labels[ids]).to(self._device)
+            label = on_device(source.dataset.labels[ids], self._device)
             yield Batch.from_views(source.views, views, label, torch.from_numpy(ids))
 
 
@@ -97,10 +97,10 @@ def crop_batch(images: Tensor, params: AugmentationParams, px: int) -> Tensor:
     Returns:
         [B, 3, px, px] float32.
     """
-    left, top, width, height = torch.from_numpy(params.box).to(images.device).float().T  # [B]
+    left, top, width, height = on_device(params.box, images.device).float().T  # [B]
     rows = _cubic_weights(top, height, px, images.shape[-2])[:, None]  # [B, 1, px, H]
     columns = _cubic_weights(left, width, px, images.shape[-1])  # [B, px, W]
-    flip = torch.from_numpy(params.flip).to(images.device)[:, None, None]
+    flip = on_device(params.flip, images.device)[:, None, None]
     columns = torch.where(flip, columns.flip(1), columns)[:, None]  # [B, 1, px, W]
     narrow = _whole_levels(images @ columns.mT)  # torch and Pillow round between the passes too
     return _whole_levels(rows @ narrow)

@@ -37,7 +37,7 @@ from scale_smog.data.labels import UNLABELLED, label_of
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.prefetch import prefetch
 from scale_smog.data.loaders.torch import decode
-from scale_smog.data.pixels import empty_views, make_views
+from scale_smog.data.pixels import empty_views, make_views, on_device
 from scale_smog.data.tars import LABEL_EXTENSION, reason_to_refuse, split_name
 from scale_smog.errors import UserError
 
@@ -146,14 +146,14 @@ class StreamLoader:
         epochs = np.array([sample.epoch for sample, _ in taken])
         heights, widths = np.array([image.shape[1:] for _, image in taken]).T
         params = [v.sample(source.seed, ids, epochs, widths, heights) for v in source.views]
-        outputs = empty_views(source.views, size)
+        outputs = empty_views(source.views, size, pinned=self._device.type == "cuda")
 
         def make_views_of(row: int) -> None:
             make_views(taken[row][1], row, source.views, params, outputs)
 
         list(threads.map(make_views_of, range(size)))
         views = [view.to(self._device, non_blocking=True) for view in outputs]
-        label = torch.tensor([sample.label for sample, _ in taken]).to(self._device)
+        label = on_device(np.array([sample.label for sample, _ in taken]), self._device)
         return Batch.from_views(source.views, views, label, torch.from_numpy(ids))
 
     def _decode(self, sample: StreamSample) -> Tensor | None:
