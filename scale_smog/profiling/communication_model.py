@@ -92,7 +92,7 @@ def exposed_s(
     model = CommunicationModel(machine, estimate)
     return {
         "weights": _weights_s(work, parts, gpus, engine, model),
-        "batch_norm": _batch_norm_s(work, gpus, scope, model),
+        "batch_norm": _batch_norm_s(work, parts, gpus, engine, scope, model),
         "groups": _groups_s(work, gpus, model),
     }
 
@@ -174,18 +174,35 @@ def _norms_s(work: Workload, ranks: int, model: CommunicationModel) -> float:
     return model.seconds("all_reduce", 8.0 * len(work.cost.ready), ranks)
 
 
-def _batch_norm_s(work: Workload, gpus: int, scope: str | int, model: CommunicationModel) -> float:
-    """One all-gather a batch norm and pass, one all-reduce in the backward pass; none hidden."""
-    cost = work.cost
+def _batch_norm_s(
+    work: Workload, parts: Parts, gpus: int, engine: str, scope: str | int,
+    model: CommunicationModel,
+) -> float:  # fmt: skip
+    """One all-gather a batch norm and pass, one all-reduce in the backward pass.
+
+    Where nets are whole the two forward passes run at the same time, and one net's messages hide
+    behind what the other computes.
+    """
+    cost, accumulate = work.cost, work.recipe.engine.accumulate
     sizes = {"global": gpus, "node": min(gpus, model.machine.gpus_per_node), "local": 1}
     ranks = min(gpus, sizes.get(str(scope), int(scope) if str(scope).isdigit() else 1))
-    both = [*cost.norm_channels, *cost.momentum_norm_channels]
-    passed = both + work.num_repeats * cost.norm_channels
-    seconds = sum(model.seconds("all_gather", 4.0 * (2 * c + 1) * ranks, ranks) for c in passed)
-    seconds += sum(model.seconds("all_reduce", 8.0 * c, ranks) for c in cost.norm_channels)
-    seconds *= work.recipe.engine.accumulate
+
+    def gathered_s(channels: Sequence[int]) -> float:
+        each = (model.seconds("all_gather", 8.0 * c * ranks, ranks) for c in channels)
+        return accumulate * sum(each)
+
+    online_s, momentum_s = gathered_s(cost.norm_channels), gathered_s(cost.momentum_norm_channels)
+    seconds = online_s + momentum_s
+    if weight_shards(engine, gpus, model.machine.gpus_per_node) == 1:
+        beside = (online_s - parts["momentum_forward"], momentum_s - parts["online_forward"])
+        seconds = model.unhidden_s(seconds, max(0.0, *beside))
+    seconds += work.num_repeats * online_s
+    seconds += accumulate * sum(
+        model.seconds("all_reduce", 8.0 * c, ranks) for c in cost.norm_channels
+    )
     if ranks < gpus:  # running statistics are averaged at the end of the step
-        seconds += model.seconds("all_reduce", 8.0 * sum(both), gpus)
+        channels = sum(cost.norm_channels) + sum(cost.momentum_norm_channels)
+        seconds += model.seconds("all_reduce", 8.0 * channels, gpus)
     return seconds
 
 

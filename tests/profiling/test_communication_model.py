@@ -49,3 +49,14 @@ def test_latency_and_bandwidth_come_back_from_the_times_they_make():
     points = [(size, 20e-6 + size / 2e9) for size in (1_000, 10_000, 1_000_000, 50_000_000)]
     alpha, beta = fit_alpha_beta(points)
     assert alpha == pytest.approx(20e-6, rel=1e-6) and beta == pytest.approx(0.5e-9, rel=1e-6)
+
+
+def test_batch_norms_of_one_net_hide_behind_the_other_where_the_nets_are_whole(work):
+    parts = estimate_parts(work, H200, 1)
+
+    def waits_s(engine: str, overlap: float) -> float:
+        machine = H200.model_copy(update={"overlap": (overlap,) * 3})
+        return exposed_s(work, parts, 64, engine, "global", machine, 1)["batch_norm"]
+
+    assert waits_s("ddp", 0.9) < 0.75 * waits_s("ddp", 0.0)
+    assert waits_s("fsdp", 0.9) == waits_s("fsdp", 0.0) == waits_s("ddp", 0.0)

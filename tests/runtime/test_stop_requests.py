@@ -1,0 +1,55 @@
+"""A step sums up the ranks' requests to stop with its verdict: the check after it is free."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_runs import build_state, recipe_of
+from ranks import run_on_ranks
+
+from scale_smog import distributed
+from scale_smog.data.batch import Batch
+from scale_smog.loop import train_step
+from scale_smog.runtime import phases
+from scale_smog.runtime.preemption import Preemption
+from scale_smog.throughput import FIXED_VALUES
+
+
+def stop_after_a_step(folder: str, rank_that_asks: int) -> list[bool]:
+    """Whether the checks before and after the request stop this rank."""
+    recipe = recipe_of(folder)
+    state = build_state(recipe)
+    batch = recipe.data.global_batch // distributed.world_size()
+    views = torch.randn(2, batch, 3, 12, 12).unbind()
+    label = torch.zeros(batch, dtype=torch.int64)
+    stopped = []
+    with Preemption():
+        for is_asked in (False, True):
+            phases.is_stop_requested = is_asked and distributed.rank() == rank_that_asks
+            train_step(recipe, state, Batch(list(views), [], label, label), FIXED_VALUES)
+            with mock.patch.object(dist, "all_reduce", side_effect=AssertionError("a collective")):
+                try:
+                    phases.check_for_stop()
+                    stopped.append(False)
+                except phases.StopRequested:
+                    stopped.append(True)
+        phases.is_stop_requested = False
+    return stopped
+
+
+def test_all_ranks_stop_after_the_step_in_which_one_was_asked_to(tmp_path):
+    assert run_on_ranks(2, stop_after_a_step, str(tmp_path), 1) == [[False, True]] * 2
+
+
+def test_what_a_step_has_noted_is_read_once():
+    phases.note_stop_requests(2.0)
+    assert phases.take_stop_requests() == 2.0
+    assert phases.take_stop_requests() is None
+
+
+@pytest.mark.parametrize("num_requests", [0.0, 3.0])
+def test_requests_of_an_earlier_run_do_not_stop_the_next_one(num_requests):
+    phases.note_stop_requests(num_requests)
+    with Preemption():
+        assert phases.take_stop_requests() is None
