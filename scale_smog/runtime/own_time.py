@@ -6,7 +6,7 @@ import time
 import weakref
 from pathlib import Path
 
-SAMPLE_S = 0.1
+SAMPLE_S, MAX_SAMPLE_S = 0.1, 1.0
 # A thread that sleeps in one of these waits for other ranks.
 COLLECTIVES = (
     "/torch/distributed/",
@@ -66,8 +66,14 @@ class OwnTime:
 
 
 def _sample(reference: "weakref.ref[OwnTime]") -> None:
-    """Samples until nobody holds the object any more; a late sample counts as one in time."""
+    """Samples until nobody holds the object any more; a sample stands for the time since the last.
+
+    On a loaded machine that is more than SAMPLE_S; of a very late one no more is known.
+    """
+    before = time.monotonic()
     while (own_time := reference()) is not None:
-        own_time.sample(SAMPLE_S)
+        now = time.monotonic()
+        own_time.sample(min(now - before, MAX_SAMPLE_S))
         del own_time
+        before = now
         time.sleep(SAMPLE_S)
