@@ -29,10 +29,9 @@ class OwnTime:
     """
 
     def __init__(self, counts_cpu: bool = True):
-        thread = threading.current_thread()
         self._clock = time.pthread_getcpuclockid(threading.get_ident()) if counts_cpu else None
         self._ident = threading.get_ident()
-        self._stat = Path(f"/proc/self/task/{thread.native_id}/stat")
+        self._stat = Path(f"/proc/self/task/{threading.get_native_id()}/stat")
         self.restart()
         threading.Thread(target=_sample, args=(weakref.ref(self),), daemon=True).start()
 
