@@ -281,6 +281,8 @@ def straggler(campaign: Campaign) -> bool:
     if len(named) == 1:
         windows = sum(line.startswith("step ") for line in lines[first + 1 : named[0]])
         campaign.facts.append(f"after {windows} windows")
+    if any(codes):
+        print(f"exit codes {codes}\n{job.said()[-4000:]}", flush=True)
     is_good = len(named) == 1 and named[0] > first and name in lines[named[0]]
     return is_good and lines[named[0]].count(" on node-") == 1 and not any(codes)
 
