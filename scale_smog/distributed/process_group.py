@@ -123,7 +123,7 @@ def rank_environment() -> dict[str, int]:
     Raises:
         UserError: one of them or MASTER_PORT is missing or impossible.
     """
-    fallbacks = {"LOCAL_WORLD_SIZE": os.environ.get("LOCAL_SIZE")}  # deepspeed's name for it
+    fallbacks: dict[str, str | None] = {}
     # Inside an allocation but outside srun SLURM_PROCID may be set for one task: not a launcher.
     if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
         tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # as "8(x2)"
@@ -137,6 +137,8 @@ def rank_environment() -> dict[str, int]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         default = "1" if "WORLD" in name else "0"
         values[name] = os.environ.get(name) or fallbacks.get(name) or default
+    # deepspeed's name for it; what another run left under torchrun's name is older.
+    values["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_SIZE") or values["LOCAL_WORLD_SIZE"]
     if values["WORLD_SIZE"] != "1" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
             "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, deepspeed or "

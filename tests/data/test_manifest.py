@@ -69,7 +69,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_a_folder_without_manifest_is_unfinished_or_foreign(folder):
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"unfinished or foreign; run data_tools/shard\.py"):
+    with pytest.raises(UserError, match=r"unfinished or foreign; run data_tools/index\.py"):
         TarDataset(folder, "train")
 
 

@@ -30,6 +30,7 @@ def test_plain_python_is_one_rank():
 
 def test_deepspeeds_name_for_the_ranks_of_a_host_is_understood(monkeypatch):
     of_deepspeed = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}
+    of_deepspeed["LOCAL_WORLD_SIZE"] = "1"  # a run of one process before it has left this
     for name, value in {**of_deepspeed, "MASTER_ADDR": "host-a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert rank_environment()["LOCAL_WORLD_SIZE"] == 2

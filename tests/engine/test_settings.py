@@ -110,10 +110,14 @@ def test_stages_of_nets():
 
 
 def test_the_plan_knows_what_each_engine_splits():
+    """Of a net beside which DeepSpeed's bucket is small."""
+
     def plan(kind: str):
         engine = {"kind": kind, "precision": "fp32"}
         recipe = runs.recipe_of("x", **engine).model_copy(
-            update={"model": ModelConfig(backbone="resnet18")}
+            update={
+                "model": ModelConfig(backbone="resnet50", width=4)
+            }  # DeepSpeed's bucket is small
         )
         recipe = recipe.model_copy(
             update={"data": DataConfig(path="", global_batch=4096, large_px=32, small_px=32)}
@@ -123,7 +127,9 @@ def test_the_plan_knows_what_each_engine_splits():
     plans = {kind: plan(kind) for kind in runs.ENGINES}
     held = {kind: memory.total_mib for kind, (memory, _) in plans.items()}
     assert held["fsdp"] < held["hsdp"] < held["ddp"]
-    assert held["zero2"] < held["zero1"] < held["ddp"]
+    # zero1's gradients come while activations go, so zero2 holds less of them and as much in all.
+    assert held["zero2"] == pytest.approx(held["zero1"], rel=0.01)
+    assert held["zero1"] < 0.75 * held["ddp"]
     shares = {kind: memory.momentum_net_mib for kind, (memory, _) in plans.items()}
     assert shares["zero3"] == pytest.approx(shares["zero2"] / 64)
     sent = {kind: mib for kind, (_, mib) in plans.items()}
