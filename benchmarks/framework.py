@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compare import claim, interleaved, interleaved_streams, parse_arguments
-from lightly.models import utils
-from lightly.models.modules import SMoGPredictionHead, SMoGProjectionHead, SMoGPrototypes
-from lightly.models.modules.memory_bank import MemoryBankModule
-from lightly.transforms import SMoGTransform
+from lightly.models import utils  # pyright: ignore
+from lightly.models.modules import SMoGPredictionHead, SMoGProjectionHead, SMoGPrototypes  # pyright: ignore
+from lightly.models.modules.memory_bank import MemoryBankModule  # pyright: ignore
+from lightly.transforms import SMoGTransform  # pyright: ignore
 from sklearn.cluster import KMeans
 from step import one_rank
 from torch import Tensor, nn

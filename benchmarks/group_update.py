@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from compare import claim, interleaved, parse_arguments
-from lightly.models.modules.heads import SMoGPrototypes
+from lightly.models.modules.heads import SMoGPrototypes  # pyright: ignore
 from torch import Tensor
 
 from scale_smog.grouping import MomentumGroups

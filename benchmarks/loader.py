@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import webdataset
 from compare import claim, interleaved, parse_arguments
-from lightly.transforms import SMoGTransform
+from lightly.transforms import SMoGTransform  # pyright: ignore
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import transforms

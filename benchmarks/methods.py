@@ -139,8 +139,8 @@ class SimClr(Peer):
     """SimCLR of lightly's projection head and loss (Chen et al., ICML 2020)."""
 
     def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
-        from lightly.loss import NTXentLoss
-        from lightly.models.modules import SimCLRProjectionHead
+        from lightly.loss import NTXentLoss  # pyright: ignore
+        from lightly.models.modules import SimCLRProjectionHead  # pyright: ignore
 
         super().__init__(recipe, device)
         self.head = SimCLRProjectionHead(self.num_features, self.hidden, self.dim)
@@ -183,8 +183,8 @@ class Moco(WithMomentumNet):
     """MoCo v2 of lightly's parts (Chen et al., arXiv:2003.04297), without batch shuffling."""
 
     def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
-        from lightly.loss import NTXentLoss
-        from lightly.models.modules import MoCoProjectionHead
+        from lightly.loss import NTXentLoss  # pyright: ignore
+        from lightly.models.modules import MoCoProjectionHead  # pyright: ignore
 
         super().__init__(recipe, device)
         self.follow(MoCoProjectionHead(self.num_features, self.hidden, self.dim))
@@ -205,8 +205,8 @@ class LightlySmog(WithMomentumNet):
     rate: float | None = None  # constant; None: the schedule's
 
     def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
-        from lightly.models.modules import SMoGPredictionHead, SMoGProjectionHead, SMoGPrototypes
-        from lightly.models.modules.memory_bank import MemoryBankModule
+        from lightly.models.modules import SMoGPredictionHead, SMoGProjectionHead, SMoGPrototypes  # pyright: ignore
+        from lightly.models.modules.memory_bank import MemoryBankModule  # pyright: ignore
 
         super().__init__(recipe, device)
         grouping = recipe.grouping
