@@ -62,7 +62,7 @@ def test_features_are_the_same_and_in_the_same_order(run_dir, tmp_path):
 def test_a_fine_tuned_net_is_the_same_but_for_rounding(run_dir, tmp_path):
     one, two = on_one_and_two("finetune", run_dir, tmp_path, FINETUNE)
     nets = [
-        torch.load(next(run.rglob("trained-progress.pt")), weights_only=True)["net"]
+        torch.load(next(run.glob("*/finetune-*/trained-progress.pt")), weights_only=True)["net"]
         for run in (one, two)
     ]
     for name, value in nets[0].items():
