@@ -21,7 +21,7 @@ def importable(monkeypatch):
 def test_a_benchmark_has_a_quick_case_and_ends_with_a_claim(path):
     text = path.read_text()
     assert "parse_arguments(" in text or '"--quick"' in text
-    assert "claim(" in text or '"claim"' in text or "record.add(" in text
+    assert "claim(" in text or '{"claim":' in text or "record.add(part=" in text
 
 
 def test_run_all_knows_every_benchmark():
