@@ -7,7 +7,13 @@ from ranks import run_on_ranks
 from torch import nn
 
 from scale_smog.config import OptimizerConfig
-from scale_smog.optim import Lars, ParameterPartition, build_optimizer, set_rates
+from scale_smog.optim import (
+    Lars,
+    ParameterPartition,
+    build_optimizer,
+    clip_gradients,
+    set_rates,
+)
 
 CPU = torch.device("cpu")
 SHAPES = {"conv": (6, 3, 3, 3), "conv.bias": (6,), "fc": (5, 7), "zero": (4, 4), "one": (1, 9)}
@@ -117,3 +123,21 @@ def test_excluded_parameters_do_not_decay(name):
     optimizer.step()
     assert torch.equal(values[1].detach(), torch.ones(3))
     assert (values[0] < 1).all()
+
+
+@pytest.mark.parametrize("length", [0.1, 100.0])
+def test_gradients_are_clipped_as_torch_clips_them(length):
+    """Longer ones to the norm that is asked for; shorter ones stay."""
+    values = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4))]
+    for step, value in enumerate(values):
+        value.grad = length * torch.arange(value.numel()).view_as(value).add(step).float()
+    theirs = [nn.Parameter(value.detach().clone()) for value in values]
+    for value, other in zip(values, theirs, strict=True):
+        assert value.grad is not None
+        other.grad = value.grad.clone()
+    partitions = [ParameterPartition(str(i), i, v, 0, False) for i, v in enumerate(values)]
+    clip_gradients(partitions, 2.0, None, CPU)
+    torch.nn.utils.clip_grad_norm_(theirs, 2.0)
+    for value, other in zip(values, theirs, strict=True):
+        assert value.grad is not None and other.grad is not None
+        torch.testing.assert_close(value.grad, other.grad)
