@@ -172,7 +172,8 @@ def train(run: Run) -> dict[str, Any]:
         seconds = time.perf_counter() - begin - judging
         accuracy = judge.accuracies(contestant.backbone)
         curve.append(point(schedules.num_steps, losses, accuracy))
-    return run.identity() | accuracy | contestant.figures() | {"seconds": seconds, "curve": curve}
+    measured = {"precision": recipe.engine.precision, "seconds": seconds, "curve": curve}
+    return run.identity() | accuracy | contestant.figures() | measured
 
 
 def point(step: int, losses: Sequence[Tensor], accuracy: dict[str, float]) -> dict[str, float]:
@@ -182,14 +183,15 @@ def point(step: int, losses: Sequence[Tensor], accuracy: dict[str, float]) -> di
 
 
 def recipe_of(run: Run, device: torch.device) -> Any:
-    """Its settings, in the precision of the device."""
+    """Its settings; in bf16 where the device computes in it, the same for all methods."""
     from scale_smog.config import Recipe
     from scale_smog.recipe import validate
 
     tree = run.tree()
     tree["run"]["seed"] = run.seed
     tree["data"]["path"] = run.tars
-    tree["engine"] = {"precision": "bf16" if device.type == "cuda" else "fp32"}
+    has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    tree["engine"] = {"precision": "bf16" if has_bf16 else "fp32"}
     return validate(Recipe, tree)
 
 
