@@ -103,17 +103,23 @@ def load_tables() -> tuple[Table, ...]:
 
 def compare(ours: Ours) -> str:
     """The paper's tables for such a result with ours as their last row, or why there is none."""
+    tables, reason = comparable_tables(ours)
+    return "\n\n".join(_text(table, ours.cells()) for table in tables) or reason
+
+
+def comparable_tables(ours: Ours) -> tuple[Sequence[Table], str]:
+    """The paper's tables that such a result stands in, and why there is none."""
     tables = [table for table in load_tables() if _is_of(table, ours)]
     if not tables:
-        return f"no comparison: the paper has no {_described(ours)}"
+        return (), f"no comparison: the paper has no {_described(ours)}"
     known = _data()["datasets"][tables[0].dataset or ours.dataset]
     name, counts = known["name"], ImageCounts(**{k: known[k] for k in known if k != "name"})
     if not ours.images.is_like(counts):
-        return (
+        return (), (
             f"no comparison: the paper's rows are of {name} ({counts}), these images are others "
             f"({ours.images})"
         )
-    return "\n\n".join(_text(table, ours.cells()) for table in tables)
+    return tables, ""
 
 
 @lru_cache

@@ -1,36 +1,31 @@
 """The course of a run as one picture: loss, usage of the groups, accuracies, and the resets."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scale_smog.reporting.run_record import Curve, RunRecord
 
 CURVES_FILE = "curves.png"
 ACCURACIES = {"knn": "kNN", "online_knn": "kNN, online", "online_linear": "linear, online"}
-RESET_TAG = "reset/drift"
 INK, SOFT, ACCENT = "#222222", "#9aa5b1", "#2a6f97"
 MOST_RESETS_DRAWN = 60  # more lines would be a surface
-
-Curve = tuple[Sequence[int], Sequence[float]]  # steps, values
 
 
 def draw_run_curves(run_dir: Path) -> None:
     """Writes `curves.png` from the run's metrics.jsonl and TensorBoard events; on rank 0 only."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    logged = [json.loads(line) for line in lines]
-    if logged:
-        events = _scalars(run_dir / "tensorboard", (*ACCURACIES, RESET_TAG))
-        resets = events.pop(RESET_TAG, ((), ()))[0]
-        accuracies = {ACCURACIES[tag]: curve for tag, curve in events.items()}
-        draw_curves(run_dir / CURVES_FILE, logged, accuracies, resets)
+    record = RunRecord.read(run_dir)
+    if record.logged:
+        curves = {ACCURACIES[tag]: record.curve(tag) for tag in ACCURACIES}
+        accuracies = {name: curve for name, curve in curves.items() if curve[0]}
+        draw_curves(run_dir / CURVES_FILE, record.logged, accuracies, record.reset_steps)
 
 
 def draw_curves(
     path: Path,
-    logged: Sequence[dict[str, float]],
+    logged: Sequence[Mapping[str, float]],
     accuracies: dict[str, Curve],
     resets: Sequence[int],
 ) -> None:
@@ -59,14 +54,14 @@ def draw_curves(
     figure.savefig(path, bbox_inches="tight", facecolor="white")
 
 
-def _draw_loss(axes: Axes, logged: Sequence[dict[str, float]]) -> None:
+def _draw_loss(axes: Axes, logged: Sequence[Mapping[str, float]]) -> None:
     axes.plot(*_column(logged, "loss"), color=ACCENT, lw=1.4, label="loss")
     axes.plot(*_column(logged, "chance_loss"), color=INK, lw=1, ls=(0, (4, 3)), label="chance")
     axes.set_ylabel("loss")
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
 
 
-def _draw_perplexity(axes: Axes, logged: Sequence[dict[str, float]]) -> None:
+def _draw_perplexity(axes: Axes, logged: Sequence[Mapping[str, float]]) -> None:
     axes.plot(*_column(logged, "group_perplexity"), color=ACCENT, lw=1.4, label="perplexity")
     axes.plot(*_column(logged, "groups_in_use"), color=INK, lw=1, label="groups in use")
     axes.set(ylabel="groups", ylim=(0, None))
@@ -80,18 +75,7 @@ def _draw_accuracies(axes: Axes, accuracies: dict[str, Curve]) -> None:
     axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower right")
 
 
-def _column(logged: Sequence[dict[str, float]], name: str) -> Curve:
+def _column(logged: Sequence[Mapping[str, float]], name: str) -> Curve:
     """Of the lines that have it: the groups rest during an instance-contrastive start."""
     lines = [line for line in logged if name in line]
     return [int(line["step"]) for line in lines], [line[name] for line in lines]
-
-
-def _scalars(folder: Path, tags: Sequence[str]) -> dict[str, Curve]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    curves: dict[str, Curve] = {}
-    for tag in tags:
-        if tag in events.Tags()["scalars"]:
-            points = {event.step: event.value for event in events.Scalars(tag)}
-            curves[tag] = sorted(points), [points[step] for step in sorted(points)]
-    return curves

@@ -20,6 +20,7 @@ GROUPS_PICTURE = "groups.png"
 NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
 NUM_GROUPS_SHOWN = 10
 NUM_IMAGES_SHOWN = 8
+SHEET_PX = 96
 INK, ACCENT = "#222222", "#2a6f97"
 
 
@@ -69,7 +70,7 @@ def _draw_members(
     for row, (group, samples) in enumerate(members.items()):
         for column, sample_id in enumerate(samples):
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(_decode(dataset, sample_id))
+            axes.imshow(thumbnail(dataset, sample_id, SHEET_PX))
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if column == 0:
@@ -133,11 +134,11 @@ def _draw_usage(axes: Axes, usage: Tensor) -> None:
     axes.tick_params(colors=INK)
 
 
-def _decode(dataset: Images, sample_id: int) -> Image.Image:
-    """A small copy: a sheet of full-size photographs would weigh tens of megabytes."""
+def thumbnail(dataset: Images, sample_id: int, px: int) -> Image.Image:
+    """A small copy of an image's middle: sheets of full-size photographs weigh tens of megabytes."""
     image = Image.open(BytesIO(dataset.read(sample_id))).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize(
-        (96, 96), Image.Resampling.BICUBIC
+        (px, px), Image.Resampling.BICUBIC
     )

@@ -14,6 +14,7 @@ from scale_smog.config import GroupingConfig
 from scale_smog.data.datasets import open_split
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder
+from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
 from scale_smog.evaluation.groups.pictures import (
     GROUPS_PICTURE,
     NUM_PICTURED,
@@ -88,6 +89,7 @@ def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
         usage = torch.bincount(assigned, minlength=num_groups)
         picture = task.run_dir / GROUPS_PICTURE
         draw_groups(picture, dataset, ids[shown], z[shown], groups.centroids, usage)
+        write_gallery(task.run_dir / GALLERY_FILE, dataset, ids, z, groups.centroids, usage)
     if task.recipe.evaluation.baselines:
         baselines: dict[str, Encoder] = {
             "raw_pixels": lambda images: images.flatten(1),

@@ -58,8 +58,8 @@ def group_quality(groups: Tensor, classes: Tensor, num_groups: int) -> GroupQual
     table = torch.bincount(groups * num_classes + classes, minlength=num_groups * num_classes)
     table = table.view(num_groups, num_classes).double()  # [K, C] images
     sizes = table.sum(dim=1)  # [K]
-    entropy = _entropy(table)  # [K]
-    of_groups, of_classes = _entropy(sizes[None]), _entropy(table.sum(dim=0)[None])
+    entropy = class_entropy(table)  # [K]
+    of_groups, of_classes = class_entropy(sizes[None]), class_entropy(table.sum(dim=0)[None])
     shared = of_classes - (entropy * sizes).sum() / sizes.sum()  # mutual information
     nmi = shared / ((of_groups + of_classes) / 2).clamp(min=torch.finfo(torch.float64).tiny)
     used = sizes > 0
@@ -86,7 +86,7 @@ def cluster_features(features: Tensor, num_groups: int) -> Tensor:
     return distributed.gather_columns(groups[None])[0]
 
 
-def _entropy(counts: Tensor) -> Tensor:
-    """Of each row's distribution, in nats: [R, C] -> [R]; 0 for a row without counts."""
+def class_entropy(counts: Tensor) -> Tensor:
+    """Entropy of each row's distribution, in nats: [R, C] -> [R]; 0 for a row without counts."""
     share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.special.entr(share).sum(dim=1)
