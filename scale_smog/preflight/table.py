@@ -1,9 +1,11 @@
 """The table of a check: its rows, and values compared over hosts."""
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
 
 
 class Row(NamedTuple):
@@ -24,9 +26,19 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def most_common(values: Sequence[T], same: Callable[[T, T], bool] = lambda a, b: a == b) -> T:
-    """The value that most others equal; where it is a draw, the first."""
-    return max(values, key=lambda value: sum(same(value, other) for other in values))
+def most_common(values: Sequence[H]) -> H:
+    """The value that occurs most often; where it is a draw, the first."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def most_agreed(values: Sequence[float], tolerance: float) -> float:
+    """The value that most others are within `tolerance` of; where it is a draw, the first."""
+    ordered = sorted(values)
+
+    def num_near(value: float) -> int:
+        return bisect_right(ordered, value + tolerance) - bisect_left(ordered, value - tolerance)
+
+    return max(values, key=num_near)
 
 
 def by_host(per_rank: Sequence[Any], leaders: Sequence[int]) -> list[Any]:

@@ -13,7 +13,7 @@ from scale_smog import distributed
 from scale_smog.preflight import checks, dataset, versions
 from scale_smog.preflight.dataset import DatasetView
 from scale_smog.preflight.network import Link, find_slow_links, ring_rounds
-from scale_smog.preflight.table import Row, format_table, most_common
+from scale_smog.preflight.table import Row, format_table, most_agreed
 from scale_smog.profiling.hardware import load_hardware
 
 
@@ -36,7 +36,8 @@ def test_the_odd_host_is_named_and_the_first_is_right_in_a_draw():
     row = versions.compare(hosts, [{"torch": "1"}, {"torch": "2"}, {"torch": "2"}])
     assert row.faults == ["a has torch 1, b has 2"]
     assert versions.compare(["a", "b"], [{"x": "1"}, {}]).faults == ["b has x none, a has 1"]
-    assert most_common([1.0, 9.0, 9.5], lambda a, b: abs(a - b) < 1) == 9.0
+    assert most_agreed([1.0, 9.0, 9.5], 0.9) == 9.0
+    assert most_agreed([1.0, 9.0], 0.9) == 1.0
     views = [DatasetView("m", 2, ()), DatasetView("other", 2, ("train-000000.tar is missing",))]
     faults = dataset.compare(["a", "b"], views, "set", thorough=True).faults
     assert len(faults) == 2 and all(fault.startswith("b") for fault in faults)
