@@ -26,7 +26,7 @@ from scale_smog.data.loaders.memory import MemoryLoader
 from scale_smog.grouping import chance_loss, perplexity
 from scale_smog.loop import train_step
 from scale_smog.schedules import Schedules
-from scale_smog.state import build_state, init_groups
+from scale_smog.state import build_state
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "benchmarks" / "results" / "demo_curve.json"
@@ -59,11 +59,13 @@ def curve(recipe: Recipe, num_steps: int) -> Curve:
     found: Curve = {"loss": [], "perplexity": []}
     with one_rank():
         state = build_state(recipe, recipe.data.global_batch, CPU)
-        num_start = -(-recipe.num_init_features // recipe.data.global_batch)
-        init_groups(state, islice(loader, num_start))
+        num_start = -(-state.method.num_first_images // recipe.data.global_batch)
+        state.method.start(islice(loader, num_start))
         for step, batch in enumerate(loader):
-            found["loss"].append(train_step(recipe, state, batch, schedules.at(step)).loss.item())
-            found["perplexity"].append(perplexity(state.usage.counts()))
+            report = train_step(state, batch, schedules.at(step))
+            assert report.usage
+            found["loss"].append(report.loss.item())
+            found["perplexity"].append(perplexity(report.usage.counts()))
     return found
 
 

@@ -34,6 +34,7 @@ from torchvision.models import resnet18
 from scale_smog.config import Recipe
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.loop import train_step
+from scale_smog.methods.smog import Smog
 from scale_smog.profiling.timing import synchronize
 from scale_smog.state import build_state
 from scale_smog.throughput import FIXED_VALUES, build_batches
@@ -52,8 +53,10 @@ class Ours:
         self.batch, self.device = batch, device
         self.recipe = self._recipe(tars, batch, num_groups, threads, loader)
         self.state = build_state(self.recipe, batch, device)
+        assert isinstance(self.state.method, Smog)
+        self.method = self.state.method
         for _ in range(RESET_EVERY):  # features for the reset, as after so many steps
-            self.state.bank.push(F.normalize(torch.randn(batch, DIM, device=device)))
+            self.method.bank.push(F.normalize(torch.randn(batch, DIM, device=device)))
 
     @staticmethod
     def _recipe(tars: Path, batch: int, num_groups: int, threads: int, loader: str) -> Recipe:
@@ -84,13 +87,13 @@ class Ours:
     def steps(self, num: int) -> Iterator[None]:
         """Trains on batches as they come."""
         for batch in build_batches(self.recipe, self.batch, num, False, self.device):
-            train_step(self.recipe, self.state, batch, FIXED_VALUES)
+            train_step(self.state, batch, FIXED_VALUES)
             synchronize(self.device)
             yield
 
     def reset(self) -> None:
         """Groups by k-means, momentum net from the online one."""
-        self.state.groups.reseed_from(self.state.bank)
+        self.method.groups.reseed_from(self.method.bank)
         self.state.engine.reset_momentum()
         synchronize(self.device)
 

@@ -91,7 +91,7 @@ class Suite:
         try:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
+                train_step(ours.state, ours.batch, FIXED_VALUES)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         num = sum("synchroniz" in str(x.message) for x in said)
@@ -355,7 +355,7 @@ class Suite:
         with timed(timeline, timed_methods(ours.state)):
             for _ in range(20):
                 with timeline.step():
-                    train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
+                    train_step(ours.state, ours.batch, FIXED_VALUES)
         return StepProfile.of(timeline.durations())
 
     def _train(self, ours: Ours, tars: Path | None, loader: str = "dali") -> Iterator[None]:
@@ -363,7 +363,7 @@ class Suite:
         data = ours.recipe.data.model_copy(update=changes)
         recipe = ours.recipe.model_copy(update={"data": data})
         for batch in build_batches(recipe, self.batch, 16, tars is None, DEVICE):
-            train_step(recipe, ours.state, batch, FIXED_VALUES)
+            train_step(ours.state, batch, FIXED_VALUES)
             synchronize(DEVICE)
             yield
 

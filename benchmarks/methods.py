@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.grouping import perplexity
-from scale_smog.loop import reset_if_due, train_step
-from scale_smog.loss import group_contrastive_loss
+from scale_smog.loop import train_step
+from scale_smog.methods import GroupMethod
 from scale_smog.models import build_backbone
 from scale_smog.schedules import ScheduledValues
-from scale_smog.state import build_state, init_groups
+from scale_smog.state import build_state
 
 SIMCLR_TEMPERATURE, MOCO_TEMPERATURE, MOCO_QUEUE = 0.2, 0.2, 4096
 
@@ -52,45 +52,20 @@ class Ours(Contestant):
     def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
         self._recipe = recipe
         self._state = build_state(recipe, recipe.data.global_batch, device)
-        if recipe.grouping.init == "kmeans":
-            init_groups(self._state, start)
+        if self._state.method.num_first_images:
+            self._state.method.start(start)
         self.backbone = self._state.engine.online.backbone
 
     def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
         """One of training."""
-        return train_step(self._recipe, self._state, batch, scheduled).loss.detach()
+        return train_step(self._state, batch, scheduled).loss.detach()
 
     def figures(self) -> dict[str, float]:
         """How many groups are in use, over the last steps."""
-        usage = self._state.usage.counts()
+        if not isinstance(self._state.method, GroupMethod):
+            return {}
+        usage = self._state.method.usage.counts()
         return {"perplexity": perplexity(usage), "in_use": int((usage > 0).sum())}
-
-
-class OursBothWays(Ours):
-    """Both views are trained, each towards the group of the other; not in the paper."""
-
-    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
-        """The first view's projections update the groups, as in the framework's step."""
-        state, grouping = self._state, self._recipe.grouping
-        engine, groups = state.engine, state.groups
-        first, second = batch.views(swap=state.step % 2 == 1)
-        reset_if_due(grouping, state)
-        z, p = engine.forward_online(first, [second])  # [B, D], [2, B, D]
-        ids = [groups.assign(engine.forward_momentum(view)) for view in (second, first)]
-        new_groups = groups.updated_by(z, scheduled.beta)  # [K, D]
-        losses = [
-            group_contrastive_loss(each, new_groups, its_ids, grouping.temperature)
-            for each, its_ids in zip(p, ids, strict=True)
-        ]
-        loss = torch.stack(losses).mean()
-        engine.backward(loss)
-        engine.step(scheduled.lr, scheduled.weight_decay)
-        groups.commit(new_groups)
-        state.bank.push(z)
-        state.usage.push(groups.counts)
-        engine.update_ema(self._recipe.model.ema)
-        state.step += 1
-        return loss.detach()
 
 
 class Peer(Contestant):
@@ -268,7 +243,6 @@ class LightlySmogAsItIs(LightlySmog):
 
 METHODS = {
     "ours": Ours,
-    "ours_both_ways": OursBothWays,
     "lightly_smog": LightlySmog,
     "lightly_smog_as_it_is": LightlySmogAsItIs,
     "simclr": SimClr,

@@ -89,7 +89,7 @@ class Sides:
 
     def _train(self, batches: Iterator[Batch]) -> Iterator[None]:
         for batch in batches:
-            train_step(self._recipe, self._state, batch, FIXED_VALUES)
+            train_step(self._state, batch, FIXED_VALUES)
             yield
 
 

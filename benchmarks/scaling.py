@@ -119,7 +119,7 @@ def _steps(
 ) -> dict[str, float]:
     """Parts of a step on a share of the batch, on one of `ranks` ranks."""
     from scale_smog.state import build_state
-    from scale_smog.throughput import Options, build_batches, measure_steps
+    from scale_smog.throughput import Options, build_batches, measure_steps, without_resets
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -132,10 +132,10 @@ def _steps(
         timeout=timedelta(minutes=5),
     )
     batch, cpu = recipe.data.global_batch // RANKS, torch.device("cpu")
-    state = build_state(recipe, batch, cpu)
+    state = build_state(without_resets(recipe), batch, cpu)
     options = Options(num_steps=num_steps, trace=False)
     batches = iter(build_batches(recipe, batch, num_steps + 3, True, cpu))
-    return measure_steps(recipe, state, batches, options, cpu, Path(rendezvous).parent).parts
+    return measure_steps(state, batches, options, cpu, Path(rendezvous).parent).parts
 
 
 def copied_gb_per_s() -> float:

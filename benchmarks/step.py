@@ -106,7 +106,7 @@ class Ours:
 
     def step(self) -> None:
         """One of training."""
-        train_step(self.recipe, self.state, self.batch, FIXED_VALUES)
+        train_step(self.state, self.batch, FIXED_VALUES)
 
 
 class Bare:
@@ -182,7 +182,7 @@ def print_parts(ours: Ours, num_steps: int = 5) -> None:
     with timed(timeline, timed_methods(ours.state)):
         for _ in range(num_steps):
             with timeline.step():
-                train_step(ours.recipe, ours.state, ours.batch, FIXED_VALUES)
+                train_step(ours.state, ours.batch, FIXED_VALUES)
     measured = StepProfile.of(timeline.durations())
     for name in PARTS:
         if measured.parts[name]:

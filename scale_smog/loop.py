@@ -1,15 +1,14 @@
-"""The training loop of SMoG; it knows no backend."""
+"""The training loop; it knows neither backend nor method."""
 
 from collections.abc import Callable, Iterable
 
 from scale_smog.checkpoint import Checkpoints
-from scale_smog.config import GroupingConfig, Recipe
+from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.errors import UserError
 from scale_smog.evaluation.online import OnlineProbe
-from scale_smog.grouping import ResetReport
-from scale_smog.loss import group_contrastive_loss, instance_contrastive_loss
-from scale_smog.reporting.progress import Progress, StepReport
+from scale_smog.methods import StepReport
+from scale_smog.reporting.progress import Progress
 from scale_smog.runtime import phases
 from scale_smog.schedules import ScheduledValues, Schedules, due
 from scale_smog.state import TrainState
@@ -40,8 +39,8 @@ def train(
             phases.enter(phases.DATA)
             batch, scheduled = progress.next_batch(loader), schedules.at(state.step)
             phases.enter(phases.STEP)
-            report = train_step(recipe, state, batch, scheduled)
-            progress.after_step(state.step, batch, report, scheduled, state.usage)
+            report = train_step(state, batch, scheduled)
+            progress.after_step(state.step, batch, report, scheduled)
             if probe:
                 probe.update(state.step, state.engine.features, batch.label)
                 if due(state.step, run.log_every):
@@ -58,65 +57,11 @@ def train(
     return not is_stopped
 
 
-def train_step(
-    recipe: Recipe, state: TrainState, batch: Batch, scheduled: ScheduledValues
-) -> StepReport:
-    """One step of SMoG on this rank's part of the batch."""
-    engine, groups, grouping = state.engine, state.groups, recipe.grouping
-    if state.step < grouping.instance_warmup_steps:
-        return instance_step(recipe, state, batch, scheduled)
-    online_view, momentum_view = batch.views(swap=state.step % 2 == 1)
-    reset = reset_if_due(grouping, state)
-
-    z, p = engine.forward_online(online_view, batch.small)  # [B, D], [V, B, D]
-    target = groups.assign(engine.forward_momentum(momentum_view))  # [B]
-    new_groups = groups.updated_by(z, scheduled.beta)  # [K, D], over the global batch, with grad
-    loss = group_contrastive_loss(p, new_groups, target, grouping.temperature)
-    engine.backward(loss)
-    is_applied = engine.step(scheduled.lr, scheduled.weight_decay)
-    if is_applied:  # else a loss or a gradient was not finite: the step leaves nothing behind
-        groups.commit(new_groups)
-        state.bank.push(z)
-        state.usage.push(groups.counts)
-        engine.update_ema(recipe.model.ema)
+def train_step(state: TrainState, batch: Batch, scheduled: ScheduledValues) -> StepReport:
+    """One step of the run's method on this rank's part of the batch."""
+    report = state.method.train_step(batch, scheduled, state.step)
     state.step += 1
-    return StepReport(loss, is_applied, reset)
-
-
-def reset_if_due(grouping: GroupingConfig, state: TrainState) -> ResetReport | None:
-    """Groups by k-means over the cached features of all ranks, momentum net from the online one."""
-    report, is_first = None, state.step == grouping.instance_warmup_steps
-    if state.step == 0 or not (is_first or due(state.step, grouping.reset_every)):
-        return None
-    if is_first:  # the groups of the initial net are of no use to a net that has learnt
-        with phases.during(phases.KMEANS):
-            state.groups.start_from(state.bank)
-    elif grouping.kmeans:
-        with phases.during(phases.KMEANS):
-            report = state.groups.reseed_from(state.bank)
-    if is_first or grouping.reset_momentum:
-        state.engine.reset_momentum()
     return report
-
-
-def instance_step(
-    recipe: Recipe, state: TrainState, batch: Batch, scheduled: ScheduledValues
-) -> StepReport:
-    """A step of the instance-contrastive start: both views are trained, the groups rest.
-
-    Not in the paper; docs/learning.md has its effect.
-    """
-    engine = state.engine
-    first, second = batch.large
-    z, p = engine.forward_online(first, [second])  # [B, D], [2, B, D]
-    loss = instance_contrastive_loss(p)
-    engine.backward(loss)
-    is_applied = engine.step(scheduled.lr, scheduled.weight_decay)
-    if is_applied:
-        state.bank.push(z)
-        engine.update_ema(recipe.model.ema)
-    state.step += 1
-    return StepReport(loss, is_applied, None)
 
 
 def save(state: TrainState, checkpoints: Checkpoints, progress: Progress) -> None:

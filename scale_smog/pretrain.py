@@ -30,7 +30,7 @@ from scale_smog.runtime.rank_logs import RankLogs
 from scale_smog.runtime.watchdog import Watchdog
 from scale_smog.schedules import Schedules
 from scale_smog.small_data import fit_to_data
-from scale_smog.state import TrainState, build_state, init_groups, stoppable
+from scale_smog.state import TrainState, build_state
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -69,7 +69,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     require_loader(data, device)
     knn = build_knn_probe(recipe, device)
     batch = len(plan.ids(0, distributed.rank(), distributed.world_size()))
-    state = build_state(recipe, batch, device)
+    state = build_state(recipe, batch, device, dataset.num_samples)
 
     # From here on the settings are known to be good, and the run folder is written.
     sha256 = manifest_sha256(data.path)
@@ -89,16 +89,16 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     def evaluate(step: int) -> None:
         if knn:
             with phases.during(phases.EVALUATION):
-                accuracy = knn.accuracy(stoppable(state.engine.embed))
+                accuracy = knn.accuracy(phases.stoppable(state.engine.embed))
             metrics.scalars(step, {"knn": accuracy})
             metrics.say(f"step {step}  kNN top-1 {accuracy:.3f}")
 
     try:
         if state.step < schedules.num_steps:
             metrics.say(f"{'resuming' if state.step else 'starting'} {describe(recipe, state)}")
-            if state.step == 0 and recipe.grouping.init == "kmeans":
-                num_batches = -(-recipe.num_init_features // data.global_batch)
-                init_groups_or_save(state, load(range(num_batches)), checkpoints)
+            if state.step == 0 and (num_images := state.method.num_first_images):
+                num_batches = -(-num_images // data.global_batch)
+                start_or_save(state, load(range(num_batches)), checkpoints)
             online = build_online_probe(recipe, state, dataset)
             batches = load(range(state.step, schedules.num_steps))
             progress = Progress(recipe, metrics, schedules.num_steps, device)
@@ -125,12 +125,10 @@ def restore(state: TrainState, checkpoints: Checkpoints) -> list[str]:
     return [f"warning: passed over {line}" for line in restored.passed_over]
 
 
-def init_groups_or_save(
-    state: TrainState, batches: Iterable[Batch], checkpoints: Checkpoints
-) -> None:
-    """`init_groups`; a run that is stopped in it has its checkpoint too, of step 0."""
+def start_or_save(state: TrainState, batches: Iterable[Batch], checkpoints: Checkpoints) -> None:
+    """The method's start; a run that is stopped in it has its checkpoint too, of step 0."""
     try:
-        init_groups(state, batches)
+        state.method.start(batches)
     except phases.StopRequested:
         checkpoints.save(0, state.state_dict())
         if problem := checkpoints.wait():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from scale_smog import distributed, loop
+from scale_smog import distributed
 from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
 from scale_smog.data.augment import training_views
@@ -105,8 +105,8 @@ def profile_step(
     batch = images_per_rank(recipe.data.global_batch, distributed.world_size())
     num_batches = options.num_warm_up + options.num_steps + NUM_TRACED
     batches = iter(build_batches(recipe, batch, num_batches, options.synthetic, device))
-    state = build_state(recipe, batch, device)
-    measured = measure_steps(recipe, state, batches, options, device, folder)
+    state = build_state(without_resets(recipe), batch, device)
+    measured = measure_steps(state, batches, options, device, folder)
     measured = measured.with_kmeans(kmeans_s(recipe, batch, device))
     work = Workload.of(recipe, batch)
     if options.calibrate:
@@ -161,20 +161,13 @@ def timed_methods(state: TrainState) -> list[TimedMethod]:
         TimedMethod(state.engine, "reset_momentum", "ema"),
         TimedMethod(state.engine, "forward_online", "online_forward"),
         TimedMethod(state.engine, "forward_momentum", "momentum_forward"),
-        TimedMethod(state.groups, "assign", "grouping"),
-        TimedMethod(state.groups, "updated_by", "grouping"),
-        TimedMethod(loop, "group_contrastive_loss", "grouping"),
         TimedMethod(state.engine, "backward", "backward"),
         TimedMethod(state.engine, "step", "optimizer"),
-        TimedMethod(state.groups, "commit", "grouping"),
-        TimedMethod(state.bank, "push", "grouping"),
-        TimedMethod(state.usage, "push", "grouping"),
-        TimedMethod(state.groups, "reseed_from", "kmeans"),
+        *(TimedMethod(*each) for each in state.method.timed()),
     ]
 
 
 def measure_steps(
-    recipe: Recipe,
     state: TrainState,
     batches: Iterator[Batch],
     options: Options,
@@ -182,19 +175,18 @@ def measure_steps(
     folder: Path,
 ) -> StepProfile:
     """Runs the loop's own step: warm-up, then timed steps, then a few traced ones."""
-    recipe = without_resets(recipe)
     for batch in islice(batches, options.num_warm_up):
-        train_step(recipe, state, batch, FIXED_VALUES)
+        train_step(state, batch, FIXED_VALUES)
     timeline = Timeline(device)
     with timed(timeline, timed_methods(state)):
-        _run(recipe, state, batches, options.num_steps, timeline)
+        _run(state, batches, options.num_steps, timeline)
         measured = StepProfile.of(timeline.durations())
         if not options.trace:
             return measured
         # On a GPU kernels belong to the part whose thread starts them: autograd's has none.
         own_thread = torch.autograd.set_multithreading_enabled(device.type != "cuda")
         with tracing(device) as profiler, own_thread:
-            _run(recipe, state, batches, NUM_TRACED, timeline)
+            _run(state, batches, NUM_TRACED, timeline)
     write_trace(profiler, folder / "trace", distributed.rank())
     if distributed.world_size() == 1:
         return measured
@@ -203,18 +195,17 @@ def measure_steps(
 
 def without_resets(recipe: Recipe) -> Recipe:
     """So that measured steps are alike; k-means is measured by itself."""
-    grouping = recipe.grouping.model_copy(update={"reset_every": 10**9})
+    changes = {"reset_every": 10**9, "bank_steps": recipe.bank_steps}
+    grouping = recipe.grouping.model_copy(update=changes)
     return recipe.model_copy(update={"grouping": grouping})
 
 
-def _run(
-    recipe: Recipe, state: TrainState, batches: Iterator[Batch], num: int, timeline: Timeline
-) -> None:
+def _run(state: TrainState, batches: Iterator[Batch], num: int, timeline: Timeline) -> None:
     for _ in range(num):
         with timeline.step():
             with timeline.part("data_wait"):
                 batch = next(batches)
-            train_step(recipe, state, batch, FIXED_VALUES)
+            train_step(state, batch, FIXED_VALUES)
 
 
 def kmeans_s(recipe: Recipe, batch: int, device: torch.device) -> float:

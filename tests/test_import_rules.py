@@ -15,6 +15,7 @@ FLOORS = [
     {"runtime", "loss", "optim", "small_data"},
     {"data", "models", "grouping"},
     {"engine", "checkpoint", "profiling"},
+    {"methods"},
     {"reporting", "state"},
     {"evaluation", "preflight"},
     {"loop", "export"},

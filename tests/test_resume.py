@@ -243,10 +243,10 @@ def write_slowly(self, number, partitions):
     time.sleep(2)
     write(self, number, partitions)
 
-def step_or_fail(recipe, state, batch, now):
+def step_or_fail(state, batch, now):
     if state.step == 3:
         raise UserError("no step is finite")
-    return step(recipe, state, batch, now)
+    return step(state, batch, now)
 
 Checkpoints._write, loop.train_step = write_slowly, step_or_fail
 pretrain(load_recipe(sys.argv[1]))
@@ -268,10 +268,10 @@ def test_data_that_vanishes_is_named_and_the_run_goes_on_when_it_is_back(tmp_pat
     real_step, tar = loop.train_step, next(data.glob("train-*.tar"))
     content = tar.read_bytes()
 
-    def lose_the_data(recipe, state, batch, now):
+    def lose_the_data(state, batch, now):
         if state.step == 3:
             os.truncate(tar, 0)
-        return real_step(recipe, state, batch, now)
+        return real_step(state, batch, now)
 
     with mock.patch.object(loop, "train_step", lose_the_data):
         with pytest.raises(RankError, match=r"rank 0 on .* goes on from the newest checkpoint"):

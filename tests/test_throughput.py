@@ -82,12 +82,12 @@ def test_twice_the_batch_takes_about_twice_as_long_forward(tmp_path):
     for batch in timelines:
         recipe = small_recipe(tmp_path, "", *NET, f"data.global_batch={batch}")
         images = next(iter(build_batches(recipe, batch, 1, True, CPU)))
-        sides[batch] = (recipe, build_state(recipe, batch, CPU), images)
+        sides[batch] = (build_state(recipe, batch, CPU), images)
     for _ in range(12):  # in turns: a machine that is busy meanwhile slows both
-        for batch, (recipe, state, images) in sides.items():
+        for batch, (state, images) in sides.items():
             timeline = timelines[batch]
             with timed(timeline, timed_methods(state)), timeline.step():
-                train_step(recipe, state, images, FIXED_VALUES)
+                train_step(state, images, FIXED_VALUES)
     fastest = {
         batch: min(step["online_forward"] for step in timeline.durations())
         for batch, timeline in timelines.items()

@@ -4,20 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from scale_smog import checkpoint, distributed
 from scale_smog.config import Recipe
 from scale_smog.data import TarDataset
 from scale_smog.evaluation.features import embed_images
+from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
 from scale_smog.evaluation.groups.pictures import GROUPS_PICTURE, NUM_PICTURED, draw_groups
 from scale_smog.evaluation.knn import KnnProbe
 from scale_smog.grouping import perplexity
+from scale_smog.methods import GroupMethod
 from scale_smog.models import build_nets
 from scale_smog.reporting import run_folder
 from scale_smog.reporting.curves import CURVES_FILE
 from scale_smog.reporting.metrics import Metrics
-from scale_smog.state import TrainState, stoppable
+from scale_smog.runtime.phases import stoppable
+from scale_smog.state import TrainState
 
 
 def conclude(
@@ -35,23 +37,25 @@ def conclude(
     run_dir = Path(recipe.run.dir)
     results = distributed.broadcast_object(run_folder.read_results(run_dir))
     if results.get("run", {}).get("step") != state.step:
-        usage = state.usage.counts()
-        results = {
-            "run": {"step": state.step},
-            "groups": {
+        results: dict[str, dict[str, float]] = {"run": {"step": state.step}}
+        method = state.method
+        if isinstance(method, GroupMethod):
+            usage = method.usage.counts()
+            results["groups"] = {
                 "perplexity": perplexity(usage),
                 "in_use": int((usage > 0).sum()),
-                "num_groups": recipe.grouping.num_groups,
-            },
-        }
+                "num_groups": len(usage),
+            }
+            _draw_groups(recipe, state, method, dataset)
         if knn:
             results["knn"] = _knn_results(recipe, state, knn)
-        _draw_groups(recipe, state, dataset, usage)
         run_folder.add_results(run_dir, results)
     metrics.say(_table(run_dir, results))
 
 
-def _draw_groups(recipe: Recipe, state: TrainState, dataset: TarDataset, usage: Tensor) -> None:
+def _draw_groups(
+    recipe: Recipe, state: TrainState, method: GroupMethod, dataset: TarDataset
+) -> None:
     # Shards are shuffled, so the first images are a fair sample. Never more than were trained on:
     # a run of a few steps must not end with a longer evaluation.
     num_trained = state.step * recipe.data.global_batch
@@ -60,9 +64,11 @@ def _draw_groups(recipe: Recipe, state: TrainState, dataset: TarDataset, usage: 
     z = embed_images(
         stoppable(engine.project), recipe.data, recipe.evaluation, dataset, ids, engine.device
     )
+    centroids = method.centroids()
     if distributed.is_main():
-        path = Path(recipe.run.dir) / GROUPS_PICTURE
-        draw_groups(path, dataset, ids, z, state.groups.centroids, usage)
+        run_dir, usage = Path(recipe.run.dir), method.usage.counts().cpu()
+        draw_groups(run_dir / GROUPS_PICTURE, dataset, ids, z, centroids, usage)
+        write_gallery(run_dir / GALLERY_FILE, dataset, ids, z, centroids, usage)
 
 
 def _knn_results(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, float]:
@@ -77,17 +83,20 @@ def _knn_results(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, 
 
 
 def _table(run_dir: Path, results: dict[str, dict[str, float]]) -> str:
-    groups, knn = results["groups"], results.get("knn", {})
+    groups, knn = results.get("groups"), results.get("knn", {})
     names = {"raw_pixels": "raw pixels", "random": "random net", "trained": "trained net"}
     rows = [(f"kNN top-1, {names[key]}", f"{knn[key]:.3f}") for key in names if key in knn]
+    if groups:
+        rows += [
+            ("groups in use", f"{groups['in_use']} of {groups['num_groups']}"),
+            ("group perplexity", f"{groups['perplexity']:.1f}"),
+            ("picture of the groups", str(run_dir / GROUPS_PICTURE)),
+        ]
     rows += [
-        ("groups in use", f"{groups['in_use']} of {groups['num_groups']}"),
-        ("group perplexity", f"{groups['perplexity']:.1f}"),
         ("peak memory of a rank", f"{distributed.peak_memory_mib():.0f} MiB"),
         ("results", str(run_dir / run_folder.RESULTS_FILE)),
         ("TensorBoard log", str(run_dir / "tensorboard")),
         ("checkpoint", str(checkpoint.list_checkpoints(run_dir)[-1])),
-        ("picture of the groups", str(run_dir / GROUPS_PICTURE)),
         ("picture of the course", str(run_dir / CURVES_FILE)),
     ]
     return "\n".join(["", *(f"  {name:<24}{value}" for name, value in rows)])

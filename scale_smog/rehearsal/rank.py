@@ -80,7 +80,7 @@ def rehearse_rank(recipe: Recipe, rank: int, ranks: int, ranks_per_node: int) ->
     device = _join(rank, ranks, ranks_per_node)
     batch = images_per_rank(recipe.data.global_batch, ranks)
     with Operations() as operations, _without_other_ranks(recipe.engine.kind):
-        state = build_state(recipe, batch, device)
+        state = build_state(without_resets(recipe), batch, device)
         torch.cuda.reset_peak_memory_stats()
         num_steps = NUM_STEPS.get(recipe.engine.kind, 2)
         if recipe.engine.cuda_graphs:
@@ -88,7 +88,7 @@ def rehearse_rank(recipe: Recipe, rank: int, ranks: int, ranks_per_node: int) ->
         for views in build_batches(recipe, batch, num_steps, True, device):
             operations.clear()
             with operations.watching_for_waits():
-                train_step(without_resets(recipe), state, views, FIXED_VALUES)
+                train_step(state, views, FIXED_VALUES)
         counts = operations.counts
     return RankReport(
         kernels=counts["kernels"] + operations.num_products,

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +10,12 @@ from scale_smog import distributed
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.errors import RankError, UserError
-from scale_smog.grouping import GroupUsage, ResetReport, chance_loss, perplexity
+from scale_smog.grouping import perplexity
+from scale_smog.methods import StepReport
 from scale_smog.reporting.health import SkippedSteps, collapse_warning
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.stragglers import Stragglers
 from scale_smog.schedules import ScheduledValues, due
-
-
-class StepReport(NamedTuple):
-    """What a step says of itself."""
-
-    loss: Tensor  # [], of this rank
-    is_applied: bool  # on all ranks; False: not finite, and nothing has changed
-    reset: ResetReport | None  # what k-means did to the groups, where the step began with it
 
 
 class StepClock:
@@ -91,12 +83,7 @@ class Progress:
             ) from error
 
     def after_step(
-        self,
-        step: int,
-        batch: Batch,
-        report: StepReport,
-        scheduled: ScheduledValues,
-        usage: GroupUsage,
+        self, step: int, batch: Batch, report: StepReport, scheduled: ScheduledValues
     ) -> None:
         """Reports the step just finished; a collective at every `run.log_every`.
 
@@ -112,11 +99,9 @@ class Progress:
         metrics.advance()
         self._skipped.note(step, report.is_applied, report.loss, batch, metrics.say)
         if due(step, self._recipe.run.log_every) or step in (1, self._num_steps):
-            self._log(step, report, scheduled, usage)
+            self._log(step, report, scheduled)
 
-    def _log(
-        self, step: int, report: StepReport, scheduled: ScheduledValues, usage: GroupUsage
-    ) -> None:
+    def _log(self, step: int, report: StepReport, scheduled: ScheduledValues) -> None:
         """A step that was left out has been reported already."""
         speed = self.clock.report(self._recipe.data.global_batch)
         if warning := self._stragglers.found(speed["data_wait"]):
@@ -124,21 +109,19 @@ class Progress:
         if not report.is_applied:
             return
         loss = distributed.all_reduce(report.loss.detach().clone()) / distributed.world_size()
-        grouping = self._recipe.grouping
-        is_warm_up = step <= grouping.instance_warmup_steps  # the groups rest
-        num_choices = 2 * self._recipe.data.global_batch - 1 if is_warm_up else grouping.num_groups
         figures = {
             "step": step,
             "epoch": scheduled.epoch,
             "loss": loss.item(),
-            "chance_loss": chance_loss(num_choices),
+            "chance_loss": report.chance_loss,
             "lr": scheduled.lr,
-            "beta": scheduled.beta,
+            **report.figures,
             **speed,
         }
-        self.metrics.log(figures if is_warm_up else figures | _usage_figures(usage.counts()))
-        if not is_warm_up:
-            self._report_usage(step, usage.counts())
+        counts = report.usage.counts() if report.usage else None
+        self.metrics.log(figures if counts is None else figures | _usage_figures(counts))
+        if counts is not None:
+            self._report_usage(step, counts)
 
     def _report_usage(self, step: int, counts: Tensor) -> None:
         self.metrics.histogram(step, "group_usage", counts)

@@ -5,6 +5,10 @@ Long work does not know who listens: `preemption` stops it, the `watchdog` has a
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 START, DATA, STEP, KMEANS, EVALUATION, SAVING = (
     "start",
@@ -72,3 +76,13 @@ def check_for_stop() -> None:
     """
     for listener in on_check:
         listener()
+
+
+def stoppable(function: Callable[[T], U]) -> Callable[[T], U]:
+    """`function`, which a stop request ends between two calls, on all ranks alike."""
+
+    def call_or_stop(argument: T) -> U:
+        check_for_stop()
+        return function(argument)
+
+    return call_or_stop

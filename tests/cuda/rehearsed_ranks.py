@@ -17,12 +17,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from scale_smog import loop
+from scale_smog import loss as losses
 from scale_smog.config import Recipe
 from scale_smog.rehearsal.rank import RankReport, rehearse_rank
 
 RANKS, WORLD, PER_NODE = (0, 11, 63), 64, 8
-LOSS = loop.group_contrastive_loss
+LOSS = losses.group_contrastive_loss
 
 
 def recipe_of(engine: str) -> Recipe:
@@ -72,7 +72,7 @@ def main() -> None:
     recipe = recipe_of(sys.argv[1])
     reports = {str(rank): report_of(recipe, rank) for rank in RANKS}
     for name, planted in PLANTED.items():
-        with mock.patch.object(loop, "group_contrastive_loss", planted):
+        with mock.patch.object(losses, "group_contrastive_loss", planted):
             reports[name] = report_of(recipe, RANKS[1])
     text = json.dumps({name: asdict(report) for name, report in reports.items()})
     Path(sys.argv[2]).write_text(text)

@@ -50,7 +50,7 @@ def test_without_batch_norm_micro_batches_equal_one_large_batch_exactly(
     for accumulate in (1, 4):
         recipe = runs.recipe_of(tmp_path / str(accumulate), accumulate=accumulate, precision="fp64")
         state = runs.build_state(recipe)
-        state.groups.detach = detach
+        state.method.groups.detach = detach
         runs.run(recipe, state)
     one, four = (runs.final_state(tmp_path / name) for name in ("1", "4"))
     assert max(runs.difference(four, one).values()) < 1e-13

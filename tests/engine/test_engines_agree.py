@@ -40,7 +40,7 @@ def train(folder: Path, num_steps: int = runs.NUM_STEPS, **settings: Any) -> Non
     recipe = runs.recipe_of(folder, **settings)
     state = runs.build_state(recipe, ranks_per_node(recipe.engine.kind))
     runs.run(recipe, state, num_steps)
-    nets = [*state.engine.online.named_buffers(), *state.groups.named_buffers()]
+    nets = [*state.engine.online.named_buffers(), *state.method.groups.named_buffers()]
     assert runs.same_on_all_ranks(dict(nets))
 
 

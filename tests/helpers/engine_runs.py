@@ -15,9 +15,10 @@ from scale_smog import checkpoint, distributed
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.engine import build_engine
-from scale_smog.grouping import FeatureBank, GroupUsage, MomentumGroups
+from scale_smog.grouping import FeatureBank, MomentumGroups
 from scale_smog.loop import train
 from scale_smog.loss import group_contrastive_loss
+from scale_smog.methods import build_method
 from scale_smog.models import (
     MomentumNet,
     OnlineNet,
@@ -147,13 +148,7 @@ def build_state(recipe: Recipe, ranks_per_node: int | None = None) -> TrainState
         synchronise_batch_norm(net, scope)
     batch = GLOBAL_BATCH // size
     engine = build_engine(online, momentum, recipe.optimizer, recipe.engine, batch)
-    device = torch.device("cpu")
-    return TrainState(
-        engine,
-        first_groups(engine.dtype),
-        FeatureBank(recipe.bank_steps, batch, DIM, device),
-        GroupUsage(NUM_GROUPS, device),
-    )
+    return TrainState(engine, build_method(recipe, engine, batch, NUM_STEPS * GLOBAL_BATCH))
 
 
 class Silence(Metrics):

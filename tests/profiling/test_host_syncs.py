@@ -65,9 +65,9 @@ def count_syncs(recipe: Recipe, extra: Any = None) -> dict[str, int]:
     label = torch.zeros(B, dtype=torch.int64)
     batch = Batch(views[:2], views[2:], label, label)
     with SyncCounter() as counter:
-        train_step(recipe, state, batch, FIXED_VALUES)
+        train_step(state, batch, FIXED_VALUES)
         counter.found.clear()
-        train_step(recipe, state, batch, FIXED_VALUES)
+        train_step(state, batch, FIXED_VALUES)
         if extra:
             extra(state)
     return {name: num for name, num in counter.found.items() if num}
@@ -94,8 +94,8 @@ def test_a_step_waits_for_one_number_and_nothing_else(optimizer, clip_norm):
 @pytest.mark.parametrize(
     ("wait", "found"),
     [
-        (lambda state: state.groups.counts.cpu(), "copy to the host"),
-        (lambda state: state.groups.counts.sum().item(), "item"),
+        (lambda state: state.method.groups.counts.cpu(), "copy to the host"),
+        (lambda state: state.method.groups.counts.sum().item(), "item"),
         (lambda state: torch.zeros(3).to(META), "copy to the GPU"),
     ],
 )

@@ -46,13 +46,13 @@ def skip_a_step(folder: Path, engine: str, value: float, **settings: object) -> 
         now = schedules.at(step)
         if step == POISONED:
             before = values_of(poisoned)
-            report = train_step(recipe, poisoned, poison(batch, value), now)
+            report = train_step(poisoned, poison(batch, value), now)
             assert not report.is_applied
             changed = differing(before, values_of(poisoned))
             clean.step += 1  # as if there had been no such batch
         else:
             for state in (poisoned, clean):
-                assert train_step(recipe, state, batch, now).is_applied
+                assert train_step(state, batch, now).is_applied
     return {"changed": changed, "later": differing(values_of(poisoned), values_of(clean))}
 
 
@@ -73,14 +73,14 @@ def test_a_gradient_that_is_not_finite_leaves_every_bit_as_it_was(tmp_path):
     recipe = runs.recipe_of(tmp_path)
     state, schedules = runs.build_state(recipe), runs.schedules_of(recipe, 3)
     batches = runs.batches(0)
-    train_step(recipe, state, next(batches), schedules.at(0))
+    train_step(state, next(batches), schedules.at(0))
     before, weight = values_of(state), state.engine.online.backbone.gate.weight
     handle = weight.register_hook(lambda grad: grad * float("inf"))
-    report = train_step(recipe, state, next(batches), schedules.at(1))
+    report = train_step(state, next(batches), schedules.at(1))
     assert report.loss.isfinite() and not report.is_applied
     assert not differing(before, values_of(state))
     handle.remove()
-    assert train_step(recipe, state, next(batches), schedules.at(2)).is_applied
+    assert train_step(state, next(batches), schedules.at(2)).is_applied
 
 
 def train_on_poison(recipe: Recipe) -> tuple[str, list[str]]:

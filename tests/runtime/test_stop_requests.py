@@ -27,7 +27,7 @@ def stop_after_a_step(folder: str, rank_that_asks: int) -> list[bool]:
     with Preemption():
         for is_asked in (False, True):
             phases.is_stop_requested = is_asked and distributed.rank() == rank_that_asks
-            train_step(recipe, state, Batch(list(views), [], label, label), FIXED_VALUES)
+            train_step(state, Batch(list(views), [], label, label), FIXED_VALUES)
             with mock.patch.object(dist, "all_reduce", side_effect=AssertionError("a collective")):
                 try:
                     phases.check_for_stop()
