@@ -1,6 +1,7 @@
 """LARS, which parameters it leaves out, and every optimizer over what an engine's rank updates."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,23 +34,49 @@ def is_excluded(name: str, parameter: Tensor) -> bool:
     return parameter.dim() <= 1 or "relative_position_bias" in name
 
 
+def layer_norms(
+    tensors: Sequence[list[Tensor]],
+    layer_ids: Tensor,
+    num_layers: int,
+    norm_group: dist.ProcessGroup | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Norms of whole layers, of which the ranks hold parts.
+
+    With `norm_group` set, a collective. Nothing waits for the device.
+
+    Args:
+        tensors: k lists of n tensors each, for instance weights and gradients.
+        layer_ids: of the n tensors [n] int64, on their device; those of a layer are summed.
+        num_layers: L, over all ranks.
+        norm_group: ranks that hold the other parts of the layers; None: layers are whole.
+        dtype: of the tensors.
+
+    Returns:
+        [k, L].
+    """
+    squares = torch.zeros(len(tensors), num_layers, dtype=dtype, device=layer_ids.device)
+    if tensors[0]:
+        num = len(tensors[0])
+        norms = torch.stack(torch._foreach_norm([x for each in tensors for x in each]))  # [k·n]
+        squares.index_add_(1, layer_ids, norms.square_().view(-1, num))
+    if norm_group is not None:
+        all_reduce(squares, norm_group)
+    return squares.sqrt_()
+
+
 class Lars(torch.optim.Optimizer):
     """Layer-wise adaptive SGD (You, Gitman, Ginsburg, arXiv:1708.03888).
 
-    A layer's update is scaled by trust |w| / (|g| + weight_decay |w|). Parameters may be parts of
-    layers: then `layer_ids` tells which of them belong together, and the norms are summed over
-    ranks in one all-reduce. Nothing waits for the device.
+    A layer's update is scaled by trust |w| / (|g| + weight_decay |w|).
 
     Args:
         params: tensors or param groups. A group may hold `use_trust_ratio` (False: plain momentum
-            SGD) and `layer_ids`, the layer of each tensor, [n] int64 on their device.
+            SGD).
         lr: learning rate.
         momentum: of the scaled gradient.
         weight_decay: L2.
         trust: trust coefficient.
-        num_layers: layers over all ranks; needed with `layer_ids`.
-        norm_group: ranks that hold the other parts of the layers; None: layers are whole.
-        device: of the norms where this rank holds no part; default: the CPU.
     """
 
     def __init__(
@@ -59,41 +86,38 @@ class Lars(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust: float = 0.001,
-        *,
-        num_layers: int = 0,
-        norm_group: dist.ProcessGroup | None = None,
-        device: torch.device | None = None,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
-        super().__init__(params, {**defaults, "use_trust_ratio": True, "layer_ids": None})
-        # A rank that holds nothing of any layer still joins the reduction of the norms.
-        held = [p for group in self.param_groups for p in group["params"]]
-        self._like = held[0].detach() if held else torch.zeros((), device=device)
-        self.num_layers = num_layers
-        self.norm_group = norm_group
+        super().__init__(params, {**defaults, "use_trust_ratio": True})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Any = None, norms: Mapping[Tensor, tuple[float, float]] | None = None
+    ) -> None:
         """One update from the tensors' `.grad`, which are overwritten on a GPU: no copies are made.
 
-        With `norm_group` set, a collective.
+        Args:
+            closure: not used.
+            norms: |w| and |g| of the layer to which each tensor belongs, for callers who know them;
+                by default tensors are whole layers, and to read their norms waits for the device.
         """
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = norms or _norms_of(held)
         for group in self.param_groups:
             values = [p for p in group["params"] if p.grad is not None]
             grads = [p.grad for p in values if p.grad is not None]
-            ratios = self._trust_ratios(values, grads, group) if group["use_trust_ratio"] else []
-            if not values:  # this rank holds nothing; it has joined the reduction above
+            if not values:
                 continue
-            if not ratios:
+            if not group["use_trust_ratio"]:
                 self._momentum_sgd(values, grads, group, group["weight_decay"])
-            elif self._like.is_cpu and group["momentum"] > 0:
+                continue
+            ratios = [self._trust_ratio(*norms[p], group) for p in values]
+            if values[0].is_cpu and group["momentum"] > 0:
                 # One pass over memory: with momentum, torch weighs gradient and decay together by
-                # 1 - dampening. On a GPU, to read a ratio would be to wait for it.
+                # 1 - dampening.
                 for value, grad, ratio in zip(values, grads, ratios, strict=True):
-                    self._momentum_sgd(
-                        [value], [grad], group, group["weight_decay"], 1.0 - ratio.item()
-                    )
-            else:
+                    self._momentum_sgd([value], [grad], group, group["weight_decay"], 1.0 - ratio)
+            else:  # three launches, not one a layer
                 torch._foreach_add_(grads, values, alpha=group["weight_decay"])
                 torch._foreach_mul_(grads, ratios)
                 self._momentum_sgd(values, grads, group)
@@ -127,81 +151,57 @@ class Lars(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
 
-    def _trust_ratios(
-        self, values: list[Tensor], grads: list[Tensor], group: dict[str, Any]
-    ) -> list[Tensor]:
-        """One 0-d tensor a value, 1 where a norm is zero."""
-        index = group["layer_ids"]
-        num_layers = self.num_layers if index is not None else len(values)
-        if num_layers == 0:
-            return []
-        if index is None:
-            index = torch.arange(num_layers, device=self._like.device)
-        norms = self._like.new_zeros(2, num_layers)  # of w and g
-        if values:
-            norms[0].index_add_(0, index, torch.stack(torch._foreach_norm(values)).square())
-            norms[1].index_add_(0, index, torch.stack(torch._foreach_norm(grads)).square())
-        if self.norm_group is not None:
-            all_reduce(norms, self.norm_group)
-        w, g = norms.sqrt_()
-        ratio = group["trust"] * w / (g + group["weight_decay"] * w)
-        ratio = torch.where((w > 0) & (g > 0), ratio, torch.ones_like(ratio))
-        return list(ratio[index].unbind()) if values else []
+    def _trust_ratio(self, weight: float, gradient: float, group: dict[str, Any]) -> float:
+        """Of a layer, from its norms; 1 where one is zero."""
+        if weight == 0 or gradient == 0:
+            return 1.0
+        return group["trust"] * weight / (gradient + group["weight_decay"] * weight)
+
+
+def _norms_of(values: list[Tensor]) -> dict[Tensor, tuple[float, float]]:
+    """|w| and |g| of whole layers."""
+    if not values:
+        return {}
+    weights, gradients = values, [p.grad for p in values if p.grad is not None]
+    index = torch.arange(len(values), device=values[0].device)
+    norms = layer_norms([weights, gradients], index, len(values), None, values[0].dtype)
+    return dict(zip(values, zip(*norms.tolist(), strict=True), strict=True))
 
 
 def build_optimizer(
-    config: OptimizerConfig,
-    partitions: list[ParameterPartition],
-    num_parameters: int,
-    norm_group: dist.ProcessGroup | None,
-    device: torch.device,
+    config: OptimizerConfig, partitions: list[ParameterPartition]
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer over this rank's partitions, excluded parameters undecayed.
 
     `set_rates` gives it the learning rate and the weight decay of a step.
-
-    Args:
-        config: the recipe's section.
-        partitions: what this rank updates.
-        num_parameters: of the whole net, the same on all ranks.
-        norm_group: ranks that hold the other parts of the parameters; None: partitions are whole.
-        device: of the values, also of a rank that holds none: its norms meet those of the others.
     """
-    decayed = [p for p in partitions if not p.is_excluded]
-    excluded = [p for p in partitions if p.is_excluded]
     groups: list[dict[str, Any]] = [
-        {"params": [p.value for p in decayed], "decays": True},
-        {"params": [p.value for p in excluded], "decays": False},
+        {"params": [p.value for p in partitions if not p.is_excluded], "decays": True},
+        {"params": [p.value for p in partitions if p.is_excluded], "decays": False},
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, foreach=True)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, foreach=True)
-    layer_ids = [p.layer_id for p in decayed]
-    groups[0]["layer_ids"] = torch.tensor(layer_ids, dtype=torch.long, device=device)
     groups[1]["use_trust_ratio"] = False
-    options = {"num_layers": num_parameters, "norm_group": norm_group, "device": device}
-    return Lars(groups, 0.0, config.momentum, **options)
+    return Lars(groups, 0.0, config.momentum)
 
 
 @torch.no_grad()
-def clip_gradients(
-    partitions: list[ParameterPartition],
-    max_norm: float,
-    norm_group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> None:
+def clip_gradients(gradients: list[Tensor], max_norm: float, norms: list[float]) -> list[float]:
     """Clips by the global gradient norm, as torch's `clip_grad_norm_` does for whole parameters.
 
-    With `norm_group` set, a collective: one number is summed over the ranks that hold other parts.
+    Args:
+        gradients: what this rank holds of them.
+        max_norm: to which longer ones are scaled.
+        norms: of all layers, over all ranks.
+
+    Returns:
+        The layers' norms as they are now.
     """
-    grads = [p.value.grad for p in partitions if p.value.grad is not None]
-    square = torch.zeros((), device=device)
-    if grads:
-        square = torch.stack(torch._foreach_norm(grads)).square().sum()
-    if norm_group is not None:
-        all_reduce(square, norm_group)
-    torch._foreach_mul_(grads, (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
+    factor = min(1.0, max_norm / (math.hypot(*norms) + 1e-6))
+    torch._foreach_mul_(gradients, factor)
+    return [factor * norm for norm in norms]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -12,10 +12,10 @@ from scale_smog.optim import (
     ParameterPartition,
     build_optimizer,
     clip_gradients,
+    layer_norms,
     set_rates,
 )
 
-CPU = torch.device("cpu")
 SHAPES = {"conv": (6, 3, 3, 3), "conv.bias": (6,), "fc": (5, 7), "zero": (4, 4), "one": (1, 9)}
 LR, DECAY, MOMENTUM, TRUST = 0.4, 1e-2, 0.9, 1e-3
 
@@ -60,15 +60,22 @@ def run_lars(num_steps: int, cuts: list[int]) -> torch.Tensor:
             spans.append((first, last))
         start += size
     config = OptimizerConfig(name="lars", momentum=MOMENTUM)
-    optimizer = build_optimizer(
-        config, partitions, len(SHAPES), dist.group.WORLD if world_size > 1 else None, CPU
-    )
+    optimizer = build_optimizer(config, partitions)
+    assert isinstance(optimizer, Lars)
+    values = [part.value for part in partitions]
+    layer_ids = [part.layer_id for part in partitions]
+    group = dist.group.WORLD if world_size > 1 else None
     for step in range(num_steps):
         gradient = torch.cat([x.flatten() for x in tensors(step + 1).values()])
         for part, (first, last) in zip(partitions, spans, strict=True):
             part.value.grad = gradient[first:last]
         set_rates(optimizer, LR, DECAY)
-        optimizer.step()
+        tensors_here = [values, [gradient[first:last] for first, last in spans]]
+        index = torch.tensor(layer_ids, dtype=torch.long)
+        norms = layer_norms(tensors_here, index, len(SHAPES), group, torch.float32)
+        by_layer = list(zip(*norms.tolist(), strict=True))
+        of_values = zip(values, layer_ids, strict=True)
+        optimizer.step(norms={value: by_layer[number] for value, number in of_values})
     return flat[low:high].clone()
 
 
@@ -116,7 +123,7 @@ def test_excluded_parameters_do_not_decay(name):
         ParameterPartition(str(i), i, value, 0, excluded)
         for i, (value, excluded) in enumerate(zip(values, (False, True), strict=True))
     ]
-    optimizer = build_optimizer(OptimizerConfig(name=name), partitions, 2, None, CPU)
+    optimizer = build_optimizer(OptimizerConfig(name=name), partitions)
     for value in values:
         value.grad = torch.zeros(3)
     set_rates(optimizer, 0.1, 0.5)
@@ -135,9 +142,11 @@ def test_gradients_are_clipped_as_torch_clips_them(length):
     for value, other in zip(values, theirs, strict=True):
         assert value.grad is not None
         other.grad = value.grad.clone()
-    partitions = [ParameterPartition(str(i), i, v, 0, False) for i, v in enumerate(values)]
-    clip_gradients(partitions, 2.0, None, CPU)
+    gradients = [value.grad for value in values if value.grad is not None]
+    norms = [gradient.norm().item() for gradient in gradients]
+    clipped = clip_gradients(gradients, 2.0, norms)
     torch.nn.utils.clip_grad_norm_(theirs, 2.0)
+    assert clipped == pytest.approx([gradient.norm().item() for gradient in gradients])
     for value, other in zip(values, theirs, strict=True):
         assert value.grad is not None and other.grad is not None
         torch.testing.assert_close(value.grad, other.grad)

@@ -1,5 +1,6 @@
 """What the loop asks of an engine, and the part that all engines share."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -25,10 +26,12 @@ from scale_smog.models import (
     unsynchronised_running_stats,
 )
 from scale_smog.optim import (
+    Lars,
     ParameterPartition,
     build_optimizer,
     clip_gradients,
     is_excluded,
+    layer_norms,
     set_rates,
 )
 from scale_smog.runtime import phases
@@ -124,9 +127,10 @@ class Engine(ABC):
             self.online.features = autocast(self.online.features)
         self._forward_online, self._forward_momentum = self._prepare(batch // config.accumulate)
         self.partitions = self._parameter_partitions()
-        self._optimizer = build_optimizer(
-            optimizer, self.partitions, len(self._parameters), self.norm_group, self.device
+        self._layer_ids = torch.tensor(  # [n]
+            [p.layer_id for p in self.partitions], dtype=torch.long, device=self.device
         )
+        self._optimizer = build_optimizer(optimizer, self.partitions)
         self._optimizer_config = optimizer
         self._num_steps = 0
         self._is_applied = True
@@ -304,27 +308,46 @@ class Engine(ABC):
 
     def _update(self) -> None:
         """Runs the optimizer on the partitions, whose gradients are there, and drops these."""
-        self._is_applied = self._is_finite()
+        values = [p.value for p in self.partitions]
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        grads = [zero if p.grad is None else p.grad for p in values]
+        is_lars = isinstance(self._optimizer, Lars)
+        norms = layer_norms(  # [1 or 2, L]
+            [grads, values] if is_lars else [grads],
+            self._layer_ids,
+            len(self._parameters),
+            self.norm_group,
+            self.dtype,
+        )
+        self._is_applied, (grad_norms, *weight_norms) = self._agree_on_step(norms)
         if self._is_applied:
             if self._optimizer_config.clip_norm:
                 max_norm = self._optimizer_config.clip_norm
-                clip_gradients(self.partitions, max_norm, self.norm_group, self.device)
-            self._optimizer.step()
+                grad_norms = clip_gradients(grads, max_norm, grad_norms)
+            if isinstance(self._optimizer, Lars):
+                of_layers = list(zip(*weight_norms, grad_norms, strict=True))
+                norms_of = {p.value: of_layers[p.layer_id] for p in self.partitions}
+                self._optimizer.step(norms=norms_of)
+            else:
+                self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _is_finite(self) -> bool:
-        """Whether every rank's z', loss and gradients are; the one place where a step waits.
+    def _agree_on_step(self, norms: Tensor) -> tuple[bool, list[list[float]]]:
+        """Whether every rank's z', loss and gradients are finite, and the norms, on the host.
 
-        The ranks' requests for a stop travel along.
+        The one place where a step waits; the ranks' requests for a stop travel along.
+
+        Args:
+            norms: of the layers [k, L], gradients' first.
         """
-        grads = [p.value.grad for p in self.partitions if p.value.grad is not None]
-        norms = list(torch._foreach_norm(grads)) if grads else []
-        total = torch.stack([*self._finite_if.values(), *norms]).sum()
-        requested = total.new_full((), float(phases.is_stop_requested), dtype=torch.float32)
-        sums = distributed.all_reduce(torch.stack([(~total.isfinite()).float(), requested]))  # [2]
-        num_bad, num_requests = sums.tolist()
+        total = torch.stack([*self._finite_if.values(), norms[0].sum()]).sum()
+        requested = total.new_full((), float(phases.is_stop_requested))
+        sums = distributed.all_reduce(torch.stack([total, requested]))  # [2]
+        total_of_all, num_requests, *read = torch.cat([sums, norms.flatten()]).tolist()
         phases.note_stop_requests(num_requests)
-        return num_bad == 0
+        num_layers = norms.shape[1]
+        rows = [read[i : i + num_layers] for i in range(0, len(read), num_layers)]
+        return math.isfinite(total_of_all), rows
 
     def _split(self, view: Tensor, small: Sequence[Tensor] = ()) -> list[MicroBatch]:
         """The views in micro-batches, in the nets' precision and the convolutions' layout."""

@@ -44,15 +44,16 @@ def train(folder: Path, num_steps: int = runs.NUM_STEPS, **settings: Any) -> Non
     assert runs.same_on_all_ranks(dict(nets))
 
 
-def one_ratio(lars: Lars, values: Any, grads: Any, group: dict[str, Any]) -> Any:
+def step_with_one_ratio(lars: Lars, closure: Any = None, norms: Any = None) -> None:
     """LARS as a flat optimizer sees it: one layer."""
-    return REAL_RATIOS(lars, values, grads, group | {"layer_ids": group["layer_ids"] * 0})
+    w, g = (math.hypot(*each) for each in zip(*norms.values(), strict=True))
+    REAL_STEP(lars, norms=dict.fromkeys(norms, (w, g)))
 
 
 FAULTY_ENGINES = ("zero1", "fsdp")  # flat slices, and rows
-REAL_RATIOS = Lars._trust_ratios
+REAL_STEP, REAL_RATIO = Lars.step, Lars._trust_ratio
 FAULTS: dict[str, Any] = {
-    "one global ratio": lambda: mock.patch.object(Lars, "_trust_ratios", one_ratio),
+    "one global ratio": lambda: mock.patch.object(Lars, "step", step_with_one_ratio),
     "no momentum update": lambda: mock.patch.object(
         Engine, "update_ema", lambda engine, alpha: None
     ),
@@ -63,18 +64,18 @@ def trust_ratios(folder: Path, engine: str) -> Ratios:
     """Of this rank's parts of the parameters in the first step; 1 for biases and norms."""
     recipe = runs.recipe_of(folder / "ratios", kind=engine)
     state = runs.build_state(recipe, ranks_per_node(engine))
-    found: list[torch.Tensor] = []
+    found: list[float] = []
 
-    def record(lars: Lars, *arguments: Any) -> Any:
-        found[:] = REAL_RATIOS(lars, *arguments)
-        return found
+    def record(*arguments: Any) -> float:
+        found.append(REAL_RATIO(*arguments))
+        return found[-1]
 
-    with mock.patch.object(Lars, "_trust_ratios", record):
+    with mock.patch.object(Lars, "_trust_ratio", record):
         runs.run(recipe, state, num_steps=1)
     ratios: Ratios = {name: [] for name in dict(state.engine.online.named_parameters())}
     of_adapted = iter(found)
     for part in state.engine.partitions:
-        ratio = 1.0 if part.is_excluded else next(of_adapted).item()
+        ratio = 1.0 if part.is_excluded else next(of_adapted)
         ratios[part.name].append((ratio, part.start, part.value.numel()))
     return ratios
 
