@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_smog.checkpoint.manifest import CheckpointManifest, DamagedCheckpoint, read_manifest
-from scale_smog.checkpoint.planner import LoadPlanner, reader
+from scale_smog.checkpoint.planner import LoadPlanner, Reader
 from scale_smog.distributed import Partition
 from scale_smog.errors import UserError
 
@@ -54,7 +54,7 @@ def read(
     try:
         dcp.load(
             {name: partition.values for name, partition in wanted.items()},
-            storage_reader=reader(folder),
+            storage_reader=Reader(folder, group),
             planner=LoadPlanner(wanted),
             process_group=group,
             no_dist=group is None,

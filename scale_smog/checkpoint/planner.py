@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import (
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.hf_storage import (
 )
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from scale_smog.distributed import Partition
+from scale_smog.distributed import Partition, call_on_main
 
 # One process without a process group is no reason for a warning.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -37,9 +39,24 @@ def writer(folder: Path) -> HuggingFaceStorageWriter:
     return HuggingFaceStorageWriter(str(folder), save_distributed=True)
 
 
-def reader(folder: Path) -> HuggingFaceStorageReader:
-    """Reads ranges out of all safetensors files of a folder; there is no pickle to open."""
-    return HuggingFaceStorageReader(str(folder))
+class Reader(HuggingFaceStorageReader):
+    """Reads ranges out of all safetensors files of a folder; there is no pickle to open.
+
+    Which file holds what is in their headers: rank 0 reads those, not every rank all of them.
+
+    Args:
+        folder: of the files.
+        group: ranks that read together; None for a caller who reads alone.
+    """
+
+    def __init__(self, folder: Path, group: dist.ProcessGroup | None):
+        super().__init__(str(folder))
+        self._group = group
+
+    def read_metadata(self) -> Metadata:
+        if self._group is None:
+            return super().read_metadata()
+        return call_on_main(super().read_metadata, self._group)
 
 
 def own_files(folder: Path, rank: int) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -90,10 +91,13 @@ class Checkpoints:
         if distributed.is_main():
             with suppress(OSError):  # a folder that cannot be written is told below
                 remove_leftovers(self._folder)
-        own = {(name, x.start): _num_bytes(x) for name, x in self._own(partitions).items()}
-        parts = self._on_all(lambda: own)
+        own = [
+            (crc32(name.encode()), x.start, _num_bytes(x))
+            for name, x in self._own(partitions).items()
+        ]
+        parts = self._on_all(lambda: np.array(own, dtype=np.int64).reshape(-1, 3))
         # hsdp's nodes hold the same ranges, of which one is written.
-        num_bytes = sum({key: size for part in parts for key, size in part.items()}.values())
+        num_bytes = int(np.unique(np.concatenate(parts), axis=0)[:, 2].sum())
         num_more = self._run.keep_checkpoints + 1 - len(list_checkpoints(self._run_dir))
         return probe_space(self._folder, num_bytes, num_more, self._group)
 

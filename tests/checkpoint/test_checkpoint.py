@@ -18,6 +18,7 @@ import pytest
 import torch
 from ranks import PRELOADED, run_on_ranks
 from small_recipe import small_recipe
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from scale_smog import UserError, checkpoint, distributed
 from scale_smog.checkpoint import Checkpoints, saving
@@ -294,6 +295,23 @@ def test_saved_and_resumed_at_any_number_of_ranks_the_state_and_the_batches_are_
 def test_the_work_of_writing_is_spread_over_the_ranks(two_ranks_files):
     sizes = [path.stat().st_size for path in two_ranks_files.glob("*/step-*2/shard*")]
     assert len(sizes) == 2 and sum(sizes) < 2 * 5000  # nothing twice
+
+
+def num_header_reads(folder: Path) -> int:
+    """How often loading makes this rank read the headers of all files."""
+    run = RunConfig(dir=str(folder), steps=1)
+    save_steps(run, 1)
+    read = HuggingFaceStorageReader.read_metadata
+    patch = mock.patch.object(
+        HuggingFaceStorageReader, "read_metadata", autospec=True, side_effect=read
+    )
+    with patch as reads:
+        assert newest(run) == 1
+    return reads.call_count
+
+
+def test_the_headers_of_all_ranks_files_are_read_by_rank_0_alone(tmp_path):
+    assert run_on_ranks(2, num_header_reads, tmp_path) == [1, 0]
 
 
 def disagree(folder: Path) -> tuple[str, int | None]:
