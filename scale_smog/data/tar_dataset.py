@@ -6,11 +6,12 @@ import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable
+from copy import copy
 from functools import lru_cache
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -102,6 +103,12 @@ class TarDataset:
     def tar_paths(self) -> list[str]:
         """The shards' files, in the order of their samples' ids."""
         return [str(self._folder / name) for name in self._names]
+
+    def at(self, path: str | Path) -> Self:
+        """The same split in another copy of the dataset folder, such as another host's."""
+        other = copy(self)
+        other._folder = Path(path).absolute()
+        return other
 
     def read(self, sample_id: int) -> bytes:
         """Returns the encoded image (JPEG, PNG or WebP) of a sample.

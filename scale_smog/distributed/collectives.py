@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scale_smog.distributed.process_group import rank, rank_and_host, world_size
+from scale_smog.distributed.process_group import is_main, rank, rank_and_host, world_size
 from scale_smog.errors import UserError
 
 T = TypeVar("T")
@@ -85,18 +85,41 @@ def call_on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None
         OSError: on every rank, if it did so on one; with the rank's name.
         UserError: likewise.
     """
-    outcome: tuple[T | None, Exception | None]
-    try:
-        outcome = function(), None
-    except UserError as error:
-        outcome = None, error
-    except OSError as error:
-        outcome = None, OSError(_where(error))
-    outcomes = gather_objects(outcome, group)
+    outcomes = gather_objects(_outcome(function), group)
     for _, error in outcomes:
         if error is not None:
             raise error
     return [result for result, _ in outcomes]  # pyright: ignore[reportReturnType]
+
+
+def call_on_main(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Calls a function on rank 0; what it returned, on every rank; a collective.
+
+    What all ranks need and would each read from a shared disk, one reads.
+
+    Raises:
+        OSError: on every rank, if rank 0 met it; with the rank's name.
+        UserError: likewise.
+    """
+    outcome = _outcome(function) if is_main() else (None, None)
+    if world_size() > 1:
+        box = [outcome]
+        dist.broadcast_object_list(box, src=0, group=group)
+        (outcome,) = box
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What a function returns, or what all ranks are to raise."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, error
+    except OSError as error:
+        return None, OSError(_where(error))
 
 
 def _where(error: OSError) -> str:
