@@ -19,6 +19,7 @@ setup(
         "scale_smog": ["py.typed", "recipes/*.yaml", "recipes/ablations/*.yaml"],
         "scale_smog.evaluation": ["paper_tables.yaml"],
         "scale_smog.profiling": ["hardware/*.yaml"],
+        "scale_smog.report": ["assets/*"],
         "scale_smog.rehearsal": ["runtime/*.c", "runtime/crt/*.h"],
     },
     entry_points={"console_scripts": ["smog = scale_smog.cli.main:main"]},
@@ -45,6 +46,7 @@ setup(
         "tqdm",
         "safetensors",
         "matplotlib",
+        "jinja2",
     ],
     extras_require={
         "dense": ["pycocotools", "torchmetrics"],  # segmentation and detection
@@ -55,6 +57,7 @@ setup(
             "torchmetrics",
             "pytest>=8",
             "pytest-xdist",
+            "playwright",  # drives a chromium of the system
             "scikit-learn",
             "faiss-cpu",
             "pyarrow",

@@ -18,7 +18,7 @@ FLOORS = [
     {"methods"},
     {"reporting", "state"},
     {"evaluation", "preflight"},
-    {"loop", "export"},
+    {"loop", "export", "report"},
     {"pretrain", "throughput"},
     {"rehearsal"},
 ]

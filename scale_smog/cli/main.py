@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "check a dataset's hashes, indexes, labels and images",
     "stats": "say what a dataset holds",
     "evaluate": "judge a checkpoint: knn, linear, finetune, groups, segmentation, ...",
+    "report": "write a run, or several over one another, as a page",
     "export": "write a backbone for timm, torchvision or Hugging Face",
     "throughput": "profile a recipe's step and predict it for 8 to 1,024 GPUs",
 }

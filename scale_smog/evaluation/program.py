@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from scale_smog import distributed
@@ -91,12 +91,12 @@ def evaluate(
         raise UserError(f"{name} takes one checkpoint, not {len(paths)}")
     with distributed.process_group() as device:
         task = _prepared(EvaluationTask.open(name, paths[0], overrides, device))
-        results = EVALUATORS[name](task)
-        task.finish(results)
+        results, counts = EVALUATORS[name](task), _COUNTS.get(name, _labelled_counts)(task)
+        task.finish(results, {"image_counts": asdict(counts)})
         if distributed.is_main():
             print(_table(task, results))
             if with_paper:
-                print(_comparison(task, results))
+                print(_comparison(task, results, counts))
 
 
 def _prepared(task: EvaluationTask) -> EvaluationTask:
@@ -145,7 +145,7 @@ def _table(task: EvaluationTask, results: Results) -> str:
     return "\n".join([f"{task.name} of {task.checkpoint}", *(f"  {k:<20}{v}" for k, v in rows)])
 
 
-def _comparison(task: EvaluationTask, results: Results) -> str:
+def _comparison(task: EvaluationTask, results: Results, counts: ImageCounts) -> str:
     model, protocols = task.recipe.model, task.protocols
     ours = Ours(
         evaluation=task.name,
@@ -156,7 +156,7 @@ def _comparison(task: EvaluationTask, results: Results) -> str:
         num_small_crops=task.recipe.data.num_small_crops,
         share=protocols.finetune.share,
         dataset=protocols.segmentation.setting,
-        images=_COUNTS.get(task.name, _labelled_counts)(task),
+        images=counts,
         results=results,
     )
     return compare(ours)

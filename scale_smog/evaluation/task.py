@@ -176,10 +176,16 @@ class EvaluationTask:
             with open(self.made_folder() / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def finish(self, results: Results) -> None:
-        """Writes results.json, with every setting and hash, and adds the results to the run's."""
+    def finish(self, results: Results, about: dict[str, Any]) -> None:
+        """Writes results.json, with every setting and hash, and adds the results to the run's.
+
+        Args:
+            results: figures.
+            about: what else a reader of the file should know.
+        """
         if distributed.is_main():
-            text = json.dumps({"figures": results, **self.facts}, indent=1) + "\n"
+            facts = {"evaluation": self.name, "figures": results, **about, **self.facts}
+            text = json.dumps(facts, indent=1) + "\n"
             write_atomically(self.made_folder() / run_folder.RESULTS_FILE, text.encode())
         run_folder.add_results(self.run_dir, {self.name: results})
 

@@ -83,11 +83,13 @@ class BoardEvents:
     """A run's TensorBoard events; `reload` reads what has come since."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1})
 
     def reload(self) -> None:
-        """Reads on."""
-        self._events.Reload()
+        """Reads on; nothing where a run has not begun to write them."""
+        if self._folder.is_dir():
+            self._events.Reload()
 
     @property
     def scalar_tags(self) -> Sequence[str]:

@@ -135,7 +135,7 @@ def _draw_usage(axes: Axes, usage: Tensor) -> None:
 
 
 def thumbnail(dataset: Images, sample_id: int, px: int) -> Image.Image:
-    """A small copy of an image's middle: sheets of full-size photographs weigh tens of megabytes."""
+    """The middle of an image, small: a sheet of whole photographs weighs tens of megabytes."""
     image = Image.open(BytesIO(dataset.read(sample_id))).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

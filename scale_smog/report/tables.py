@@ -1,0 +1,174 @@
+"""The tables of a run's page: settings beside the paper's, starts, checkpoints, evaluations."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
+from scale_smog.config import Recipe, StrictModel
+from scale_smog.evaluation.paper import ImageCounts, Ours, Table, comparable_tables
+from scale_smog.reporting.run_record import RunRecord
+
+PATHS = {"data.path", "run.dir"}
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """A setting of the run beside the default, which is the paper's where it names a place."""
+
+    key: str
+    value: str
+    default: str
+    place: str  # in the paper; "" where it has none
+    meaning: str
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the run differs from the default."""
+        return self.value != self.default
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper with ours as its last row."""
+
+    title: str
+    source: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, and the paper's rows for it or why there are none."""
+
+    name: str
+    figures: Mapping[str, str]
+    tables: Sequence[PaperTable]
+    reason: str
+
+
+def setting_rows(recipe: Recipe) -> list[SettingRow]:
+    """Settings that the paper has a value of, and others that differ from their default."""
+    rows = [
+        _setting_row(f"{section}.{name}", getattr(own, name), own)
+        for section, own in recipe
+        for name in type(own).model_fields
+    ]
+    return [row for row in rows if row.place or row.is_changed]
+
+
+def _setting_row(key: str, value: Any, section: StrictModel) -> SettingRow:
+    field = type(section).model_fields[key.partition(".")[2]]
+    meaning, _, place = " ".join((field.description or "").split()).partition(" Paper: ")
+    default = "–" if field.is_required() else _plain(field.default)
+    return SettingRow(key, _plain(value), default, place.removesuffix("."), meaning)
+
+
+def _plain(value: Any) -> str:
+    if value in ("", None):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return ", ".join(map(_plain, value))
+    return str(value) if not isinstance(value, bool | dict) else _flow(value)
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+
+
+def differing_settings(records: Mapping[str, RunRecord]) -> list[tuple[str, list[str]]]:
+    """Settings in which the runs differ: key and each run's value."""
+    values = {
+        f"{section}.{name}": [_plain(getattr(getattr(r.recipe, section), name)) for r in all_runs]
+        for all_runs in [list(records.values())]
+        for section, own in all_runs[0].recipe
+        for name in type(own).model_fields
+    }
+    return [(key, row) for key, row in values.items() if len(set(row)) > 1 and key not in PATHS]
+
+
+def start_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
+    """Of each start: time, step, ranks and hosts, device and versions."""
+    return [
+        (
+            datetime.fromtimestamp(start["time"], UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            str(start["step"]),
+            f"{start['ranks']} on {', '.join(start['hosts'])}",
+            f"{start['device']}; torch {start['torch']}, {start['engine']}, {start['precision']}",
+        )
+        for start in record.starts
+    ]
+
+
+def checkpoint_rows(folder: Path) -> list[tuple[str, str, str]]:
+    """Of each checkpoint, newest first: name, size, and whether it is whole."""
+    rows = []
+    for path in reversed(list_checkpoints(folder)):
+        mib = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+        rows.append((path.name, f"{mib:,.1f} MiB", find_damage(path) or "whole"))
+    return rows
+
+
+def evaluations(record: RunRecord) -> list[Evaluation]:
+    """The run's evaluations; those of results.json, and the paper's rows where images are alike."""
+    written = _written(record.folder)
+    return [
+        Evaluation(
+            name,
+            {k: _figure(v) for k, v in figures.items() if isinstance(v, str | int | float)},
+            *_paper(record.recipe, written.get(name, {})),
+        )
+        for name, figures in record.results.items()
+        if name != "run"
+    ]
+
+
+def _written(folder: Path) -> dict[str, dict[str, Any]]:
+    """The newest results file of each evaluation, with its settings and counts of images."""
+    paths = sorted(folder.glob("evaluations/*/results.json"), key=lambda x: x.stat().st_mtime)
+    return {path.parent.name.rpartition("-")[0]: json.loads(path.read_text()) for path in paths}
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _paper(recipe: Recipe, written: Mapping[str, Any]) -> tuple[list[PaperTable], str]:
+    if "image_counts" not in written:
+        return [], ""
+    name = str(written["evaluation"])
+    settings = written["settings"].get(name, {})
+    ours = Ours(
+        evaluation=name,
+        backbone=recipe.model.backbone,
+        width=recipe.model.width,
+        epochs=recipe.run.epochs,
+        batch=recipe.data.global_batch,
+        num_small_crops=recipe.data.num_small_crops,
+        share=settings.get("share", 0.0),
+        dataset=settings.get("setting", ""),
+        images=ImageCounts(**written["image_counts"]),
+        results=written["figures"],
+    )
+    tables, reason = comparable_tables(ours)
+    return [_paper_table(table, ours) for table in tables], reason
+
+
+def _paper_table(table: Table, ours: Ours) -> PaperTable:
+    cells = ours.cells()
+    rows = [*table.rows, [cells.get(column) for column in table.columns]]
+    texts = [["–" if x is None else _cell(x) for x in row] for row in rows]
+    return PaperTable(table.title, table.source, table.columns, texts, table.note)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)

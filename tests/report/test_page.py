@@ -1,0 +1,161 @@
+"""A run's page: what it holds, and that a browser draws it from disk without a network."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_recipe import small_recipe
+
+from scale_smog.errors import UserError
+from scale_smog.evaluation.groups.gallery import GALLERY_FILE
+from scale_smog.evaluation.program import evaluate
+from scale_smog.pretrain import pretrain
+from scale_smog.report.figures import MOST_POINTS, thinned
+from scale_smog.report.page import write_comparison, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+MOST_MIB = 6
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, tars: Path) -> Path:
+    """The folder of a run with every kind of thing that a page shows."""
+    recipe = small_recipe(
+        tmp_path_factory.mktemp("run"),
+        tars,
+        *("run.checkpoint_every=4", "run.evaluate_every=4", "evaluation.online=true"),
+        *("data.num_small_crops=1", "data.global_batch=8"),
+    )
+    pretrain(recipe)
+    folder = Path(recipe.run.dir)
+    evaluate("knn", [str(folder)], [])
+    gallery = json.loads((folder / GALLERY_FILE).read_text())
+    gallery["groups"][0]["classes"] = {HOSTILE: 1}  # names of classes are names of folders
+    (folder / GALLERY_FILE).write_text(json.dumps(gallery))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> Path:
+    return write_report(run_dir)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if not CHROMIUM:
+        pytest.skip("needs a chromium: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser: Any, page: Path, width: int = 1280) -> tuple[Any, list[str]]:
+    """The page in a browser without a network, and all that it complains of or asks for."""
+    tab = browser.new_context(viewport={"width": width, "height": 800}, offline=True).new_page()
+    complaints: list[str] = []
+    tab.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("dialog", lambda dialog: complaints.append(dialog.message))
+    tab.on("request", lambda request: complaints.append(request.url))
+    tab.goto(page.as_uri())
+    complaints[:] = [x for x in complaints if x != page.as_uri() and not x.startswith("data:")]
+    return tab, complaints
+
+
+def test_a_browser_draws_charts_and_gallery_without_a_network_or_a_complaint(browser, page):
+    tab, complaints = opened(browser, page)
+    charts = tab.locator(".chart")
+    assert charts.count() >= 8
+    for i in range(charts.count()):
+        assert charts.nth(i).locator(".scatterlayer .trace").count() >= 1
+    tab.locator("#gallery img").first.scroll_into_view_if_needed()
+    assert tab.locator("#gallery img").first.evaluate("x => x.decode().then(() => x.naturalWidth)")
+    assert tab.locator("#gallery").inner_text().count(HOSTILE) == 1
+    for name in ("Accuracy", "Loss", "Speed"):
+        assert tab.get_by_role("img", name=f"{name} by step").is_visible()
+    assert not complaints
+
+
+def test_the_gallery_is_worked_by_keyboard(browser, page):
+    tab, complaints = opened(browser, page)
+    first = tab.locator("#gallery button").first
+    first.focus()
+    shown = tab.locator("#gallery li").first.locator("img:visible")
+    before = shown.count()
+    tab.keyboard.press("Enter")
+    assert first.get_attribute("aria-expanded") == "true"
+    assert shown.count() == tab.locator("#gallery li").first.locator("img").count() >= before
+
+    def sizes() -> list[int]:
+        texts = tab.locator("#gallery button").all_inner_texts()
+        return [int(re.search(r"size (\d+)", text)[1]) for text in texts]
+
+    tab.locator("#sort").focus()
+    tab.keyboard.type("size")  # as a list of choices is worked
+    assert sizes() == sorted(sizes(), reverse=True)
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("Space")
+    assert sizes() == sorted(sizes())
+    assert not complaints
+
+
+@pytest.mark.parametrize("width", [320, 375, 1600])
+def test_no_screen_has_to_scroll_sideways(browser, page, width):
+    tab, _ = opened(browser, page, width)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_page_names_settings_checkpoints_machine_and_evaluations(page, run_dir):
+    text = page.read_text()
+    assert page.stat().st_size < MOST_MIB * 2**20
+    assert text.count("<td>whole</td>") == 2
+    row = re.search(r"grouping\.num_groups</code></th><td>10</td><td>3000</td><td>(.*?)</td>", text)
+    assert row and row[1] == "section 4.1, Table 7c"
+    assert "no comparison: the paper has no knn results of resnet_tiny" in text
+    assert re.search(r"<td>1 on \S+</td><td>.*; torch .*, ddp, fp32</td>", text)
+    assert HOSTILE not in text
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, run_dir):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    file = next((copy / "checkpoints" / "step-00000008").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    text = write_report(copy).read_text()
+    assert text.count("<td>whole</td>") == 1 and f"{file.name} has" in text
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path, run_dir, browser):
+    shutil.copy(run_dir / "recipe.yaml", tmp_path)
+    tab, complaints = opened(browser, write_report(tmp_path))
+    assert "Nothing has been logged yet" in tab.inner_text("body") and not complaints
+
+
+def test_several_runs_lie_over_one_another(tmp_path, run_dir, browser):
+    other = shutil.copytree(run_dir, tmp_path / "other")
+    recipe = (other / "recipe.yaml").read_text().replace("seed: 0", "seed: 7")
+    (other / "recipe.yaml").write_text(recipe)
+    page = write_comparison([run_dir, other], tmp_path / "report.html")
+    tab, complaints = opened(browser, page)
+    loss = tab.get_by_role("img", name="Loss: loss by step")
+    assert loss.locator(".scatterlayer .trace").count() == 2
+    assert tab.get_by_role("row", name="run.seed 0 7").is_visible()
+    assert not complaints
+
+
+def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"is not a run's folder: it has no recipe\.yaml"):
+        write_report(tmp_path)
+
+
+def test_long_curves_are_thinned_and_keep_their_last_point():
+    steps = list(range(10, 50_010, 10))
+    kept, values = thinned((steps, [float(x) for x in steps]))
+    assert len(kept) <= MOST_POINTS and kept[-1] == 50_000 == values[-1]
+    assert set(kept) <= set(steps)
