@@ -43,8 +43,8 @@ def pretrain(recipe: Recipe) -> None:
     """
     flight_recorder.configure(Path(recipe.run.dir) / rank_logs.FOLDER)
     with (
-        Preemption(),
-        distributed.process_group() as device,
+        Preemption() as preemption,
+        distributed.process_group(meeting=preemption.ends_process()) as device,
         Watchdog(recipe.deadlines) as watchdog,
         RankLogs() as logs,
     ):

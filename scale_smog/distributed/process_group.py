@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch
@@ -162,17 +162,24 @@ def _number(name: str, value: str | None) -> int:
 
 
 @contextmanager
-def process_group(rendezvous_timeout_s: float = 600) -> Iterator[torch.device]:
+def process_group(
+    rendezvous_timeout_s: float = 600, meeting: AbstractContextManager | None = None
+) -> Iterator[torch.device]:
     """The process group from its start to its end (`with`); yields this rank's device.
 
     A rank that fails alone does not wait for the others, who wait for it: NCCL destroys a group
     together. Its process ends, and with it the group.
 
+    Args:
+        rendezvous_timeout_s: how long ranks wait for one another.
+        meeting: is entered while they do.
+
     Raises:
         UserError: as `init_process_group`.
         RankError: in place of a UserError that only this rank has met.
     """
-    device = init_process_group(rendezvous_timeout_s=rendezvous_timeout_s)
+    with meeting or nullcontext():
+        device = init_process_group(rendezvous_timeout_s=rendezvous_timeout_s)
     name = rank_and_host()  # without a group every rank is 0
     try:
         yield device

@@ -1,6 +1,9 @@
 """SIGTERM, SIGUSR1 or Ctrl-C on any rank: all ranks stop at the same `phases.check_for_stop`."""
 
+import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # end a run with
 # A terminal sends Ctrl-C to ranks and launcher, and the launcher sends it on: within this time it
 # is one; later, somebody who does not want to wait for the checkpoint.
 SIGINT_GRACE_S = 5.0
+MEETING_GRACE_S = 5.0  # for ranks that have nearly met; they then stop with a checkpoint
 
 
 class Preemption:
@@ -44,6 +48,35 @@ class Preemption:
         phases.on_check.remove(self._check)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def ends_process(self) -> Iterator[None]:
+        """Within, a signal ends this process, unless the block soon ends; nothing is to be saved.
+
+        For calls that hear no signals for minutes, such as those in which the ranks meet.
+        """
+        signals, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        before, is_over = signal.set_wakeup_fd(wakeup.fileno()), threading.Event()
+
+        def listen() -> None:
+            is_asked = phases.is_stop_requested
+            while not is_asked and (number := signals.recv(1)):
+                is_asked = number[0] in STOP_SIGNALS
+            if is_asked and not is_over.wait(MEETING_GRACE_S):
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    said = "stopped before all ranks had met; the same command goes on from there"
+                    print(f"{said} ({socket.gethostname()})", flush=True)
+                os._exit(0)
+            signals.close()
+
+        threading.Thread(target=listen, daemon=True).start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            signal.set_wakeup_fd(before)
+            wakeup.close()  # ends the thread
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         phases.is_stop_requested = True

@@ -1,12 +1,11 @@
 """Who a rank is, by the names of each launcher, and what becomes of one that fails."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
-from ranks import run_on_ranks
+from ranks import free_port, run_on_ranks
 
 from scale_smog import distributed
 from scale_smog.distributed.process_group import count_sharing_ranks, rank_environment
@@ -82,7 +81,7 @@ with exits_on_user_error(), distributed.process_group():
 
 @pytest.mark.parametrize("who", ["01", "1"])
 def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(who):
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common["CUDA_VISIBLE_DEVICES"] = ""
     ranks = [
         subprocess.Popen(
@@ -100,12 +99,6 @@ def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(who):
     else:
         assert len(said[1]) == 1 and said[1][0].startswith("error: rank 1 on ")
         assert said[1][0].endswith(": a file is missing")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def threads(**environment: str) -> int:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +55,13 @@ def _run_rank(
     # Not on errors: the other ranks would fail too, and might be the first to report.
     dist.destroy_process_group()
     os._exit(0)  # as `distributed.end_process`, and for its reason
+
+
+def free_port() -> int:
+    """One that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _result(folder: Path, rank: int) -> Path:

@@ -1,12 +1,16 @@
 """A step sums up the ranks' requests to stop with its verdict: the check after it is free."""
 
+import os
+import signal
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from engine_runs import build_state, recipe_of
-from ranks import run_on_ranks
+from ranks import free_port, run_on_ranks
 
 from scale_smog import distributed
 from scale_smog.data.batch import Batch
@@ -40,6 +44,36 @@ def stop_after_a_step(folder: str, rank_that_asks: int) -> list[bool]:
 
 def test_all_ranks_stop_after_the_step_in_which_one_was_asked_to(tmp_path):
     assert run_on_ranks(2, stop_after_a_step, str(tmp_path), 1) == [[False, True]] * 2
+
+
+MEETING = """
+from scale_smog import distributed
+from scale_smog.runtime import preemption
+preemption.MEETING_GRACE_S = 0.5
+with preemption.Preemption() as asked:
+    print("waiting", flush=True)
+    with distributed.process_group(meeting=asked.ends_process()):
+        raise AssertionError("nobody came")
+"""
+
+
+def test_ranks_whose_mates_do_not_come_end_at_a_signal():
+    # Rank 0 waits in Python, rank 1 in a call of torch's that hears no signal.
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, "-c", MEETING]
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        )
+        ranks.append(process)
+    for process, number in zip(ranks, (signal.SIGTERM, signal.SIGUSR1), strict=True):
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(number)
+    said = [process.communicate(timeout=120)[0] for process in ranks]  # they would wait for 600 s
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert said[0].startswith("stopped before all ranks had met") and not said[1]
 
 
 def test_what_a_step_has_noted_is_read_once():
