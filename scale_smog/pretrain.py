@@ -9,9 +9,9 @@ import torch
 from scale_smog import distributed
 from scale_smog.checkpoint import Checkpoints
 from scale_smog.config import Recipe
-from scale_smog.data import TarDataset, manifest_sha256
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
+from scale_smog.data.datasets import Images, open_split, remarks, split_sha256
 from scale_smog.data.loaders.build import build_plan, build_training_loader, require_loader
 from scale_smog.errors import RankError, UserError
 from scale_smog.evaluation.final import conclude
@@ -58,7 +58,7 @@ def pretrain(recipe: Recipe) -> None:
 def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     """`pretrain` within a process group."""
     require_equal_hosts(recipe)
-    dataset = TarDataset(recipe.data.path, "train")
+    dataset = open_split(recipe.data.path, "train")
     recipe, derived = fit_to_data(
         recipe, dataset.num_samples, run_folder.kept_recipe(recipe.run.dir)
     )
@@ -72,7 +72,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     state = build_state(recipe, batch, device, dataset.num_samples)
 
     # From here on the settings are known to be good, and the run folder is written.
-    sha256 = manifest_sha256(data.path)
+    sha256 = split_sha256(data.path, "train")
     changes = run_folder.claim(recipe, sha256)
     logs.open(run_dir)
     checkpoints = Checkpoints(recipe.run, {"manifest_sha256": sha256})
@@ -80,7 +80,8 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     if state.step < schedules.num_steps and (problem := checkpoints.prepare(state.state_dict())):
         warnings.append(f"warning: {problem}")
     metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch)
-    for line in [*derived, *(f"changed since the run began: {x}" for x in changes), *warnings]:
+    changed = [f"changed since the run began: {x}" for x in changes]
+    for line in [*remarks(dataset), *derived, *changed, *warnings]:
         metrics.say(line)
 
     def load(steps: range) -> Iterable[Batch]:
@@ -160,9 +161,7 @@ def build_knn_probe(recipe: Recipe, device: torch.device) -> KnnProbe | None:
         return None
 
 
-def build_online_probe(
-    recipe: Recipe, state: TrainState, dataset: TarDataset
-) -> OnlineProbe | None:
+def build_online_probe(recipe: Recipe, state: TrainState, dataset: Images) -> OnlineProbe | None:
     """Classifiers on the views in training, where the recipe asks for them.
 
     Raises:

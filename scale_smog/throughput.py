@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from scale_smog import distributed
 from scale_smog.config import Recipe
-from scale_smog.data import TarDataset
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
+from scale_smog.data.datasets import num_images, open_split
 from scale_smog.data.loaders.build import build_plan, build_training_loader
 from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.data.plan import images_per_rank
@@ -68,7 +68,7 @@ def profile_on(device: torch.device, recipe: Recipe, options: Options) -> dict[s
     """As `profile`, on a rank whose process group is there."""
     target = load_hardware(options.hardware or hardware_name(device) or DEFAULT_TARGET)
     if recipe.run.small_data:
-        recipe, _ = fit_to_data(recipe, TarDataset(recipe.data.path, "train").num_samples)
+        recipe, _ = fit_to_data(recipe, num_images(recipe.data.path, "train"))
     measure = profile_loader if options.loader_only else profile_step
     facts, text = measure(recipe, options, device, target)
     _write(facts, text, Path(recipe.run.dir))
@@ -149,7 +149,7 @@ def build_batches(
     views = training_views(recipe.data, recipe.augment)
     if synthetic or recipe.data.loader == "synthetic":
         return SyntheticLoader(views, batch, num, device)
-    dataset = TarDataset(recipe.data.path, "train")
+    dataset = open_split(recipe.data.path, "train")
     plan = build_plan(recipe.data, dataset, recipe.run.seed)
     return build_training_loader(recipe.data, views, dataset, plan, range(num), device)
 

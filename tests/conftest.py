@@ -30,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda x: LONGEST.index(x.path.name) if x.path.name in LONGEST else len(LONGEST))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def indexes_of_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is known of image folders is kept there, and not in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALE_SMOG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty training and twenty test images of about 40 px in four classes, as tar shards."""
@@ -46,3 +54,30 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a reader may still be there
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of an S3 server on this machine, with an empty bucket."""
+    pytest.importorskip("s3fs")
+    s3_store = pytest.importorskip("s3_store")
+    with s3_store.s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def s3(s3_port, tmp_path, monkeypatch):
+    """A proxy before the S3 server, which the environment names as Amazon's libraries expect."""
+    import s3_store
+
+    from scale_smog.data.remote.space import use_cache
+
+    with s3_store.proxy_of(s3_port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDOFTHISTEST")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-this-test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        use_cache(str(tmp_path / "cache"), 1.0)
+        yield proxy
+        use_cache("", 100.0)

@@ -2,20 +2,27 @@
 
 from pathlib import Path
 
-from scale_smog.data.image_folder import FolderDataset
+from scale_smog.data.folder_dataset import FolderDataset
+from scale_smog.data.image_folder import holds_images, list_folder, split_folders
 from scale_smog.data.manifest import MANIFEST_NAME, load_manifest, manifest_sha256
 from scale_smog.data.tar_dataset import TarDataset
+from scale_smog.errors import UserError
 
 Images = TarDataset | FolderDataset
 
 
 def open_split(path: str | Path, split: str) -> Images:
-    """Opens a split of a dataset of tars, or of a folder with a sub-folder for each split.
+    """Opens a split of a dataset of tars, or of a folder of images.
+
+    A folder of images has sub-folders for its splits (`train` or `Training`, `val`, `test`), or is
+    the training split itself, with a sub-folder for each class or flat.
 
     Raises:
         UserError: there is no such dataset or split.
     """
-    return TarDataset(path, split) if _is_tars(path) else FolderDataset(path, split)
+    if is_tars(path):
+        return TarDataset(path, split)
+    return FolderDataset(path, _sub_folder(path, split))
 
 
 def has_split(path: str | Path, split: str) -> bool:
@@ -24,20 +31,57 @@ def has_split(path: str | Path, split: str) -> bool:
     Raises:
         UserError: the manifest of a dataset of tars is damaged.
     """
-    if _is_tars(path):
-        return split in load_manifest(path).splits
-    return (Path(path) / split).is_dir()
+    splits = list_splits(path)
+    return split in splits or (not splits and split == "train")
+
+
+def list_splits(path: str | Path) -> tuple[str, ...]:
+    """The splits of a dataset; none for a folder of images that has no sub-folders for them.
+
+    Raises:
+        UserError: the manifest of a dataset of tars is damaged.
+    """
+    return tuple(load_manifest(path).splits if is_tars(path) else split_folders(Path(path)))
 
 
 def split_sha256(path: str | Path, split: str) -> str:
-    """Hex SHA-256 that names a split's content: of the manifest, or of names, labels and sizes."""
-    if _is_tars(path):
+    """Hex SHA-256 that names a split's content: of the manifest, or of a folder's images."""
+    if is_tars(path):
         return manifest_sha256(path, split)
-    return FolderDataset(path, split).sha256
+    return FolderDataset(path, _sub_folder(path, split)).sha256
 
 
-def _is_tars(path: str | Path) -> bool:
-    # A folder without a manifest and without `train` is an unfinished set of tars: say that.
+def remarks(dataset: Images) -> list[str]:
+    """Lines for the user on images that are left out, and on what tars would spare."""
+    return dataset.notes if isinstance(dataset, FolderDataset) else []
+
+
+def num_images(path: str | Path, split: str) -> int:
+    """Images of a split; of a folder only listed, so that damaged ones count.
+
+    Raises:
+        UserError: there is no such dataset or split.
+    """
+    if is_tars(path):
+        return TarDataset(path, split).num_samples
+    return len(list_folder(Path(path, _sub_folder(path, split))).images)
+
+
+def is_tars(path: str | Path) -> bool:
+    """Whether it is a dataset of tars, perhaps an unfinished one, and not a folder of images."""
     folder = Path(path)
-    known = any((folder / split).is_dir() for split in ("train", "val", "test"))
-    return (folder / MANIFEST_NAME).exists() or not known
+    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
+        return True
+    begun = any(folder.glob("*.tar")) or any(folder.glob(".sharding-*"))
+    return begun and not holds_images(folder)
+
+
+def _sub_folder(path: str | Path, split: str) -> str:
+    folders = split_folders(Path(path))
+    if split in folders:
+        return folders[split].name
+    if split == "train" and not folders:
+        return ""
+    if Path(path, split).is_dir():  # a split of another name than the usual ones
+        return split
+    raise UserError(f"no split {split!r} in {path}; it has: {', '.join(folders) or 'train'}")

@@ -5,24 +5,13 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import numpy as np
-
-from scale_smog.data.images import (
-    AS_STORED,
-    IMAGE_EXTENSIONS,
-    BadImageError,
-    EncodedImage,
-    ImageEntry,
-    fingerprint,
-    preprocess,
-)
+from scale_smog.data.images import IMAGE_EXTENSIONS, ImageEntry
 from scale_smog.data.labels import UNLABELLED
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import printable
@@ -82,8 +71,8 @@ def list_folder(folder: str | Path) -> FolderListing:
     _refuse_splits(folder, classes)
     label_of = {name: label for label, name in enumerate(classes)}
     images = tuple(
-        ImageEntry(name, label_of.get(name.split("/")[0], UNLABELLED), size)
-        for name, size in zip(names, _sizes(folder, names), strict=True)
+        ImageEntry(name, label_of.get(name.split("/")[0], UNLABELLED), *status)
+        for name, status in zip(names, _statuses(folder, names), strict=True)
     )
     return FolderListing(tuple(printable(name) for name in classes), images)
 
@@ -91,64 +80,6 @@ def list_folder(folder: str | Path) -> FolderListing:
 def holds_images(folder: Path) -> bool:
     """Whether there is any image in a folder, at any depth."""
     return any(_is_image(name) for _, files in _walk(folder) for name in files)
-
-
-class FolderDataset:
-    """One split of an image folder, `path/split/class/image`; attributes as of `TarDataset`.
-
-    Sizes of images are read where they are asked for: opening a million files takes minutes.
-    """
-
-    def __init__(self, path: str | Path, split: str) -> None:
-        """Lists `path/split`.
-
-        Raises:
-            UserError: no such folder, or no images in it.
-        """
-        folder = Path(path) / split
-        self.classes, images = list_folder(folder)
-        self.names = [image.name for image in images]
-        self.num_samples = len(self.names)
-        self.num_classes = len(self.classes)
-        self.labels = np.array([image.label for image in images], dtype=np.int64)
-        self.widths, self.heights = _Sizes(self, "width"), _Sizes(self, "height")
-        self.sha256 = fingerprint(images)
-        self._read = FolderReader(folder)
-
-    def read(self, sample_id: int) -> bytes:
-        """Returns the encoded image of a sample, in a form that every loader reads alike.
-
-        Raises:
-            UserError: the file is no image.
-        """
-        return self.image(sample_id).content
-
-    def image(self, sample_id: int) -> EncodedImage:
-        """The encoded image with its size."""
-        return _image(self._read, self.names[sample_id])
-
-
-@lru_cache(maxsize=1024)  # of a batch both sizes are asked for, and then the images
-def _image(read: FolderReader, name: str) -> EncodedImage:
-    try:
-        return preprocess(read(name), AS_STORED)
-    except BadImageError as error:
-        raise UserError(f"{read.folder / name} is not an image: {error}") from None
-
-
-class _Sizes:
-    """Widths or heights, read for the samples [B] that they are asked for."""
-
-    def __init__(self, dataset: FolderDataset, side: str) -> None:
-        self._dataset, self._side = dataset, side
-
-    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
-        sizes = [getattr(self._dataset.image(int(i)), self._side) for i in ids]
-        return np.array(sizes, dtype=np.int32)
-
-    def max(self) -> int:
-        """The largest of all."""
-        return int(self[np.arange(self._dataset.num_samples)].max())
 
 
 def _list_images(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -210,19 +141,52 @@ def _raise_unlistable(error: OSError) -> NoReturn:
     raise UserError(f"cannot list {error.filename}: {error.strerror}") from None
 
 
-def _refuse_splits(folder: Path, classes: Sequence[str]) -> None:
-    """Folders that hold the splits of a dataset are no classes.
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Split -> its sub-folder, such as {"train": pictures/Training}; {} where there are none.
 
-    All are named as splits, or some as training and some as test images: a lone `train` among
-    others may be a class of vehicles.
+    All sub-folders with images are named as splits, or some as training and some as test images:
+    a lone `train` among others may be a class of vehicles.
+
+    Raises:
+        UserError: two folders may be the same split.
     """
-    kinds = {name: _split_kind(name) for name in classes}
-    splits = [name for name in classes if kinds[name]]
-    if splits and (len(splits) == len(classes) or len({kinds[name] for name in splits}) > 1):
+    names = sorted(path.name for path in _sub_folders(folder))
+    if not any(_split_kind(name) for name in names):
+        return {}
+    found: dict[str, Path] = {}
+    for name in _splits_among(name for name in names if holds_images(folder / name)):
+        kind = _split_kind(name)
+        if kind in found and found[kind].name != kind and name != kind:
+            raise UserError(
+                f"{found[kind]} and {folder / name} may both be the split {kind}: name one {kind}"
+            )
+        if kind not in found or name == kind:
+            found[kind] = folder / name
+    return {kind: found[kind] for kind in SPLIT_WORDS if kind in found}
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.name[0] != "." and path.is_dir()]
+    except OSError as error:
+        _raise_unlistable(error)
+
+
+def _splits_among(names: Iterable[str]) -> list[str]:
+    """Those of the names of sub-folders that are splits, [] where classes may have such names."""
+    kinds = {name: _split_kind(name) for name in names}
+    splits = [name for name in kinds if kinds[name]]
+    are_splits = len(splits) == len(kinds) or len({kinds[name] for name in splits}) > 1
+    return splits if are_splits else []
+
+
+def _refuse_splits(folder: Path, classes: Sequence[str]) -> None:
+    """Folders that hold the splits of a dataset are no classes."""
+    if splits := _splits_among(classes):
         first = folder / splits[0]
         raise UserError(
             f"{folder} holds the splits {', '.join(splits)}, which would be its classes: shard "
-            f"each alone, as {first} --split {kinds[splits[0]]}"
+            f"each alone, as {first} --split {_split_kind(splits[0])}"
         )
 
 
@@ -239,29 +203,30 @@ def _class_names(folder: Path, names: list[str]) -> tuple[str, ...]:
     if loose:
         raise UserError(f"{folder} has images beside its class folders, such as {loose[0]}")
     with_images = {name.split("/")[0] for name in names}
-    folders = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    folders = sorted(path.name for path in _sub_folders(folder))
     for name in folders:
         if name not in with_images:
             raise UserError(f"class folder {folder / name} has no images; fill or remove it")
     return tuple(folders)
 
 
-def _sizes(folder: Path, names: Sequence[str]) -> list[int]:
-    """Bytes of each; asked for side by side, as a shared file system takes its time for each."""
+def _statuses(folder: Path, names: Sequence[str]) -> list[tuple[int, int]]:
+    """Bytes and time of the last change, in ns, of each; asked for side by side, as a shared file
+    system takes its time for each."""
 
-    def sizes(part: Sequence[str]) -> list[int]:
-        return [_size(f"{folder}/{name}") for name in part]
+    def statuses(part: Sequence[str]) -> list[tuple[int, int]]:
+        return [_status(f"{folder}/{name}") for name in part]
 
     parts = [names[i : i + NAMES_AT_ONCE] for i in range(0, len(names), NAMES_AT_ONCE)]
     with ThreadPoolExecutor(NUM_ASKING) as threads:
-        return [size for part in threads.map(sizes, parts) for size in part]
+        return [status for part in threads.map(statuses, parts) for status in part]
 
 
-def _size(path: str) -> int:
+def _status(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):  # a pipe would be read without end
         raise UserError(f"{path} is no plain file, but a pipe, a socket or a device: remove it")
-    return status.st_size
+    return status.st_size, status.st_mtime_ns

@@ -36,6 +36,7 @@ class ImageEntry:
     name: str  # relative to its source: part of the fingerprint and of the quarantine list
     label: int  # index into the source's classes, or -1
     num_bytes: int  # at the source; only plans the shards
+    modified_ns: int = 0  # time of a file's last change
 
 
 def fingerprint(images: Iterable[ImageEntry]) -> str:

@@ -9,10 +9,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from scale_smog import distributed
-from scale_smog.data.datasets import Images, has_split, open_split
-from scale_smog.data.image_folder import FolderDataset
+from scale_smog.data.datasets import Images, list_splits, open_split
 from scale_smog.data.loaders.torch import decode
-from scale_smog.data.manifest import MANIFEST_NAME, load_manifest
 from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import FeaturesConfig
 from scale_smog.evaluation.task import EvaluationTask
@@ -55,12 +53,9 @@ def _sets(config: FeaturesConfig, data_path: str) -> dict[str, Images]:
     path = config.path or data_path
     if config.split:
         return {config.split: open_split(path, config.split)}
-    if (Path(path) / MANIFEST_NAME).exists():
-        return {name: open_split(path, name) for name in load_manifest(path).splits}
-    splits = [name for name in ("train", "val", "test") if has_split(path, name)]
-    if splits:
+    if splits := list_splits(path):
         return {name: open_split(path, name) for name in splits}
-    return {Path(path).name: FolderDataset(path, "")}
+    return {Path(path).name: open_split(path, "train")}
 
 
 def _write(kind: str, out: Path, name: str, z: Tensor, dataset: Images) -> None:

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from scale_smog import checkpoint, distributed
 from scale_smog.config import Recipe
-from scale_smog.data import TarDataset
+from scale_smog.data.datasets import Images
 from scale_smog.evaluation.features import embed_images
 from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
 from scale_smog.evaluation.groups.pictures import GROUPS_PICTURE, NUM_PICTURED, draw_groups
 from scale_smog.evaluation.knn import KnnProbe
+from scale_smog.evaluation.splits import random_subset
 from scale_smog.grouping import perplexity
 from scale_smog.methods import GroupMethod
 from scale_smog.models import build_nets
@@ -25,7 +25,7 @@ from scale_smog.state import TrainState
 def conclude(
     recipe: Recipe,
     state: TrainState,
-    dataset: TarDataset,
+    dataset: Images,
     knn: KnnProbe | None,
     metrics: Metrics,
 ) -> None:
@@ -54,12 +54,11 @@ def conclude(
 
 
 def _draw_groups(
-    recipe: Recipe, state: TrainState, method: GroupMethod, dataset: TarDataset
+    recipe: Recipe, state: TrainState, method: GroupMethod, dataset: Images
 ) -> None:
-    # Shards are shuffled, so the first images are a fair sample. Never more than were trained on:
-    # a run of a few steps must not end with a longer evaluation.
+    # Never more than were trained on: a run of a few steps must not end with a longer evaluation.
     num_trained = state.step * recipe.data.global_batch
-    ids = np.arange(min(NUM_PICTURED, num_trained, dataset.num_samples))
+    ids = random_subset(dataset.num_samples, min(NUM_PICTURED, num_trained))
     engine = state.engine
     z = embed_images(
         stoppable(engine.project), recipe.data, recipe.evaluation, dataset, ids, engine.device

@@ -15,7 +15,7 @@ import torch
 from scale_smog import distributed
 from scale_smog.checkpoint.disk_space import probe_space
 from scale_smog.config import DataConfig, Recipe
-from scale_smog.data import TarDataset
+from scale_smog.data.datasets import open_split
 from scale_smog.data.plan import images_per_rank
 from scale_smog.data.workers import describe_workers, num_usable_cores, workers_of_rank
 from scale_smog.errors import UserError
@@ -63,7 +63,7 @@ def as_trained(recipe: Recipe) -> Recipe:
     num_images = 0
     if recipe.run.small_data and distributed.is_main():
         with suppress(UserError, OSError):  # the dataset's own row will say it
-            num_images = TarDataset(recipe.data.path, "train").num_samples
+            num_images = open_split(recipe.data.path, "train").num_samples
     num_images = distributed.broadcast_object(num_images)
     return fit_to_data(recipe, num_images)[0] if num_images else recipe
 

@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from scale_smog.data.manifest import ShardEntry, load_manifest, manifest_sha256
+from scale_smog.data.datasets import is_tars, open_split
+from scale_smog.data.folder_dataset import FolderDataset
+from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest, manifest_sha256
 from scale_smog.errors import UserError
 from scale_smog.preflight.table import Row, most_common
 
@@ -16,8 +18,8 @@ MAX_NAMED = 5
 class DatasetView(NamedTuple):
     """What a host sees of a dataset."""
 
-    manifest_sha256: str  # "" where there is none
-    num_shards: int
+    sha256: str  # of the manifest, or of a folder's images; "" where there is none
+    files: str  # in words
     problems: tuple[str, ...]
 
 
@@ -29,11 +31,22 @@ def inspect(path: str, thorough: bool) -> DatasetView:
         thorough: read every byte and compare hashes; else only whether files are there, whole.
     """
     try:
+        if not is_tars(path):
+            images = open_split(path, "train")
+            assert isinstance(images, FolderDataset)
+            problems = _unreadable_images(images) if thorough else ()
+            return DatasetView(images.sha256, f"{images.num_samples:,} images", problems)
         manifest, name = load_manifest(path), manifest_sha256(path)
     except (UserError, OSError) as error:
-        return DatasetView("", 0, (str(error),))
+        return DatasetView("", "no files", (str(error),))
+    return DatasetView(name, *_inspect_tars(Path(path), manifest, thorough))
+
+
+def _inspect_tars(
+    folder: Path, manifest: DatasetManifest, thorough: bool
+) -> tuple[str, tuple[str, ...]]:
+    """How many files, in words, and what is wrong with them."""
     entries = [entry for split in manifest.splits.values() for entry in split.shards]
-    folder = Path(path)
 
     def problems(entry: ShardEntry) -> list[str]:
         try:
@@ -43,7 +56,19 @@ def inspect(path: str, thorough: bool) -> DatasetView:
 
     with ThreadPoolExecutor(NUM_READERS) as pool:  # hashing releases the interpreter's lock
         found = [text for texts in pool.map(problems, entries) for text in texts]
-    return DatasetView(name, len(entries), tuple(found))
+    return f"{len(entries):,} shards", tuple(found)
+
+
+def _unreadable_images(images: FolderDataset) -> tuple[str, ...]:
+    def problem(sample_id: int) -> str:
+        try:
+            images.read(sample_id)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        return tuple(filter(None, pool.map(problem, range(images.num_samples))))
 
 
 def _missing_files(folder: Path, entry: ShardEntry) -> list[str]:
@@ -62,7 +87,7 @@ def _changed_files(folder: Path, entry: ShardEntry) -> list[str]:
 
 
 def compare(hosts: Sequence[str], views: Sequence[DatasetView], path: str, thorough: bool) -> Row:
-    """Names every host with another manifest than most, or with shards that are not the manifest's.
+    """Names every host with another dataset than most, or with files that are not its.
 
     Args:
         hosts: names.
@@ -70,13 +95,13 @@ def compare(hosts: Sequence[str], views: Sequence[DatasetView], path: str, thoro
         path: of the dataset's folder.
         thorough: whether bytes were read.
     """
-    most = most_common([each.manifest_sha256 for each in views if each.manifest_sha256] or [""])
+    most = most_common([each.sha256 for each in views if each.sha256] or [""])
     faults = []
     for host, each in zip(hosts, views, strict=True):
-        if each.manifest_sha256 and each.manifest_sha256 != most:
+        if each.sha256 and each.sha256 != most:
             faults.append(f"{host} has another dataset in {path}: copy it from {hosts[0]}")
         faults += [f"{host}: {text} ({path})" for text in each.problems[:MAX_NAMED]]
         if len(each.problems) > MAX_NAMED:
             faults.append(f"{host}: {len(each.problems) - MAX_NAMED} more files ({path})")
     how = "every byte read on every host" if thorough else "all there on every host"
-    return Row("dataset", f"{path}: {views[0].num_shards} shards, {how}", faults)
+    return Row("dataset", f"{path}: {views[0].files}, {how}", faults)

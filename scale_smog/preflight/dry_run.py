@@ -40,9 +40,9 @@ def _count_images(recipe: Recipe) -> tuple[int, str]:
     """Training images, and a word on where that number is from."""
     if not Path(recipe.data.path).exists():
         return recipe.data.num_images, f" (data.num_images: there is no {recipe.data.path} here)"
-    from scale_smog.data import TarDataset
+    from scale_smog.data.datasets import num_images
 
-    return TarDataset(recipe.data.path, "train").num_samples, ""
+    return num_images(recipe.data.path, "train"), ""
 
 
 def _length_rows(recipe: Recipe, num_images: int, world_size: int) -> list[tuple[str, str]]:

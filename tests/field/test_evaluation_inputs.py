@@ -12,7 +12,7 @@ from small_recipe import small_recipe
 
 from scale_smog.checkpoint.nets import find_checkpoint
 from scale_smog.config import DataConfig, EvaluationConfig
-from scale_smog.data.image_folder import FolderDataset
+from scale_smog.data.folder_dataset import FolderDataset
 from scale_smog.errors import UserError
 from scale_smog.evaluation.knn import KnnProbe, knn_accuracy
 from scale_smog.evaluation.program import PROGRAMS, evaluate

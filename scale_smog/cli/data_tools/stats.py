@@ -8,7 +8,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder and what to draw of it."""
-    parser.add_argument("out", help="dataset folder")
+    parser.add_argument("out", help="dataset folder, of tars or of images")
     parser.add_argument("--samples", metavar="PNG", help="draw augmented views of eight images")
     parser.add_argument("--seed", type=int, default=0, help="other images, other views")
 

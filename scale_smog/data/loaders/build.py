@@ -11,13 +11,12 @@ from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import CentreView, View
 from scale_smog.data.batch import Batch
-from scale_smog.data.datasets import Images
+from scale_smog.data.datasets import Images, is_tars
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.memory import MemoryLoader
 from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.data.plan import EpochPlan, SequentialPlan
-from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.data.workers import workers_of_rank
 from scale_smog.errors import UserError
 
@@ -26,7 +25,7 @@ from scale_smog.errors import UserError
 SMALL_VIEW_PX = 64
 
 
-def build_plan(data: DataConfig, dataset: TarDataset, seed: int) -> EpochPlan:
+def build_plan(data: DataConfig, dataset: Images, seed: int) -> EpochPlan:
     """The order of a run's samples."""
     sizes = dataset.shard_sizes if data.order == "block" else None
     return EpochPlan(dataset.num_samples, data.global_batch, seed, sizes, data.block_shards)
@@ -91,6 +90,11 @@ def require_loader(data: DataConfig, device: torch.device) -> None:
         )
     if data.loader in ("dali", "fast"):
         _import_dali(data.loader)
+    if data.loader == "fast" and not is_tars(data.path):
+        raise UserError(
+            f"data.loader=fast reads tars, and data.path={data.path} is a folder of images: take "
+            "data.loader=dali, or make tars of it (smog shard)"
+        )
     if data.loader == "stream":
         _import_stream().shard_urls(data.stream, data.allow_pipe)
 

@@ -8,11 +8,11 @@ from PIL import Image
 
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data.augment import MEAN, STD, training_views
+from scale_smog.data.datasets import Images, is_tars, list_splits, open_split
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.data.manifest import load_manifest
 from scale_smog.data.plan import EpochPlan
-from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError
 
 _BAR = 40  # characters of the longest bar
@@ -24,21 +24,26 @@ def describe(out: str | Path) -> str:
     """Counts, bytes, classes and a histogram of the shorter side, split by split.
 
     Raises:
-        UserError: the folder has no manifest, or a file of it is missing.
+        UserError: it is no dataset of tars or folder of images, or a file of it is missing.
     """
     lines = []
-    for name, split in load_manifest(out).splits.items():
-        dataset = TarDataset(out, name)
-        num_mib = sum(entry.bytes for entry in split.shards) / 2**20
-        lines += [
-            f"split {name}: {split.num_samples:,} images in {len(split.shards):,} shards, "
-            f"{num_mib:,.1f} MiB, {num_mib * 1024 / split.num_samples:,.1f} KiB an image"
-        ]
+    for name in list_splits(out) or ("train",):
+        dataset = open_split(out, name)
+        lines += [f"split {name}: {dataset.num_samples:,} images{_files(out, name)}"]
         lines += _class_lines(dataset) + _side_lines(dataset)
     return "\n".join(lines)
 
 
-def _class_lines(dataset: TarDataset) -> list[str]:
+def _files(out: str | Path, name: str) -> str:
+    if not is_tars(out):
+        return " in a folder"
+    split = load_manifest(out).split(name)
+    num_mib = sum(entry.bytes for entry in split.shards) / 2**20
+    each = num_mib * 1024 / split.num_samples
+    return f" in {len(split.shards):,} shards, {num_mib:,.1f} MiB, {each:,.1f} KiB an image"
+
+
+def _class_lines(dataset: Images) -> list[str]:
     labelled = dataset.labels[dataset.labels >= 0]
     if not len(labelled):
         return ["  unlabelled"]
@@ -51,7 +56,7 @@ def _class_lines(dataset: TarDataset) -> list[str]:
     ]
 
 
-def _side_lines(dataset: TarDataset) -> list[str]:
+def _side_lines(dataset: Images) -> list[str]:
     shorter = np.minimum(dataset.widths, dataset.heights)
     counts, _ = np.histogram(shorter, bins=[*_EDGES_PX, np.inf])
     lines = [f"  shorter side, px: median {np.median(shorter):g}, {shorter.min()}-{shorter.max()}"]
@@ -68,8 +73,8 @@ def draw_samples(out: str | Path, path: str | Path, num_images: int = 8, seed: i
     Raises:
         UserError: the folder has no manifest, or a file of it is missing.
     """
-    split = next(iter(load_manifest(out).splits))
-    dataset = TarDataset(out, "train" if "train" in load_manifest(out).splits else split)
+    splits = list_splits(out)
+    dataset = open_split(out, splits[0] if splits and "train" not in splits else "train")
     data = DataConfig(path=str(out), num_small_crops=4)
     views = training_views(data, AugmentConfig())
     plan = EpochPlan(dataset.num_samples, min(num_images, dataset.num_samples), seed)

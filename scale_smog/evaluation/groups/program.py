@@ -22,7 +22,7 @@ from scale_smog.evaluation.groups.pictures import (
     draw_groups,
 )
 from scale_smog.evaluation.groups.quality import GroupQuality, cluster_features, group_quality
-from scale_smog.evaluation.splits import require_labels
+from scale_smog.evaluation.splits import random_subset, require_labels
 from scale_smog.evaluation.task import EvaluationTask
 from scale_smog.grouping import MomentumGroups
 from scale_smog.reporting import run_folder
@@ -85,7 +85,7 @@ def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
     assigned = groups.assign(z).cpu()
     qualities = {"trained": group_quality(assigned, labels, num_groups)}
     if distributed.is_main():
-        shown = slice(min(NUM_PICTURED, len(ids)))  # shards are shuffled: a fair sample
+        shown = random_subset(len(ids), NUM_PICTURED)
         usage = torch.bincount(assigned, minlength=num_groups)
         picture = task.run_dir / GROUPS_PICTURE
         draw_groups(picture, dataset, ids[shown], z[shown], groups.centroids, usage)

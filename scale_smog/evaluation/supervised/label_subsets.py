@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.datasets import Images
-from scale_smog.data.image_folder import FolderDataset
+from scale_smog.data.folder_dataset import FolderDataset
 from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import FinetuneConfig
 

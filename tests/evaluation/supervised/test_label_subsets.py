@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from images import jpeg
 
-from scale_smog.data.image_folder import FolderDataset
+from scale_smog.data.folder_dataset import FolderDataset
 from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import FinetuneConfig
 from scale_smog.evaluation.supervised.label_subsets import (
