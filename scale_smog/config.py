@@ -4,7 +4,7 @@ What stands below a setting is its meaning: `smog explain`, docs/settings.md and
 editors all show it. "Paper:" before its end names the place in SMoG's paper.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -179,6 +179,63 @@ class ModelConfig(Section):
                 f"twice model.dim"
             )
         return self
+
+
+class NetPlan(NamedTuple):
+    """Which heads a method's nets have, and what passes through them at a step; SMoG's."""
+
+    is_projection_normed: bool = True  # a batch norm behind the projector
+    predictor: Literal["mlp", "normed mlp", "prototypes", "none"] = "mlp"
+    num_prototypes: int = 0
+    num_online_views: int = 1  # large ones that are trained, besides the small ones
+    num_momentum_views: int = 1  # 0: there is no momentum net
+
+
+DEFAULT_NETS = NetPlan()
+NET_PLANS = {
+    "smog": DEFAULT_NETS,
+    "swav": NetPlan(False, "prototypes", num_online_views=2, num_momentum_views=0),
+    "deepcluster_v2": NetPlan(False, "none", num_online_views=2, num_momentum_views=0),
+    "simclr": NetPlan(True, "none", num_online_views=2, num_momentum_views=0),
+    "moco_v3": NetPlan(True, "normed mlp", num_online_views=2, num_momentum_views=2),
+    "byol": NetPlan(False, "mlp", num_online_views=2, num_momentum_views=2),
+}
+
+
+class MethodConfig(Section):
+    """What the nets are trained for: SMoG, or a method that its paper compares with."""
+
+    name: Literal["smog", "swav", "deepcluster_v2", "simclr", "moco_v3", "byol"] = "smog"
+    """SMoG; groups by Sinkhorn's balanced codes (swav) or by k-means of all images at every epoch
+    (deepcluster_v2); images against one another (simclr, moco_v3); or each view from the other
+    (byol). Paper: Figure 5, Tables 1 to 6."""
+    temperature: Annotated[float, Field(gt=0)] = 0.2
+    """Of simclr, moco_v3 and grouping.instance_warmup_steps: similarities of images are divided by
+    it. Groups have grouping.temperature."""
+    epsilon: Annotated[float, Field(gt=0)] = 0.05
+    """Of swav's codes: the smaller, the harder."""
+    queue_steps: NonNegative = 0
+    """Steps whose features balance swav's codes besides the batch's; for batches that are small
+    beside the number of groups."""
+    queue_after_epochs: Annotated[float, Field(ge=0)] = 15.0
+    """Epochs before swav's queue is used: features that change fast are of no use."""
+    frozen_epochs: Annotated[float, Field(ge=0)] = 1.0
+    """First epochs in which swav's prototypes rest."""
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether images are put into groups."""
+        return self.name in ("smog", "swav", "deepcluster_v2")
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether groups are reset from a bank of the last steps' features."""
+        return self.name == "smog"
+
+    @property
+    def has_small_crops(self) -> bool:
+        """Whether small views are trained."""
+        return self.has_groups
 
 
 class GroupingConfig(Section):
@@ -412,6 +469,7 @@ class Recipe(Section):
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
     grouping: GroupingConfig = GroupingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
@@ -424,6 +482,33 @@ class Recipe(Section):
         return self.grouping.bank_steps or self.grouping.reset_every
 
     @property
+    def nets(self) -> NetPlan:
+        """Of the method."""
+        plan = NET_PLANS[self.method.name]
+        is_trained = plan.predictor == "prototypes"
+        return plan._replace(num_prototypes=self.grouping.num_groups if is_trained else 0)
+
+    def num_kept_features(self, batch: int) -> int:
+        """Features that a rank of `batch` images a step keeps from step to step."""
+        kept = {
+            "smog": self.bank_steps * batch,
+            "swav": 2 * self.method.queue_steps * batch,
+            "deepcluster_v2": -(-self.data.num_images * batch // self.data.global_batch),
+        }
+        return kept.get(self.method.name, 0)
+
+    @property
+    def kmeans_every(self) -> float:
+        """Steps from one k-means over the kept features to the next; 0: there is none."""
+        if self.method.name == "deepcluster_v2":
+            return self.data.num_images / self.data.global_batch
+        return (
+            float(self.grouping.reset_every)
+            if self.method.has_bank and self.grouping.kmeans
+            else 0.0
+        )
+
+    @property
     def num_init_features(self) -> int:
         """Features that the first k-means reads: max(4 K, global batch), at most the bank."""
         bank = self.bank_steps * self.data.global_batch
@@ -431,6 +516,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _enough_features_to_cluster(self) -> Self:
+        if not self.method.has_bank:
+            return self
         if self.run.small_data and not DERIVED <= self.grouping.model_fields_set:
             return self  # checked when small_data.py has filled them in
         bank = self.bank_steps * self.data.global_batch
@@ -446,5 +533,14 @@ class Recipe(Section):
                 f"grouping.instance_warmup_steps={warmup} leaves fewer features than the "
                 f"{self.grouping.num_groups} groups that are made of them: take at least "
                 f"{-(-self.grouping.num_groups // self.data.global_batch)} steps, or 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _small_crops_are_trained(self) -> Self:
+        if self.data.num_small_crops and not self.method.has_small_crops:
+            raise ValueError(
+                f"method.name={self.method.name} trains two large views: take "
+                "data.num_small_crops=0"
             )
         return self

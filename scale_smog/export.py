@@ -68,7 +68,7 @@ def export(path: str, out: str, kind: str, with_state: bool = False) -> Exported
         raise UserError(f"unknown format '{kind}': {', '.join(FORMATS)}")
     folder, run_dir = find_checkpoint(Path(path))
     recipe = load_recipe(run_dir / run_folder.RECIPE_FILE)
-    backbone = load_online_net(folder, recipe.model).backbone
+    backbone = load_online_net(folder, recipe.model, recipe.nets).backbone
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     architecture = _architecture(recipe.model, kind)
     if kind == "torchvision" and recipe.model.backbone == "swin_tiny":

@@ -1,12 +1,7 @@
-"""The group-contrastive loss (SMoG Eq. 3), and the instance-contrastive one before it (Eq. 1)."""
+"""The group-contrastive loss (SMoG Eq. 3)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from scale_smog import distributed
-
-INSTANCE_TEMPERATURE = 0.2
 
 
 def group_contrastive_loss(p: Tensor, groups: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -24,26 +19,3 @@ def group_contrastive_loss(p: Tensor, groups: Tensor, ids: Tensor, temperature: 
     logits = p.to(groups.dtype) @ groups.T / temperature  # [..., K]
     targets = ids.expand(logits.shape[:-1])  # [..., B]
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-
-def instance_contrastive_loss(p: Tensor, temperature: float = INSTANCE_TEMPERATURE) -> Tensor:
-    """Cross-entropy of each view against its image's other view among all views of the batch.
-
-    NT-Xent of SimCLR (Chen et al., ICML 2020, Eq. 1), over the global batch.
-
-    Args:
-        p: unit predictions [2, B, D] of this rank's images, float32 at least.
-        temperature: tau.
-
-    Returns:
-        Mean over this rank's 2 B views.
-    """
-    batch = p.shape[1]
-    gathered = distributed.differentiable_all_gather(p)  # [W, 2, B, D]
-    first = distributed.rank() * 2 * batch  # row of this rank's first view among W 2 B
-    own = torch.arange(2 * batch, device=p.device)
-    logits = p.flatten(0, 1) @ gathered.flatten(0, 2).T / temperature  # [2B, W 2B]
-    itself = torch.zeros_like(logits, dtype=torch.bool)
-    itself[own, first + own] = True
-    logits = logits.masked_fill(itself, -torch.inf)
-    return F.cross_entropy(logits, first + own.roll(batch))

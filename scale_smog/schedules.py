@@ -12,6 +12,7 @@ class ScheduledValues:
     """What a step trains with."""
 
     epoch: float  # done after this step
+    progress: float  # share of the run that is done before it
     lr: float
     weight_decay: float
     beta: float
@@ -70,7 +71,8 @@ class Schedules:
         start, end = self.betas
         beta = start + (end - start) * step / max(1, self.num_steps - 1)
         epoch = (step + 1) / self.steps_per_epoch
-        return ScheduledValues(epoch, self._lr(step), self.weight_decay, beta)
+        progress = step / max(1, self.num_steps)
+        return ScheduledValues(epoch, progress, self._lr(step), self.weight_decay, beta)
 
     def _lr(self, step: int) -> float:
         if step < self.warmup_steps:

@@ -52,20 +52,27 @@ def _derived(recipe: Recipe, num_images: int) -> list[tuple[str, Any, str]]:
     """Key, value and reason of each."""
     batch, grouping = recipe.data.global_batch, recipe.grouping
     num_steps = recipe.run.steps or int((recipe.run.epochs or 0) * num_images / batch)
+    nets, method = recipe.nets, recipe.method
     num_groups = max(2, min(MOST_GROUPS, num_images // IMAGES_A_GROUP))
     if "num_groups" in grouping.model_fields_set:
         num_groups = grouping.num_groups
     bank_steps = -(-int(FEATURES_A_GROUP * num_groups) // batch)
     reset_every = max(SOONEST_RESET, bank_steps)
     reset_every = max(1, min(reset_every, num_steps // FEWEST_RESETS))
-    rows: list[tuple[str, Any, str]] = [
-        ("model.ema", SHORT_EMA if num_steps < SHORT_RUN else LONG_EMA, f"{num_steps} steps"),
-        ("model.head_width", HEAD_WIDTH, "the paper's, for small sets too"),
-        ("model.identity_predictor", True, "p = z at the start"),
-        ("grouping.num_groups", num_groups, f"{num_images} images"),
-        ("grouping.bank_steps", bank_steps, f"{FEATURES_A_GROUP} features a group"),
-        ("grouping.reset_every", reset_every, f"at least {FEWEST_RESETS} resets"),
-    ]
+    ema = SHORT_EMA if num_steps < SHORT_RUN else LONG_EMA
+    rows: list[tuple[str, Any, str]] = []
+    if nets.num_momentum_views:
+        rows.append(("model.ema", ema, f"{num_steps} steps"))
+    rows.append(("model.head_width", HEAD_WIDTH, "the paper's, for small sets too"))
+    if method.has_bank:
+        rows.append(("model.identity_predictor", True, "p = z at the start"))
+    if method.has_groups:
+        rows.append(("grouping.num_groups", num_groups, f"{num_images} images"))
+    if method.has_bank:
+        rows += [
+            ("grouping.bank_steps", bank_steps, f"{FEATURES_A_GROUP} features a group"),
+            ("grouping.reset_every", reset_every, f"at least {FEWEST_RESETS} resets"),
+        ]
     if "name" not in recipe.optimizer.model_fields_set:
         epochs = round(WARMUP_SHARE * num_steps * batch / num_images, 3)
         rows += [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scale_smog import distributed
-from scale_smog.config import ModelConfig, Recipe
+from scale_smog.config import ModelConfig, NetPlan, Recipe
 from scale_smog.distributed import Partition
 from scale_smog.engine import Engine, build_engine
 from scale_smog.methods import Method, build_method
@@ -60,7 +60,7 @@ def build_state(
     norm_batch = batch_norm_images(model, micro_batch, world_size, ranks_per_node)
     require_images_fit(model, image_sizes(recipe.data, recipe.evaluation), norm_batch)
     torch.manual_seed(recipe.run.seed)
-    online, momentum = build_initial_nets(model)
+    online, momentum = build_initial_nets(model, recipe.nets)
     for net in (online, momentum):  # a group each: they may be passed at the same time
         scope = process_group_for(model.batch_norm, ranks_per_node)
         synchronise_batch_norm(net.to(device), scope, is_even=True)
@@ -69,10 +69,10 @@ def build_state(
     return TrainState(engine, method)
 
 
-def build_initial_nets(model: ModelConfig) -> tuple[OnlineNet, MomentumNet]:
+def build_initial_nets(model: ModelConfig, plan: NetPlan) -> tuple[OnlineNet, MomentumNet]:
     """The nets as training begins: with random weights, or a file's in their backbones."""
-    nets = build_nets(model)
+    nets = build_nets(model, plan)
     if model.weights:
-        for net in nets:
+        for net in nets[: 2 if plan.num_momentum_views else 1]:
             load_weights(net.backbone, model.weights)
     return nets

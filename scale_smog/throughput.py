@@ -38,7 +38,7 @@ DEFAULT_TARGET = "h200"
 NUM_TRACED = 2
 LINKS = {"gpus_per_node", "node", "network", "collective_shares"}  # what calibration changes
 KMEANS_ROWS_ON_CPU = 4096  # more would take long; the time grows with the rows
-FIXED_VALUES = ScheduledValues(epoch=0.0, lr=1e-3, weight_decay=1e-6, beta=0.99)
+FIXED_VALUES = ScheduledValues(epoch=0.0, progress=0.0, lr=1e-3, weight_decay=1e-6, beta=0.99)
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ def kmeans_s(recipe: Recipe, batch: int, device: torch.device) -> float:
     the bank's are clustered and the time is scaled up.
     """
     grouping = recipe.grouping
-    if not grouping.kmeans:
+    if not recipe.kmeans_every:
         return 0.0
-    bank_rows = recipe.bank_steps * batch
+    bank_rows = recipe.num_kept_features(batch)
     rows = bank_rows if device.type == "cuda" else min(bank_rows, KMEANS_ROWS_ON_CPU)
     generator = torch.Generator(device).manual_seed(distributed.rank())
     features = torch.randn(rows, recipe.model.dim, device=device, generator=generator)
@@ -228,7 +228,7 @@ def kmeans_s(recipe: Recipe, batch: int, device: torch.device) -> float:
         begin = time.perf_counter()
         spherical_kmeans(features, start, iterations=grouping.kmeans_iterations)  # ends with .item
         seconds.append(time.perf_counter() - begin)
-    return seconds[-1] * bank_rows / rows / grouping.reset_every
+    return seconds[-1] * bank_rows / rows / recipe.kmeans_every
 
 
 def _device_facts(recipe: Recipe, device: torch.device) -> report.DeviceFacts:

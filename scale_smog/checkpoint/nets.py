@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scale_smog.checkpoint.loading import load
 from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
-from scale_smog.config import ModelConfig
+from scale_smog.config import ModelConfig, NetPlan
 from scale_smog.errors import UserError
 from scale_smog.models import OnlineNet, build_nets
 
@@ -40,13 +40,13 @@ def read_part(folder: Path, part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items()}
 
 
-def load_online_net(folder: Path, model: ModelConfig) -> OnlineNet:
+def load_online_net(folder: Path, model: ModelConfig, plan: NetPlan) -> OnlineNet:
     """The online net of a checkpoint, on the CPU in float32.
 
     Raises:
         UserError: the checkpoint holds another net than the settings describe.
     """
-    online, _ = build_nets(model)
+    online, _ = build_nets(model, plan)
     try:
         online.load_state_dict(read_part(folder, "online"))
     except RuntimeError:

@@ -194,7 +194,7 @@ class Engine(ABC):
         """
         with self._momentum_stream.running():
             z = torch.cat([self._forward_momentum(x.view) for x in self._split(view)])
-            self._finite_if["z'"] = z.sum()  # no gradient will tell
+            self._finite_if[f"z' of pass {len(self._finite_if)}"] = z.sum()  # no gradient will tell
         return z
 
     def backward(self, loss: Tensor) -> None:
@@ -234,12 +234,23 @@ class Engine(ABC):
         self._num_steps += 1
         average_running_stats(self._unshared)
         return True
+        self._finite_if.clear()
 
     @torch.no_grad()
     def update_ema(self, alpha: float) -> None:
         """Momentum parameters <- alpha x momentum + (1 - alpha) x online (SMoG section 3.3)."""
         momentum, online = self._parameter_pairs()
         torch._foreach_lerp_(momentum, online, 1 - alpha)
+
+    @torch.no_grad()
+    def whole_parameter(self, name: str) -> Tensor:
+        """A parameter of the online net, whole, on every rank; a collective where it is split."""
+        held = self._partition(dict(self.online.named_parameters())[name])
+        if held.is_replicated:
+            return held.values
+        whole = held.values.new_zeros(held.shape.numel())
+        whole[held.start : held.start + held.values.numel()] = held.values.flatten()
+        return distributed.all_reduce(whole, self.net_group).view(held.shape)
 
     @torch.no_grad()
     def reset_momentum(self) -> None:

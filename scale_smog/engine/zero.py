@@ -116,6 +116,8 @@ class Zero3Engine(ZeroEngine):
     def _prepare(self, micro_batch: int) -> tuple[nn.Module, nn.Module]:
         online, _ = super()._prepare(micro_batch)
         self.net_group = dist.group.WORLD
+        if not list(self.momentum.parameters()):  # the method has none
+            return online, self.momentum
         settings = self._settings(micro_batch)
         momentum, *_ = _import_deepspeed(self.device, self.config.kind).initialize(
             model=self.momentum, config=settings, dist_init_required=False

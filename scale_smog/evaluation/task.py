@@ -87,7 +87,11 @@ class EvaluationTask:
     def labelled_hashes(self) -> dict[str, str]:
         """The hashes of these two splits."""
         path = self.recipe.data.path
-        return {split: split_sha256(path, split) for split in ("train", test_split(path))}
+
+        def hashes() -> dict[str, str]:
+            return {split: split_sha256(path, split) for split in ("train", test_split(path))}
+
+        return distributed.call_on_main(hashes)
 
     def backbone(self) -> nn.Module:
         """The checkpoint's online backbone, on the CPU; the caller's own."""
@@ -95,7 +99,7 @@ class EvaluationTask:
 
     @cached_property
     def _backbone(self) -> nn.Module:
-        return load_online_net(self.checkpoint, self.recipe.model).backbone
+        return load_online_net(self.checkpoint, self.recipe.model, self.recipe.nets).backbone
 
     def random_backbone(self) -> nn.Module:
         """A backbone with random weights, of the run's seed, for comparison."""

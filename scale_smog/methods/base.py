@@ -1,12 +1,14 @@
 """What a method is to the loop: a step, and what it keeps from one step to the next."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from scale_smog import distributed
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.distributed import Partition
@@ -85,21 +87,37 @@ class GroupMethod(Method):
         self.usage = GroupUsage(recipe.grouping.num_groups, engine.device)  # over the last steps
         self.parts["usage"] = self.usage
 
+    @torch.no_grad()
+    def count(self, ids: Tensor) -> None:
+        """Adds the groups [B] of this rank's images to the usage; a collective."""
+        num_groups, ones = self.recipe.grouping.num_groups, torch.ones_like(ids)
+        counts = torch.zeros(num_groups, dtype=ids.dtype, device=ids.device)
+        self.usage.push(distributed.all_reduce(counts.index_add_(0, ids, ones)))
+
     @abstractmethod
     def centroids(self) -> Tensor:
         """The groups [K, D], unit rows, the same on every rank; a collective."""
 
 
 @torch.no_grad()
-def first_features(engine: Engine, batches: Iterable[Batch]) -> list[Tensor]:
-    """z [B, D] of each batch's first view by the initial net, whose running statistics stay.
+def first_features(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches, and z [B, D] of their first views by the initial net; its running statistics stay.
 
     Raises:
         StopRequested: on all ranks alike.
     """
-    features = []
     with frozen_running_stats(engine.online):
         for batch in batches:
             phases.check_for_stop()
-            features.append(engine.forward_online(batch.large[0], [])[0])
-    return features
+            z, _ = engine.forward_online(batch.large[0], [])
+            yield batch, z
+
+
+def raised(alpha: float, progress: float) -> float:
+    """Alpha of the momentum net on its cosine from `alpha` to 1 (BYOL section 3.2).
+
+    Args:
+        alpha: of the first step.
+        progress: share of the run that is done.
+    """
+    return 1 - (1 - alpha) * (1 + math.cos(math.pi * progress)) / 2

@@ -30,7 +30,7 @@ class Smog(GroupMethod):
 
     def start(self, batches: Iterable[Batch]) -> None:
         """First groups: k-means over features of the initial net (section 4.1)."""
-        z = first_features(self.engine, batches)  # [B, D] each
+        z = [z for _, z in first_features(self.engine, batches)]  # [B, D] each
         bank = FeatureBank(len(z), len(z[0]), z[0].shape[1], z[0].device)
         for features in z:
             bank.push(features)
@@ -79,7 +79,7 @@ class Smog(GroupMethod):
 
         Not in the paper; docs/learning.md has its effect.
         """
-        z, report = contrast_images(self.engine, batch, scheduled)
+        z, report = contrast_images(self.engine, batch, scheduled, self.recipe.method.temperature)
         if report.is_applied:
             self.bank.push(z)
             self.engine.update_ema(self.recipe.model.ema)

@@ -1,13 +1,19 @@
-"""The two heads of SMoG: the projector behind each backbone and the predictor of the online net."""
+"""Heads: the projector behind each backbone, and what the online net has behind that."""
 
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def projector(
-    num_features: int, hidden: int, dim: int, activation: type[nn.Module]
+    num_features: int,
+    hidden: int,
+    dim: int,
+    activation: type[nn.Module],
+    is_normed: bool = True,
 ) -> nn.Sequential:
     """Features [B, d] to projections [B, D]: linear, BN, activation, linear, BN (SMoG section 3.1).
 
@@ -18,32 +24,65 @@ def projector(
         hidden: Size of the hidden layer.
         dim: Size D of the projections.
         activation: `nn.ReLU` or `nn.GELU`.
+        is_normed: Whether the last BN is there; BYOL and SwAV have none.
     """
-    layers = OrderedDict(
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
         fc1=nn.Linear(num_features, hidden, bias=False),  # the BN behind would cancel a bias
         bn1=nn.BatchNorm1d(hidden),
         act=activation(),
-        fc2=nn.Linear(hidden, dim, bias=False),
-        bn2=nn.BatchNorm1d(dim, affine=False),
+        fc2=nn.Linear(hidden, dim, bias=not is_normed),
     )
+    if is_normed:
+        layers["bn2"] = nn.BatchNorm1d(dim, affine=False)
     return nn.Sequential(layers)
 
 
-def predictor(dim: int, hidden: int, activation: type[nn.Module]) -> nn.Sequential:
+def predictor(
+    dim: int, hidden: int, activation: type[nn.Module], is_normed: bool = False
+) -> nn.Sequential:
     """Projections [B, D] to predictions [B, D]: linear, BN, activation, linear (SMoG section 3.1).
 
     Args:
         dim: Size D of the projections and of the predictions.
         hidden: Size of the hidden layer.
         activation: `nn.ReLU` or `nn.GELU`.
+        is_normed: Whether a BN follows, as in MoCo v3.
     """
-    layers = OrderedDict(
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
         fc1=nn.Linear(dim, hidden, bias=False),
         bn1=nn.BatchNorm1d(hidden),
         act=activation(),
-        fc2=nn.Linear(hidden, dim),
+        fc2=nn.Linear(hidden, dim, bias=not is_normed),
     )
+    if is_normed:
+        layers["bn2"] = nn.BatchNorm1d(dim, affine=False)
     return nn.Sequential(layers)
+
+
+class Prototypes(nn.Module):
+    """K unit vectors that are trained, and the similarities with them (SwAV section 3.1).
+
+    They are normalised where they are used and not after a step: an engine may hold any part of
+    them. Their length then changes nothing, nor does what weight decay takes of it.
+
+    Args:
+        num: K.
+        dim: D.
+    """
+
+    def __init__(self, num: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(num, dim)))
+        self.are_frozen = False
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Similarities [B, K] of unit features z [B, D], in their precision."""
+        weight = self.weight.to(z.dtype)
+        if self.are_frozen:
+            weight = weight.detach() + 0 * weight  # engines wait for a gradient of every weight
+        is_available = torch.amp.is_autocast_available(z.device.type)
+        with torch.autocast(z.device.type, enabled=False) if is_available else nullcontext():
+            return z @ F.normalize(weight).T
 
 
 @torch.no_grad()

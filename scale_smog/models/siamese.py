@@ -1,17 +1,18 @@
-"""The two nets of SMoG: the online net is trained, the momentum net follows it."""
+"""The two nets: the online net is trained, the momentum net follows it."""
 
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale_smog.config import ModelConfig
+from scale_smog.config import DEFAULT_NETS, ModelConfig, NetPlan
 from scale_smog.models import heads
 from scale_smog.models.backbones import build_backbone
 
-# Shapes: B images per rank, F size of the backbone's features, D of the projections, n small views,
+# Shapes: B images per rank, F size of the backbone's features, D of the projections,
 # V = 1 + n views of the online net.
 
 
@@ -29,33 +30,48 @@ class OnlineNet(nn.Module):
         self.projector = projector
         self.predictor = predictor
 
-    def forward(self, large: Tensor, small: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
-        """Projects the large view, which feeds the groups, and predicts from every view.
+    def forward(self, view: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Projects one view, which feeds the groups, and predicts from every view.
 
         Args:
-            large: The large view [B, 3, H, W].
-            small: The n small views, each [B, 3, h, w]; they pass through the net together.
+            view: The first view [B, 3, H, W].
+            others: n more views, each [B, 3, h, w]; those of one size in a row pass through the
+                net together.
 
         Returns:
-            z [B, D], the unit projections of the large view, and p [V, B, D], the unit predictions
-            of the large view (`p[0]`) and of the small views in order; both at least float32. And
-            the backbone's features [B, F] of the large view, without gradient.
+            z [B, D], the unit projections of the first view, and p [V, B, D], the unit predictions
+            of the first view (`p[0]`) and of the others in order; both at least float32. And
+            the backbone's features [B, F] of the first view, without gradient.
         """
-        features = self.backbone(large)  # [B, F]
+        features = self.backbone(view)  # [B, F]
         projected = self.projector(features)  # [B, D]
-        predicted = self.predictor(projected).unsqueeze(0)  # [1, B, D]
-        if small:
-            predicted = torch.cat([predicted, self._predict_small(small)])  # [V, B, D]
-        return unit(projected), unit(predicted), features.detach()
+        predicted = [self._predict(projected).unsqueeze(0)]  # [1, B, D]
+        for _, alike in groupby(others, key=lambda x: x.shape[2:]):
+            predicted.append(self._predict_together(list(alike)))
+        return unit(projected), torch.cat(predicted), features.detach()
 
     def features(self, view: Tensor) -> Tensor:
         """The backbone's features [B, F] of a view [B, 3, H, W], for evaluation."""
         return self.backbone(view)
 
-    def _predict_small(self, small: Sequence[Tensor]) -> Tensor:
-        images = torch.cat(list(small))  # [n·B, 3, h, w]
-        predicted = self.predictor(self.projector(self.backbone(images)))  # [n·B, D]
-        return predicted.unflatten(0, (len(small), -1))  # [n, B, D]
+    def _predict(self, projected: Tensor) -> Tensor:
+        return unit(self.predictor(projected))
+
+    def _predict_together(self, views: Sequence[Tensor]) -> Tensor:
+        images = torch.cat(list(views))  # [n·B, 3, h, w]
+        predicted = self._predict(self.projector(self.backbone(images)))  # [n·B, D]
+        return predicted.unflatten(0, (len(views), -1))  # [n, B, D]
+
+
+class PrototypeNet(OnlineNet):
+    """An online net with prototypes in the predictor's place (SwAV section 3.1).
+
+    Its predictions p [V, B, K + D] are similarities with the K prototypes, then unit projections.
+    """
+
+    def _predict(self, projected: Tensor) -> Tensor:
+        z = unit(projected)  # [B, D]
+        return torch.cat([self.predictor(z), z], dim=-1)
 
 
 class MomentumNet(nn.Module):
@@ -75,18 +91,34 @@ class MomentumNet(nn.Module):
         return unit(self.projector(self.backbone(view)))
 
 
-def build_nets(model: ModelConfig) -> tuple[OnlineNet, MomentumNet]:
+def build_nets(model: ModelConfig, plan: NetPlan = DEFAULT_NETS) -> tuple[OnlineNet, MomentumNet]:
     """Builds the online net with random weights and the momentum net as its copy.
 
     Raises:
         UserError: There is no such backbone.
     """
-    net = build_backbone(model.backbone, model.width, model.small_images)
-    num_features: int = net.num_features  # pyright: ignore[reportAssignmentType]
-    activation = heads.head_activation(net)
-    projector = heads.projector(num_features, model.head_width, model.dim, activation)
-    predictor = heads.predictor(model.dim, model.head_width, activation)
-    if model.identity_predictor:
-        heads.start_as_identity(predictor)
-    online = OnlineNet(net, projector, predictor)
+    backbone = build_backbone(model.backbone, model.width, model.small_images)
+    return build_nets_around(backbone, model, plan, heads.head_activation(backbone))
+
+
+def build_nets_around(
+    backbone: nn.Module, model: ModelConfig, plan: NetPlan, activation: type[nn.Module]
+) -> tuple[OnlineNet, MomentumNet]:
+    """As `build_nets`, with a backbone that is there.
+
+    A method without momentum net gets one that holds nothing, which is not called.
+    """
+    num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
+    dim, width = model.dim, model.head_width
+    projector = heads.projector(num_features, width, dim, activation, plan.is_projection_normed)
+    online = OnlineNet(backbone, projector, nn.Identity())
+    if plan.predictor == "prototypes":
+        online = PrototypeNet(backbone, projector, heads.Prototypes(plan.num_prototypes, dim))
+    elif plan.predictor != "none":
+        is_normed = plan.predictor == "normed mlp"
+        online.predictor = predictor = heads.predictor(dim, width, activation, is_normed)
+        if model.identity_predictor:
+            heads.start_as_identity(predictor)
+    if not plan.num_momentum_views:
+        return online, MomentumNet(nn.Identity(), nn.Identity())
     return online, MomentumNet(deepcopy(online.backbone), deepcopy(online.projector))

@@ -24,7 +24,7 @@ def dry_run(recipe: Recipe) -> str:
     if recipe.model.weights:
         from scale_smog.state import build_initial_nets  # slow to import
 
-        build_initial_nets(recipe.model)
+        build_initial_nets(recipe.model, recipe.nets)
     num_images, source = _count_images(recipe)
     recipe, _ = fit_to_data(recipe, num_images)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

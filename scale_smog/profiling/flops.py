@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scale_smog.config import DataConfig, ModelConfig
+from scale_smog.config import DEFAULT_NETS, DataConfig, ModelConfig, NetPlan
 from scale_smog.models import build_nets
 
 VALUE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -101,24 +101,32 @@ def roof_s(
     return sum(max(op.flops / flops_per_s, op.bytes / bytes_per_s) for op in counted)
 
 
-def count_step(model: ModelConfig, data: DataConfig, batch: int, precision: str) -> StepCost:
+def count_step(
+    model: ModelConfig,
+    data: DataConfig,
+    batch: int,
+    precision: str,
+    nets: NetPlan = DEFAULT_NETS,
+) -> StepCost:
     """Counts one step of `batch` images on one rank: every pass through the two nets.
 
     The groups, the optimizer and the momentum update are not counted: they are bound by memory and
     launches, and are measured.
     """
     with torch.device("meta"):
-        online, momentum = build_nets(model)
+        online, momentum = build_nets(model, nets)
         large = torch.empty(batch, 3, data.large_px, data.large_px)
         small = [torch.empty(batch, 3, data.small_px, data.small_px)] * data.num_small_crops
+        others = [large] * (nets.num_online_views - 1) + small
     num_weights = sum(p.numel() for p in online.parameters())
     counter = OpCounter(VALUE_BYTES[precision])
     channels, momentum_channels = _NormChannels(online), _NormChannels(momentum)
     with counter, torch.no_grad():
-        momentum(large)
+        for _ in range(nets.num_momentum_views):
+            momentum(large)
     momentum_forward = counter.take()
     with counter:
-        z, p, _ = online(large, small)
+        z, p, _ = online(large, others)
     online_forward = counter.take()
     ready: list[Ready] = []
     for parameter in online.parameters():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from scale_smog.config import ModelConfig, Recipe
+from scale_smog.config import Recipe
 from scale_smog.models import MomentumNet, OnlineNet, build_nets, stages
 from scale_smog.models.check import batch_norm_images, image_sizes, require_images_fit
 
@@ -52,7 +52,7 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
     micro_batch = data.global_batch // world_size // engine.accumulate
     norm_batch = batch_norm_images(model, micro_batch, world_size, ranks_per_node)
     require_images_fit(model, image_sizes(data, recipe.evaluation), norm_batch)
-    online, momentum = _nets_without_values(recipe.model)
+    online, momentum = _nets_without_values(recipe)
     value_bytes = 8 if engine.precision == "fp64" else 4
     num_online, num_momentum = _numel(online), _numel(momentum)
     parts = _parts(engine.kind, world_size, ranks_per_node)
@@ -65,7 +65,7 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
     if engine.kind == "zero1":  # its gradients come while activations go: they share the room
         activations = max(activations, num_online * value_bytes)
     states = STATES[recipe.optimizer.name] * num_online / parts.optimizer
-    bank = recipe.bank_steps * batch * model.dim * 4
+    bank = recipe.num_kept_features(batch) * model.dim * 4
     groups = 3 * recipe.grouping.num_groups * (model.dim + 1) * value_bytes
     return MemoryPlan(
         num_backbone_parameters=_numel(online.backbone),
@@ -106,7 +106,7 @@ def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
     A ring all-reduce of n bytes among r ranks sends 2 n (r - 1) / r from each, an all-gather or a
     reduce-scatter half of it (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
     """
-    online, momentum = _nets_without_values(recipe.model)
+    online, momentum = _nets_without_values(recipe)
     num_online, num_momentum = _numel(online), _numel(momentum)
     kind = recipe.engine.kind
     weight_bytes = 8 if recipe.engine.precision == "fp64" else 4
@@ -120,18 +120,20 @@ def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
         gradients = num_online * grad_bytes * (1 if kind == "zero2" else 2)
         return (gathered + gradients) * once / MIB
     # Weights are gathered for every forward pass, and once more for the backward pass.
-    engine, num_sizes = recipe.engine, 2 if recipe.data.num_small_crops else 1
+    engine, nets = recipe.engine, recipe.nets
+    num_sizes = nets.num_online_views + (1 if recipe.data.num_small_crops else 0)
     num_passes = (engine.num_online_forwards + 1) * num_sizes
-    gathered = engine.accumulate * (num_passes * num_online + num_momentum) * weight_bytes
+    num_values = num_passes * num_online + nets.num_momentum_views * num_momentum
+    gathered = engine.accumulate * num_values * weight_bytes
     sent = (gathered + num_online * grad_bytes) * (parts - 1) / parts
     copies = world_size / parts  # hsdp: the nodes' copies add up their parts of the gradients
     sent += 2 * num_online / parts * grad_bytes * (copies - 1) / copies
     return sent / MIB
 
 
-def _nets_without_values(model: ModelConfig) -> tuple[OnlineNet, MomentumNet]:
+def _nets_without_values(recipe: Recipe) -> tuple[OnlineNet, MomentumNet]:
     with torch.device("meta"), _NothingDrawn():
-        return build_nets(model)
+        return build_nets(recipe.model, recipe.nets)
 
 
 class _NothingDrawn(TorchFunctionMode):
@@ -176,7 +178,8 @@ def _activation_bytes(online: OnlineNet, recipe: Recipe, batch: int) -> float:
     large = torch.empty(num_images, 3, data.large_px, data.large_px, device="meta")
     small = torch.empty(num_images, 3, data.small_px, data.small_px, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(saved.note, lambda x: x):
-        online(large, [small] * data.num_small_crops)
+        others = [large] * (recipe.nets.num_online_views - 1) + [small] * data.num_small_crops
+        online(large, others)
     value_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.engine.precision]
     numel = saved.numel(recipe.engine.activation_checkpointing)
     return numel * value_bytes * batch / num_images

@@ -54,13 +54,14 @@ def _counted(recipe: Recipe, batch: int) -> StepCost:
     data = recipe.data
     key = (
         recipe.model,
+        recipe.nets,
         data.large_px,
         data.small_px,
         data.num_small_crops,
         recipe.engine.precision,
     )
     if (repr(key), batch) not in _costs:
-        cost = count_step(recipe.model, data, batch, recipe.engine.precision)
+        cost = count_step(recipe.model, data, batch, recipe.engine.precision, recipe.nets)
         _costs[repr(key), batch] = cost
     return _costs[repr(key), batch]
 
@@ -86,11 +87,11 @@ def estimate_parts(work: Workload, machine: Hardware, estimate: int) -> dict[str
     parts["optimizer"] = UPDATE_BYTES * work.num_weights / bandwidth / fraction
     parts["ema"] = EMA_BYTES * work.num_weights / bandwidth / fraction
     parts["kmeans"] = 0.0
-    if grouping.kmeans:
-        rows = recipe.bank_steps * work.batch
+    if recipe.kmeans_every:
+        rows = recipe.num_kept_features(work.batch)
         flops = 2.0 * rows * grouping.num_groups * recipe.model.dim * grouping.kmeans_iterations
         # Scores are written and read, and products are full float32.
         passes = 3 * 4.0 * rows * grouping.num_groups * grouping.kmeans_iterations
         seconds = flops / machine.flops_per_s("fp32") + passes / bandwidth
-        parts["kmeans"] = seconds / fraction / grouping.reset_every
+        parts["kmeans"] = seconds / fraction / recipe.kmeans_every
     return parts

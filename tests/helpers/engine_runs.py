@@ -2,7 +2,6 @@
 
 import math
 import os
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_smog import checkpoint, distributed
-from scale_smog.config import Recipe
+from scale_smog.config import DEFAULT_NETS, MethodConfig, ModelConfig, NetPlan, Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.engine import build_engine
 from scale_smog.grouping import FeatureBank, MomentumGroups
 from scale_smog.loop import train
 from scale_smog.loss import group_contrastive_loss
 from scale_smog.methods import build_method
-from scale_smog.models import (
-    MomentumNet,
-    OnlineNet,
-    heads,
-    process_group_for,
-    synchronise_batch_norm,
-)
+from scale_smog.models import MomentumNet, OnlineNet, process_group_for, synchronise_batch_norm
+from scale_smog.models.siamese import build_nets_around
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.progress import Progress
 from scale_smog.schedules import Schedules, due
@@ -33,6 +27,7 @@ from scale_smog.state import TrainState
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 NUM_STEPS, GLOBAL_BATCH, DIM, NUM_GROUPS = 8, 24, 16, 10
+NUM_IMAGES = NUM_STEPS * GLOBAL_BATCH // 2  # two epochs
 # AdamW divides by the gradient's size: where that is rounding, so is the step.
 RATES = {"lars": 0.5, "adamw": 6e-4}
 TRUST = 0.001
@@ -63,15 +58,10 @@ class SmoothBackbone(nn.Module):
         return (x * torch.sigmoid(self.gate(x))).mean(dim=(2, 3))
 
 
-def build_tiny_nets(seed: int) -> tuple[OnlineNet, MomentumNet]:
+def build_tiny_nets(seed: int, plan: NetPlan = DEFAULT_NETS) -> tuple[OnlineNet, MomentumNet]:
     torch.manual_seed(seed)
-    backbone = SmoothBackbone()
-    online = OnlineNet(
-        backbone,
-        heads.projector(backbone.num_features, 24, DIM, nn.GELU),
-        heads.predictor(DIM, 24, nn.GELU),
-    )
-    return online, MomentumNet(deepcopy(online.backbone), deepcopy(online.projector))
+    model = ModelConfig(dim=DIM, head_width=24)
+    return build_nets_around(SmoothBackbone(), model, plan, nn.GELU)
 
 
 def first_groups(dtype: torch.dtype) -> MomentumGroups:
@@ -84,13 +74,16 @@ def recipe_of(folder: Path, **engine: Any) -> Recipe:
 
     Args:
         folder: of the run.
-        engine: keys of the engine's section, and `optimizer` (its name), `batch_norm`, `clip_norm`.
+        engine: keys of the engine's section, and `optimizer` (its name), `batch_norm`, `clip_norm`,
+            `method` (a section).
     """
-    optimizer = engine.pop("optimizer", "lars")
+    optimizer, method = engine.pop("optimizer", "lars"), engine.pop("method", {})
+    num_small_crops = int(MethodConfig.model_validate(method).has_small_crops)
     return Recipe.model_validate(
         {
             "run": {"dir": str(folder), "steps": NUM_STEPS, "checkpoint_every": 0},
-            "data": {"path": "", "global_batch": GLOBAL_BATCH, "num_small_crops": 1},
+            "data": {"path": "", "global_batch": GLOBAL_BATCH, "num_small_crops": num_small_crops},
+            "method": method,
             "model": {"dim": DIM, "ema": 0.9, "batch_norm": engine.pop("batch_norm", "global")},
             "grouping": {
                 "num_groups": NUM_GROUPS,
@@ -127,14 +120,15 @@ def global_batch(step: int) -> tuple[list[Tensor], Tensor]:
     return [first, second], small[..., :8, :8]
 
 
-def batches(first: int):
+def batches(first: int, num_small_crops: int = 1):
     """This rank's slice of every step's batch."""
     size = GLOBAL_BATCH // distributed.world_size()
     mine = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
     label = torch.full((size,), -1)
     for step in range(first, NUM_STEPS):
         large, small = global_batch(step)
-        yield Batch([x[mine] for x in large], [small[mine]], label, label)
+        ids = (torch.arange(GLOBAL_BATCH) + step * GLOBAL_BATCH) % NUM_IMAGES
+        yield Batch([x[mine] for x in large], [small[mine]] * num_small_crops, label, ids[mine])
 
 
 def build_state(recipe: Recipe, ranks_per_node: int | None = None) -> TrainState:
@@ -142,13 +136,14 @@ def build_state(recipe: Recipe, ranks_per_node: int | None = None) -> TrainState
     size = distributed.world_size()
     os.environ["LOCAL_RANK"] = str(distributed.rank())
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node or size)
-    online, momentum = build_tiny_nets(seed=distributed.rank())  # rank 0's weights must win
+    seed = distributed.rank()  # rank 0's weights must win
+    online, momentum = build_tiny_nets(seed, recipe.nets)
     scope = process_group_for(recipe.model.batch_norm, size)
     for net in (online, momentum):
         synchronise_batch_norm(net, scope)
     batch = GLOBAL_BATCH // size
     engine = build_engine(online, momentum, recipe.optimizer, recipe.engine, batch)
-    return TrainState(engine, build_method(recipe, engine, batch, NUM_STEPS * GLOBAL_BATCH))
+    return TrainState(engine, build_method(recipe, engine, batch, NUM_IMAGES))
 
 
 class Silence(Metrics):
@@ -161,7 +156,7 @@ class Silence(Metrics):
 def run(recipe: Recipe, state: TrainState, num_steps: int = NUM_STEPS) -> None:
     """Trains to `num_steps`, which the loop ends with a checkpoint in `run.dir`."""
     schedules = schedules_of(recipe, num_steps)
-    loader = batches(state.step)
+    loader = batches(state.step, recipe.data.num_small_crops)
     checkpoints = checkpoint.Checkpoints(recipe.run, {})
     progress = Progress(recipe, Silence(), num_steps, state.engine.device)
     train(recipe, state, loader, schedules, progress, checkpoints, lambda step: None)

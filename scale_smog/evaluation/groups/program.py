@@ -11,7 +11,7 @@ from torch import nn
 from scale_smog import distributed
 from scale_smog.checkpoint.nets import load_online_net, read_part
 from scale_smog.config import GroupingConfig
-from scale_smog.data.datasets import open_split
+from scale_smog.data.loaders.build import open_together
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder
 from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
@@ -76,7 +76,7 @@ def _results(by_net: dict[str, GroupQuality]) -> dict[str, float]:
 def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
     """The training images, centre crops, in a checkpoint's groups and, if asked, in baselines'."""
     path = task.recipe.data.path
-    dataset = open_split(path, "train")
+    dataset = open_together(path, "train")
     require_labels(dataset, path, "the purity of groups")
     ids = np.arange(dataset.num_samples)
     labels = torch.from_numpy(dataset.labels)
@@ -103,13 +103,19 @@ def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
 
 def _projection(task: EvaluationTask) -> Encoder:
     """The frozen backbone and projector: images [B, 3, H, W] -> unit z [B, D]."""
-    net = load_online_net(task.checkpoint, task.recipe.model)
+    net = load_online_net(task.checkpoint, task.recipe.model, task.recipe.nets)
     project = task.frozen(nn.Sequential(net.backbone, net.projector))
     return lambda images: F.normalize(project(images).float())
 
 
 def _groups(task: EvaluationTask) -> MomentumGroups:
-    centroids = read_part(task.checkpoint, "groups")["centroids"].to(task.device)  # [K, D]
+    if not task.recipe.method.has_groups:
+        raise UserError(f"{task.run_dir}: method.name={task.recipe.method.name} has no groups")
+    if task.recipe.nets.num_prototypes:  # trained with the net
+        centroids = F.normalize(read_part(task.checkpoint, "online")["predictor.weight"])
+    else:
+        centroids = read_part(task.checkpoint, "groups")["centroids"]
+    centroids = centroids.to(task.device)  # [K, D]
     num_groups, dim = centroids.shape
     groups = MomentumGroups(num_groups, dim).to(task.device)
     groups.commit(centroids)

@@ -1,4 +1,4 @@
-"""The instance-contrastive loss of the warm-up: over all ranks, with the gradient of one batch."""
+"""SimCLR: its loss over all ranks, with the gradient of one batch; its step as SMoG's start."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from ranks import run_on_ranks
 from small_recipe import small_recipe
 
 from scale_smog import UserError, checkpoint, distributed
-from scale_smog.loss import instance_contrastive_loss
+from scale_smog.methods.simclr import nt_xent_loss
 from scale_smog.pretrain import pretrain
 
 
@@ -33,14 +33,14 @@ def written_out(p: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def test_it_is_simclrs_equation():
     p = views(5)
-    torch.testing.assert_close(instance_contrastive_loss(p, 0.3), written_out(p, 0.3))
+    torch.testing.assert_close(nt_xent_loss(p, 0.3), written_out(p, 0.3))
 
 
 def on_a_rank(batch: int) -> tuple[float, torch.Tensor]:
     whole = views(batch).requires_grad_()
     share = batch // distributed.world_size()
     first = distributed.rank() * share
-    loss = instance_contrastive_loss(whole[:, first : first + share])
+    loss = nt_xent_loss(whole[:, first : first + share], 0.2)
     loss.backward()
     assert whole.grad is not None
     # An engine averages gradients over ranks.
@@ -50,7 +50,7 @@ def on_a_rank(batch: int) -> tuple[float, torch.Tensor]:
 
 def test_ranks_have_all_ranks_images_as_negatives_and_the_gradient_of_one_batch():
     p = views(6).requires_grad_()
-    loss = instance_contrastive_loss(p)
+    loss = nt_xent_loss(p, 0.2)
     loss.backward()
     for of_ranks, grad in run_on_ranks(3, on_a_rank, 6):
         assert of_ranks == pytest.approx(loss.item(), abs=1e-6)
