@@ -11,8 +11,13 @@ from scale_smog.checkpoint import Checkpoints
 from scale_smog.config import Recipe
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
-from scale_smog.data.datasets import Images, open_split, remarks, split_sha256
-from scale_smog.data.loaders.build import build_plan, build_training_loader, require_loader
+from scale_smog.data.datasets import Images, remarks, split_sha256
+from scale_smog.data.loaders.build import (
+    build_plan,
+    build_training_loader,
+    open_together,
+    require_loader,
+)
 from scale_smog.errors import RankError, UserError
 from scale_smog.evaluation.final import conclude
 from scale_smog.evaluation.knn import KnnProbe
@@ -58,10 +63,9 @@ def pretrain(recipe: Recipe) -> None:
 def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     """`pretrain` within a process group."""
     require_equal_hosts(recipe)
-    dataset = open_split(recipe.data.path, "train")
-    recipe, derived = fit_to_data(
-        recipe, dataset.num_samples, run_folder.kept_recipe(recipe.run.dir)
-    )
+    dataset = open_together(recipe.data.path, "train")
+    kept = distributed.call_on_main(lambda: run_folder.kept_recipe(recipe.run.dir))
+    recipe, derived = fit_to_data(recipe, dataset.num_samples, kept)
     data, run_dir = recipe.data, Path(recipe.run.dir)
     plan = build_plan(data, dataset, recipe.run.seed)
     schedules = Schedules.of_run(recipe.run, recipe.optimizer, recipe.grouping, plan)
@@ -72,7 +76,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     state = build_state(recipe, batch, device, dataset.num_samples)
 
     # From here on the settings are known to be good, and the run folder is written.
-    sha256 = split_sha256(data.path, "train")
+    sha256 = distributed.call_on_main(lambda: split_sha256(data.path, "train"))
     changes = run_folder.claim(recipe, sha256)
     logs.open(run_dir)
     checkpoints = Checkpoints(recipe.run, {"manifest_sha256": sha256})

@@ -9,7 +9,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from scale_smog import distributed
-from scale_smog.data.datasets import Images, list_splits, open_split
+from scale_smog.data.datasets import Images, list_splits
+from scale_smog.data.loaders.build import open_together
 from scale_smog.data.loaders.torch import decode
 from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import FeaturesConfig
@@ -52,10 +53,10 @@ def write_features(
 def _sets(config: FeaturesConfig, data_path: str) -> dict[str, Images]:
     path = config.path or data_path
     if config.split:
-        return {config.split: open_split(path, config.split)}
-    if splits := list_splits(path):
-        return {name: open_split(path, name) for name in splits}
-    return {Path(path).name: open_split(path, "train")}
+        return {config.split: open_together(path, config.split)}
+    if splits := distributed.call_on_main(lambda: list_splits(path)):
+        return {name: open_together(path, name) for name in splits}
+    return {Path(path).name: open_together(path, "train")}
 
 
 def _write(kind: str, out: Path, name: str, z: Tensor, dataset: Images) -> None:

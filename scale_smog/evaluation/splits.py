@@ -2,12 +2,14 @@
 
 import numpy as np
 
-from scale_smog.data.datasets import Images, has_split, open_split
+from scale_smog import distributed
+from scale_smog.data.datasets import Images, has_split
+from scale_smog.data.loaders.build import open_together
 from scale_smog.errors import UserError
 
 
 def open_labelled_splits(path: str, purpose: str) -> tuple[Images, Images]:
-    """The training and the test split.
+    """The training and the test split; a collective.
 
     Args:
         path: of the dataset.
@@ -16,7 +18,8 @@ def open_labelled_splits(path: str, purpose: str) -> tuple[Images, Images]:
     Raises:
         UserError: one is missing, has no labels, or their classes differ.
     """
-    train, test = open_split(path, "train"), open_split(path, test_split(path))
+    name = distributed.call_on_main(lambda: test_split(path))
+    train, test = open_together(path, "train"), open_together(path, name)
     for dataset in (train, test):
         require_labels(dataset, path, purpose)
     require_same_classes(train, test, path)

@@ -1,6 +1,7 @@
 """The two loaders make the same batches from one plan."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import run_on_ranks
 
+from scale_smog import distributed
 from scale_smog.config import AugmentConfig, DataConfig, EvaluationConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import STD, training_views
 from scale_smog.data.loaders.build import (
     build_evaluation_loader,
     build_training_loader,
+    open_together,
     require_loader,
     with_random_access,
 )
@@ -157,3 +161,26 @@ def test_evaluations_get_a_loader_of_any_samples_whatever_the_run_had(loader):
     assert data.loader == ("dali" if loader in ("dali", "fast") else "torch")
     assert data.device == ("gpu" if loader in ("dali", "fast") else "auto")
     assert data.stream == ""
+
+
+def opened_together(copies: list[Path]) -> tuple[list[str], bytes]:
+    """Files that opening a split opens on this rank, and an image of this rank's copy."""
+    opened: list[str] = []
+    folder = copies[distributed.rank()]
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).startswith(str(folder.parent)):
+            opened.append(Path(arguments[0]).suffix)
+
+    sys.addaudithook(note)  # stays; the process ends with the function
+    dataset = open_together(str(folder), "train")
+    during = list(opened)
+    assert dataset.tar_paths[0].startswith(str(folder))
+    return during, dataset.read(17)
+
+
+def test_a_split_is_read_by_rank_0_for_all_and_images_from_each_hosts_copy(tmp_path, tars):
+    copies = [shutil.copytree(tars, tmp_path / name) for name in ("a", "b")]
+    (first, image), (second, same_image) = run_on_ranks(2, opened_together, copies)
+    assert ".json" in first and ".npy" in first and not second
+    assert image == same_image == TarDataset(tars, "train").read(17)

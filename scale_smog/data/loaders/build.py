@@ -11,7 +11,7 @@ from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import CentreView, View
 from scale_smog.data.batch import Batch
-from scale_smog.data.datasets import Images, is_tars
+from scale_smog.data.datasets import Images, is_tars, open_split
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.memory import MemoryLoader
 from scale_smog.data.loaders.synthetic import SyntheticLoader
@@ -23,6 +23,18 @@ from scale_smog.errors import UserError
 # On a CPU, views up to this size are DALI's own: of 32 px a view costs less than torch's calls that
 # make it (the demo trains at 410 images/s against 210); larger ones torch makes sooner.
 SMALL_VIEW_PX = 64
+
+
+def open_together(path: str, split: str) -> Images:
+    """A split that rank 0 reads for all ranks; a collective.
+
+    Its manifest and sidecars are two files a shard, and a folder may have a million names. Each
+    rank then reads images from its own host's `path`.
+
+    Raises:
+        UserError: on every rank; there is no such dataset or split.
+    """
+    return distributed.call_on_main(lambda: open_split(path, split)).at(path)
 
 
 def build_plan(data: DataConfig, dataset: Images, seed: int) -> EpochPlan:
