@@ -5,7 +5,7 @@ last line says the outcome, and the exit status is 0 only if it is good. Scenari
 
 start: what a start costs in seconds, messages to the store, files and sockets.
 train: over two resets and three checkpoints to the last evaluation, everything written.
-equal: features of a global batch through groups, bank and k-means; the bits of one rank.
+equal: the same images as one rank; then groups, bank and k-means to the bit (equal_ranks.py).
 kill, stop, term: a rank gets SIGKILL, SIGSTOP or SIGTERM in training; it is named, or all save; the
 same command goes on to the end.
 elastic: the same run goes on with three quarters, half and an eighth of the ranks, with one, and
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
+import equal_ranks
 from forked_ranks import ForkedRanks, OutOfMemory, preload
 from images import make_dataset
 from small_recipe import write_small_recipe
@@ -151,6 +152,33 @@ def train(campaign: Campaign) -> bool:
     return is_good and len(campaign.checkpoints()) == 3
 
 
+def equal(campaign: Campaign) -> bool:
+    """Groups and bank are one rank's: of the nets in fp64, of given features to the bit."""
+    precision = equal_ranks.precision_of(campaign.engine)
+    images = [f"engine.precision={precision}", "data.loader=torch", "data.workers=0"]
+    images += ["run.steps=4", "grouping.reset_every=2", "run.checkpoint_every=0"]
+    images += ["evaluation.num_train_images=16", "evaluation.num_test_images=16"]
+    alone = campaign.folder / "alone"
+    is_good = campaign.train(*images)
+    is_good &= campaign.train(*images, f"run.dir={alone}", "engine.kind=ddp", ranks=1)
+    if not is_good:
+        return False
+    found = equal_ranks.differences(campaign.run_dir, alone)
+    campaign.facts.append(precision + " " + ", ".join(f"{k} {v:.0e}" for k, v in found.items()))
+    outcomes = []
+    for ranks in (campaign.ranks, 1):
+        outcomes.append(campaign.folder / f"outcome-{len(outcomes)}.pt")
+        job = campaign.job(equal_ranks.group_features(campaign.run_dir, outcomes[-1]), ranks)
+        if any(codes := campaign.finish(job)):
+            print(f"exit codes {codes}\n{job.said()[-4000:]}", flush=True)
+            return False
+    num_tensors, different = equal_ranks.unequal(*outcomes)
+    num_equal = num_tensors - len(different)
+    campaign.facts += [f"{num_equal} of {num_tensors} tensors equal to the bit", *different]
+    most = max(found["groups"], found["bank"])
+    return not different and most <= equal_ranks.TOLERANCE[precision]
+
+
 def strike(campaign: Campaign, number: int, *overrides: str) -> tuple[list[int], str, float]:
     """Signals a rank in training; exit codes, consoles and seconds until the end."""
     deadlines = [f"deadlines.{key}={DEADLINE_S}" for key in ("data_s", "step_s", "kmeans_s")]
@@ -264,7 +292,7 @@ def straggler(campaign: Campaign) -> bool:
 
         def sleep_in_a_step(phase: str) -> None:
             nonlocal num_left
-            num_left -= phase == phases.STEP
+            num_left -= phase == phases.DATA  # once a step; after k-means a step is entered again
             if rank == victim and phase == phases.STEP and num_left < 0:
                 time.sleep(step_s)
 
@@ -337,47 +365,62 @@ def skip(campaign: Campaign) -> bool:
 
 
 def start(campaign: Campaign) -> bool:
-    """What a start costs: seconds, what goes through the store, files, sockets."""
-    counts = campaign.folder / "counts"
-    counts.mkdir()
+    """What a start and a resume cost: seconds, what goes through the store, files, sockets."""
+    for name, steps in (("start", 2), ("resume", 4)):
+        counts = campaign.folder / name
+        counts.mkdir()
+        before = count_until_first_step(campaign, counts)
+        overrides = f"run.steps={steps}", "evaluation.num_train_images=16"
+        job = campaign.job(campaign.pretrain(*overrides, before=before), counted=True)
+        if any(codes := campaign.finish(job)):
+            print(f"exit codes {codes}\n{job.said()[-4000:]}", flush=True)
+            return False
+        ranks = [json.loads((counts / f"{r}.json").read_text()) for r in range(campaign.ranks)]
+        first, others = ranks[0], ranks[1:] or ranks
+        campaign.facts += [
+            f"{name}: first step after {max(rank['seconds'] for rank in ranks):.1f} s",
+            f"{job.store.num_messages} messages, {job.store.num_bytes} bytes to the store",
+            f"files opened: rank 0 {first['opened']}, another {others[0]['opened']}, "
+            f"all {sum(rank['opened'] for rank in ranks)}",
+            f"sockets: rank 0 {first['sockets']}, another {others[0]['sockets']}",
+        ]
+    return True
+
+
+def count_until_first_step(campaign: Campaign, counts: Path) -> Callable[[int], None]:
+    """What makes a rank write what its start has cost into `counts`."""
     begun = time.monotonic()
 
     def before(rank: int) -> None:
+        import safetensors
+
         from scale_smog.runtime import phases
 
         opened: list[str] = []
+        safe_open = safetensors.safe_open  # opens files without Python's notice
 
         def note(event: str, arguments: tuple) -> None:
             if event == "open" and isinstance(arguments[0], str):
                 if arguments[0].startswith(str(campaign.folder)):
                     opened.append(arguments[0])
 
+        def note_and_open(*arguments: object, **options: object) -> object:
+            opened.append("a checkpoint's")
+            return safe_open(*arguments, **options)
+
         def write(phase: str) -> None:
             if phase == phases.STEP and not (counts / f"{rank}.json").exists():
-                links = [
-                    os.readlink(path)
-                    for path in map(str, Path("/proc/self/fd").iterdir())
-                    if os.path.lexists(path)
-                ]
+                paths = map(str, Path("/proc/self/fd").iterdir())
+                links = [os.readlink(path) for path in paths if os.path.lexists(path)]
                 facts = {"seconds": time.monotonic() - begun, "opened": len(opened)}
                 facts["sockets"] = sum(link.startswith("socket") for link in links)
                 (counts / f"{rank}.json").write_text(json.dumps(facts))
 
+        safetensors.safe_open = note_and_open
         sys.addaudithook(note)
         phases.on_enter.append(write)
 
-    job = campaign.job(campaign.pretrain("run.steps=2", before=before), counted=True)
-    codes = campaign.finish(job)
-    ranks = [json.loads((counts / f"{r}.json").read_text()) for r in range(campaign.ranks)]
-    others = ranks[1:] or ranks
-    campaign.facts += [
-        f"first step after {max(rank['seconds'] for rank in ranks):.1f} s",
-        f"{job.store.num_messages} messages, {job.store.num_bytes} bytes to the store",
-        f"files opened: rank 0 {ranks[0]['opened']}, another {others[0]['opened']}, "
-        f"all {sum(rank['opened'] for rank in ranks)}",
-        f"sockets: rank 0 {ranks[0]['sockets']}, another {others[0]['sockets']}",
-    ]
-    return not any(codes)
+    return before
 
 
 def late(campaign: Campaign) -> bool:
@@ -443,6 +486,7 @@ SCENARIOS: dict[str, Callable[[Campaign], bool]] = {
         *(
             start,
             train,
+            equal,
             kill,
             stop,
             term,
