@@ -180,10 +180,10 @@ def build_online_probe(recipe: Recipe, state: TrainState, dataset: Images) -> On
 
 def describe(recipe: Recipe, state: TrainState) -> str:
     """What is trained, where and how, in a line or two."""
-    text = (
     what = recipe.method.name
     if recipe.method.has_groups:
         what += f" with {recipe.grouping.num_groups} groups"
+    text = (
         f"{recipe.run.dir} after step {state.step}: {recipe.model.backbone} on "
         f"{distributed.world_size()} rank(s) of {state.engine.device.type}, {recipe.engine.kind}, "
         f"{recipe.engine.precision}, {what}, data by {recipe.data.loader}"
