@@ -50,8 +50,22 @@ setup(
     ],
     extras_require={
         "dense": ["pycocotools", "torchmetrics"],  # segmentation and detection
+        # Datasets and checkpoints in object stores (docs/stores.md); fsspec comes with torch.
+        "s3": ["s3fs"],
+        "gs": ["gcsfs"],
+        "az": ["adlfs"],
+        "hf": ["huggingface_hub"],
+        "https": ["aiohttp"],
+        # Where `smog follow` sends a run's figures (docs/tracking.md).
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
+        "trackio": ["trackio"],
         "completion": ["argcomplete"],  # eval "$(register-python-argcomplete smog)"
         "test": [
+            "s3fs",
+            "moto[s3]",  # an S3 server for the tests
+            "flask",
+            "flask-cors",
             "jsonschema",
             "pycocotools",
             "torchmetrics",

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from scale_smog.config import StrictModel
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import file_sha256, write_atomically
+from scale_smog.runtime.stores import Store, is_url
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -88,13 +89,23 @@ def write_manifest(folder: Path, manifest: DatasetManifest) -> None:
 
 
 def load_manifest(path: str | Path) -> DatasetManifest:
-    """Reads the manifest of the dataset folder `path`.
+    """Reads the manifest of the dataset at `path`, a folder or a store's URL.
 
     Raises:
         UserError: the folder is missing, has no manifest, or one of another format version.
     """
-    content = _manifest_bytes(Path(path))
-    file = Path(path) / MANIFEST_NAME
+    if is_url(path):
+        store = Store(str(path))
+        return parse_manifest(_stored_manifest(store), f"{store}/{MANIFEST_NAME}")
+    return parse_manifest(_manifest_bytes(Path(path)), str(Path(path) / MANIFEST_NAME))
+
+
+def parse_manifest(content: bytes, file: str) -> DatasetManifest:
+    """The manifest that a file holds.
+
+    Raises:
+        UserError: it is damaged, or of another format version.
+    """
     try:
         fields: dict[str, Any] = json.loads(content)
         version = fields.get("format_version")
@@ -114,16 +125,36 @@ def load_manifest(path: str | Path) -> DatasetManifest:
 
 
 def manifest_sha256(path: str | Path, split: str = "train") -> str:
-    """Hex SHA-256 that names the content of one split of the dataset folder `path` exactly.
-
-    Other splits may come and go without a change of it.
+    """`split_sha256` of one split of the dataset at `path`.
 
     Raises:
         UserError: the folder is missing, has no manifest or no such split.
     """
-    manifest = load_manifest(path)
+    return split_sha256(load_manifest(path), split)
+
+
+def split_sha256(manifest: DatasetManifest, split: str) -> str:
+    """Hex SHA-256 that names the content of one split exactly.
+
+    Other splits may come and go without a change of it.
+
+    Raises:
+        UserError: there is no such split.
+    """
     described = manifest.model_copy(update={"splits": {split: manifest.split(split)}})
     return hashlib.sha256(described.model_dump_json().encode()).hexdigest()
+
+
+def _stored_manifest(store: Store) -> bytes:
+    try:
+        return store.read(MANIFEST_NAME)
+    except FileNotFoundError:
+        raise UserError(
+            f"{store} has no {MANIFEST_NAME}: unfinished or foreign; smog shard SRC {store} writes "
+            f"a dataset there, smog index {store} takes tars as they are"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {store}/{MANIFEST_NAME}: {error.strerror}") from None
 
 
 def _manifest_bytes(folder: Path) -> bytes:

@@ -8,6 +8,8 @@ import numpy as np
 from scale_smog.counter_rng import random_words
 from scale_smog.errors import UserError
 
+NEVER = np.iinfo(np.int64).max
+
 
 def images_per_rank(global_batch: int, world_size: int, key: str = "data.global_batch") -> int:
     """B, a rank's part of a batch.
@@ -94,6 +96,22 @@ class EpochPlan:
         """Whole steps in a number of epochs, at least 1."""
         return max(1, int(epochs * self.num_samples / self.global_batch + 1e-9))
 
+    def next_steps(self, step: int, ranks: range, world_size: int) -> np.ndarray:
+        """When some ranks read each sample next, from `step` to the end of the epoch after its own.
+
+        Returns:
+            Steps [N] int64; NEVER for what they do not read until then.
+        """
+        first, size = step * self.global_batch, self.images_per_rank(world_size)
+        steps = np.full(self.num_samples, NEVER)
+        for epoch in (first // self.num_samples + 1, first // self.num_samples):  # the nearer last
+            order = self._order(epoch)
+            position = epoch * self.num_samples + np.arange(self.num_samples)
+            rank = position % self.global_batch // size
+            ours = (position >= first) & (rank >= ranks.start) & (rank < ranks.stop)
+            steps[order[ours]] = position[ours] // self.global_batch
+        return steps
+
     def _order(self, epoch: int) -> np.ndarray:
         if self._shard_sizes is None:
             return _permutation(self.num_samples, self.seed, epoch)
@@ -134,12 +152,21 @@ class SequentialPlan:
         rows = np.arange(start, start + self.batch)
         return self.sample_ids[np.minimum(rows, len(self.sample_ids) - 1)]
 
+    def next_steps(self, step: int, ranks: range, world_size: int) -> np.ndarray:
+        """As of `EpochPlan`, from `step` to the end; of the samples up to the largest id."""
+        position = np.arange(len(self.sample_ids))
+        at, rank = position // (self.batch * world_size), position // self.batch % world_size
+        ours = (at >= step) & (rank >= ranks.start) & (rank < ranks.stop)
+        steps = np.full(int(self.sample_ids.max(initial=-1)) + 1, NEVER)
+        steps[self.sample_ids[ours]] = at[ours]
+        return steps
+
     def epochs(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Zeros [B]: evaluation has one epoch."""
         return np.zeros(self.batch, dtype=np.int64)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _block_order(sizes: tuple[int, ...], block_shards: int, seed: int, epoch: int) -> np.ndarray:
     """Random order [sum(sizes)] int64 that mixes the samples of `block_shards` shards at a time."""
     num_shards, ends = len(sizes), np.cumsum(sizes)
@@ -151,7 +178,7 @@ def _block_order(sizes: tuple[int, ...], block_shards: int, seed: int, epoch: in
     return np.lexsort((drawn[:-num_shards], np.repeat(turn, sizes)))
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs
+@lru_cache(maxsize=3)  # a batch may straddle two epochs, and a store is read ahead of it
 def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """Random order [num_samples] int64: samples sorted by one random number each."""
     keys = _random_words64(num_samples, seed, epoch)

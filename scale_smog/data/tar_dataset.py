@@ -1,23 +1,21 @@
-"""Random access to the encoded images of a dataset of tars."""
+"""Random access to the encoded images of a dataset of tars, on a disk or in a store."""
 
 import hashlib
-import os
-import weakref
-import zlib
-from bisect import bisect_right
 from collections.abc import Iterable
 from copy import copy
-from functools import lru_cache
 from io import BytesIO
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
-from scale_smog.data.manifest import MANIFEST_NAME, ShardEntry, load_manifest
+from scale_smog.data.manifest import MANIFEST_NAME, ShardEntry, load_manifest, split_sha256
+from scale_smog.data.remote.copies import copied
+from scale_smog.data.remote.space import cache_space
+from scale_smog.data.remote.tars import RemoteTars
+from scale_smog.data.tar_files import LocalTars, TarIndex
 from scale_smog.errors import UserError
-from scale_smog.runtime.retries import retry_transient_errors
+from scale_smog.runtime.stores import Folder, Store, open_folder
 
 # One row per sample, in the order of the tar. Byte order is fixed: files travel between machines.
 SIDECAR_DTYPE = np.dtype(
@@ -32,8 +30,6 @@ SIDECAR_DTYPE = np.dtype(
     ]
 )
 
-MAX_OPEN_FILES = 256  # of a rank: a quarter of what a process may usually open
-
 
 def npy_bytes(rows: np.ndarray) -> bytes:
     """A sidecar as the content of an .npy file."""
@@ -42,14 +38,14 @@ def npy_bytes(rows: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def load_sidecar(folder: Path, entry: ShardEntry) -> np.ndarray:
+def load_sidecar(folder: Folder | Store, entry: ShardEntry) -> np.ndarray:
     """Reads one shard's sidecar: SIDECAR_DTYPE [num_samples].
 
     Raises:
         UserError: the sidecar is missing or is not the one the manifest describes.
     """
     try:
-        content = (folder / entry.npy_name).read_bytes()
+        content = folder.read(entry.npy_name)
     except FileNotFoundError:
         raise UserError(f"{entry.npy_name} is missing from {folder}") from None
     if hashlib.sha256(content).hexdigest() != entry.npy_sha256:
@@ -77,37 +73,54 @@ class TarDataset:
     """
 
     def __init__(self, path: str | Path, split: str) -> None:
-        """Opens `split` of the dataset folder `path`.
+        """Opens `split` of the dataset at `path`, a folder or a store's URL.
 
         Raises:
             UserError: no such dataset or split, or a shard is missing or has another size.
         """
-        manifest = load_manifest(path)
+        self._split, place = split, open_folder(path)
+        described = copied(place, cache_space(), split) if isinstance(place, Store) else place
+        manifest = load_manifest(described.url)
         shards = manifest.split(split).shards
-        self._folder = Path(path).absolute()
-        self._names = [entry.name for entry in shards]
-        self.shard_sizes = [entry.num_samples for entry in shards]
-        self._first_ids = list(accumulate(self.shard_sizes, initial=0))
-        _check_tar_sizes(self._folder, shards)
-        self._rows = np.concatenate([load_sidecar(self._folder, entry) for entry in shards])
+        if isinstance(place, Folder):
+            _check_tar_sizes(place.path, shards)
+        self._sha256 = split_sha256(manifest, split)
+        self._index = TarIndex(shards, [load_sidecar(described, entry) for entry in shards])
+        self._open(path)
 
-        self.num_samples = len(self._rows)
+        rows = self._index.rows
+        self.num_samples = len(rows)
+        self.shard_sizes = [entry.num_samples for entry in shards]
         self.classes = manifest.classes
         self.num_classes = len(self.classes)
-        self.labels = np.ascontiguousarray(self._rows["label"])
-        self.widths = np.ascontiguousarray(self._rows["width"])
-        self.heights = np.ascontiguousarray(self._rows["height"])
-        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(_OpenFile)
+        self.labels = np.ascontiguousarray(rows["label"])
+        self.widths = np.ascontiguousarray(rows["width"])
+        self.heights = np.ascontiguousarray(rows["height"])
+
+    def _open(self, path: str | Path) -> None:
+        self._place = open_folder(path)
+        if isinstance(self._place, Store):
+            space, name = cache_space(), f"{self._split}-{self._sha256[:16]}"
+            folder = space.of_dataset(self._place.url) / name
+            self._tars = RemoteTars(self._place, self._index, folder, space.limit_bytes)
+        else:
+            self._place = Folder(self._place.path.absolute())
+            self._tars = LocalTars(self._place.path, self._index)
+
+    @property
+    def remote(self) -> RemoteTars | None:
+        """The tars, if they are in a store."""
+        return self._tars if isinstance(self._tars, RemoteTars) else None
 
     @property
     def tar_paths(self) -> list[str]:
         """The shards' files, in the order of their samples' ids."""
-        return [str(self._folder / name) for name in self._names]
+        return [f"{self._place}/{name}" for name in self._index.names]
 
     def at(self, path: str | Path) -> Self:
         """The same split in another copy of the dataset folder, such as another host's."""
         other = copy(self)
-        other._folder = Path(path).absolute()
+        other._open(path)
         return other
 
     def read(self, sample_id: int) -> bytes:
@@ -119,48 +132,18 @@ class TarDataset:
         """
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample id {sample_id} is outside 0..{self.num_samples - 1}")
-        shard = self._names[bisect_right(self._first_ids, sample_id) - 1]
-        row = self._rows[sample_id]
+        tar = self._index.place(sample_id).tar
         try:
-            content = self._content(self._folder / shard, int(row["size"]), int(row["offset"]))
+            content = self._tars.read(sample_id)
         except OSError as error:
-            raise UserError(f"cannot read {self._folder / shard}: {error.strerror}") from error
-        if len(content) != row["size"] or zlib.crc32(content) != row["crc32"]:
+            raise UserError(f"cannot read {self._place}/{tar}: {error.strerror}") from error
+        if not self._index.is_whole(sample_id, content):
+            key = self._index.rows["key"][sample_id]
             raise UserError(
-                f"{shard}: sample {row['key']:012d} (id {sample_id}) is damaged; "
-                f"run data_tools/verify.py {self._folder}"
+                f"{tar}: sample {key:012d} (id {sample_id}) is damaged; "
+                f"run data_tools/verify.py {self._place}"
             )
         return content
-
-    def _content(self, path: Path, size: int, offset: int) -> bytes:
-        """Bytes of a shard."""
-
-        def read() -> bytes:
-            try:
-                return self._open(path).read(size, offset)
-            except OSError:
-                self._open.cache_clear()  # its descriptor may be of no use any more
-                raise
-
-        return retry_transient_errors(read, path)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(_OpenFile)
-
-
-class _OpenFile:
-    """A file that closes when its last user lets go: an eviction cannot close it under a reader."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
-
-    def read(self, size: int, offset: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
 
 
 def _check_tar_sizes(folder: Path, shards: Iterable[ShardEntry]) -> None:

@@ -20,7 +20,7 @@ from scale_smog.data.loaders.build import build_plan
 from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.data.prepare.shard import shard_source
 from scale_smog.data.prepare.sources import Source
-from scale_smog.data.tar_dataset import MAX_OPEN_FILES
+from scale_smog.data.tar_files import MAX_OPEN_FILES
 
 CPU = torch.device("cpu")
 NUM_STEPS = 50

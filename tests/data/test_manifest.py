@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scale_smog.data import tar_dataset
+from scale_smog.data import tar_files
 from scale_smog.data.images import ImageEntry
 from scale_smog.data.manifest import load_manifest, manifest_sha256
 from scale_smog.data.prepare.shard import shard_source
@@ -164,7 +164,7 @@ def test_a_pickled_dataset_reads_the_same(folder):
 
 
 def test_many_threads_share_few_open_files(folder, monkeypatch):
-    monkeypatch.setattr(tar_dataset, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(tar_files, "MAX_OPEN_FILES", 2)
     dataset = TarDataset(folder, "train")
     expected = [dataset.read(i) for i in range(NUM_SAMPLES)]
     num_open = len(os.listdir("/proc/self/fd"))

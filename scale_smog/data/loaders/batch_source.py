@@ -28,6 +28,8 @@ class Plan(Protocol):
 
     def epochs(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray: ...
 
+    def next_steps(self, step: int, ranks: range, world_size: int) -> np.ndarray: ...
+
 
 @dataclass(frozen=True)
 class BatchSource:

@@ -17,12 +17,16 @@ from scale_smog.data.loaders.memory import MemoryLoader
 from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.data.plan import EpochPlan, SequentialPlan
+from scale_smog.data.remote.read_ahead import Node
+from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.data.workers import workers_of_rank
 from scale_smog.errors import UserError
+from scale_smog.runtime.stores import is_url
 
 # On a CPU, views up to this size are DALI's own: of 32 px a view costs less than torch's calls that
 # make it (the demo trains at 410 images/s against 210); larger ones torch makes sooner.
 SMALL_VIEW_PX = 64
+READ_AT_ONCE = 256  # images of a step of reading all of a set
 
 
 def open_together(path: str, split: str) -> Images:
@@ -102,6 +106,11 @@ def require_loader(data: DataConfig, device: torch.device) -> None:
         )
     if data.loader in ("dali", "fast"):
         _import_dali(data.loader)
+    if data.loader == "fast" and is_url(data.path):
+        raise UserError(
+            f"data.loader=fast reads tars on a disk, and data.path={data.path} is a store: take "
+            "data.loader=dali"
+        )
     if data.loader == "fast" and not is_tars(data.path):
         raise UserError(
             f"data.loader=fast reads tars, and data.path={data.path} is a folder of images: take "
@@ -115,6 +124,22 @@ def _build(
     data: DataConfig, source: BatchSource, steps: range, device: torch.device
 ) -> Iterable[Batch]:
     require_loader(data, device)
+    remote = source.dataset.remote if isinstance(source.dataset, TarDataset) else None
+    if remote is None or data.loader in ("synthetic", "stream"):
+        return _loader(data, source, steps, device)
+    node = Node.of_rank(source.rank, source.world_size, distributed.ranks_per_node())
+    if data.loader == "memory":  # once, and all of it
+        plan = SequentialPlan(np.arange(source.dataset.num_samples), READ_AT_ONCE)
+        ahead = remote.read_ahead(plan, range(plan.num_steps()), node.that_reads_all())
+    else:
+        ahead = remote.read_ahead(source.plan, steps, node)
+    loader = _loader(data, source, steps, device)
+    return ahead.followed(loader) if ahead else loader
+
+
+def _loader(
+    data: DataConfig, source: BatchSource, steps: range, device: torch.device
+) -> Iterable[Batch]:
     if data.loader == "synthetic":
         return SyntheticLoader(source.views, source.batch_size, len(steps), device)
     if data.loader == "memory":

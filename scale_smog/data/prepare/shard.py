@@ -26,10 +26,11 @@ from scale_smog.data.manifest import (
 from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
 from scale_smog.data.prepare.shard_plan import ShardPlan, plan_shards
 from scale_smog.data.prepare.sources import Source, open_source
-from scale_smog.data.prepare.work_folder import locked, says_what_it_cannot_write, work_folder
+from scale_smog.data.prepare.work_folder import says_what_it_cannot_write, work_folder
 from scale_smog.data.prepare.writer import ShardJob, ShardRecord, finish_shard
 from scale_smog.data.workers import num_usable_cores, run_in_processes, start_forkserver
 from scale_smog.errors import UserError
+from scale_smog.runtime.files import locked
 
 _MIB = 2**20
 

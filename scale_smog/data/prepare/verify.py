@@ -17,6 +17,7 @@ from scale_smog.data.tars import TarMember, format_index
 from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import printable
+from scale_smog.runtime.stores import Folder
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _problems_of_files(check: _ShardCheck) -> list[str]:
     if check.indexed:
         return problems + _indexed_problems(folder, entry)
     try:
-        rows = load_sidecar(folder, entry)
+        rows = load_sidecar(Folder(folder), entry)
         with tarfile.open(folder / entry.name, "r:") as tar:
             samples = _samples(tar)
     except (UserError, tarfile.TarError, OSError) as error:

@@ -1,9 +1,8 @@
 """The folder of a split that is being written: its plan, its finished shards, and a lock."""
 
 import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from scale_smog.data.prepare.shard_plan import ShardPlan
@@ -30,18 +29,6 @@ def work_folder(work: Path, split: str, plan: ShardPlan) -> Iterator[None]:
             pass  # some network filesystems have no locks
         _start_or_continue(work, split, plan)
         yield
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network filesystems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -1,0 +1,224 @@
+"""Object stores as folders, reached through fsspec: s3:, gs:, az:, hf:, https: and all it knows.
+
+A request that fails is made again, with growing delays, and a line on stderr names the store, its
+answer and the wait. Credentials come from where a store's own library looks for them (environment,
+files, the machine's role) and are looked up anew when the store refuses them; no message shows any.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scale_smog.errors import UserError
+
+T = TypeVar("T")
+
+PATIENCE_S = 300.0  # that one request may take with all its tries
+REFUSAL_PATIENCE_S = 60.0  # the same where credentials are refused: new ones may be on their way
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 10.0
+SAY_EVERY_S = 10.0
+NUM_CONNECTIONS = 64  # of a process
+EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+EXTRAS |= {"hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a place in a store, such as s3://bucket/imagenet."""
+    return re.match(r"[a-z][a-z0-9+]*://", str(path)) is not None
+
+
+def shown(url: str) -> str:
+    """A URL, or a text with some, without the parts that may hold secrets."""
+    return re.sub(r"\?[^\s'\"]+", "?...", re.sub(r"://[^/@\s]+@", "://", url))
+
+
+class Store:
+    """A folder of an object store; may be used by threads, pickled, and carried over a fork.
+
+    Args:
+        url: of the folder.
+        patience_s: how long one request is tried.
+    """
+
+    def __init__(self, url: str, patience_s: float = PATIENCE_S):
+        self.url, self._patience_s = url.rstrip("/"), patience_s
+        self._opened: tuple[int, Any, str] | None = None  # process, file system, root in it
+        self._lock = threading.Lock()
+        self._num_repeated, self._said_at = 0, -SAY_EVERY_S
+
+    def __str__(self) -> str:
+        return shown(self.url)
+
+    def __getstate__(self) -> tuple[str, float]:
+        return self.url, self._patience_s
+
+    def __setstate__(self, state: tuple[str, float]) -> None:
+        self.__init__(*state)
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """A file's content, or its bytes from `start` to `stop`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: the store does not give it, or another number of bytes.
+        """
+
+        def read(system: Any, path: str) -> bytes:
+            content = system.cat_file(path, start=start, end=stop)
+            if start is not None and stop is not None and len(content) != stop - start:
+                raise OSError(f"sent {len(content)} bytes of {stop - start}")
+            return content
+
+        return self._persist(name, read)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file, whole or not at all.
+
+        Raises:
+            OSError: the store does not take it.
+        """
+        self._persist(name, lambda system, path: system.pipe_file(path, content))
+
+    def upload(self, file: Path, name: str) -> None:
+        """Writes a file from a local one, in parts where it is large; whole or not at all.
+
+        Raises:
+            OSError: the store does not take it.
+        """
+        self._persist(name, lambda system, path: system.put_file(str(file), path))
+
+    def download(self, name: str, file: Path) -> None:
+        """Copies a file to a local one.
+
+        Raises:
+            FileNotFoundError: there is none.
+            OSError: the store does not give it.
+        """
+        self._persist(name, lambda system, path: system.get_file(path, str(file)))
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there.
+
+        Raises:
+            OSError: the store does not do it.
+        """
+        try:
+            self._persist(name, lambda system, path: system.rm_file(path))
+        except FileNotFoundError:
+            pass
+
+    def sizes(self, pattern: str = "*") -> dict[str, int]:
+        """Bytes of the files whose name fits `pattern`; those in sub-folders as folder/name.
+
+        Raises:
+            OSError: the store does not list them.
+        """
+
+        def find(system: Any, path: str) -> dict[str, int]:
+            found = system.find(path, detail=True)
+            root = path.lstrip("/")
+            names = {key.lstrip("/").removeprefix(f"{root}/"): x for key, x in found.items()}
+            return {name: x["size"] for name, x in names.items() if fnmatch(name, pattern)}
+
+        return self._persist("", find)
+
+    def _persist(self, name: str, request: Callable[[Any, str], T]) -> T:
+        """What a request returns, made until it succeeds, is no use, or patience ends."""
+        began, delay_s = time.monotonic(), FIRST_DELAY_S
+        while True:
+            try:
+                system, root = self._file_system()
+                return request(system, f"{root}/{name}" if name else root)
+            except (FileNotFoundError, IsADirectoryError, UserError, NotImplementedError):
+                raise
+            except Exception as error:  # every library has its own
+                refused = _is_refusal(error)
+                waited_s = time.monotonic() - began
+                patience_s = min(self._patience_s, REFUSAL_PATIENCE_S if refused else 1e9)
+                if waited_s > patience_s or isinstance(error, (TypeError, AttributeError)):
+                    raise OSError(None, f"{_words(error)} (tried for {waited_s:.0f} s)") from None
+                if refused:
+                    self._opened = None  # the next one looks for credentials again
+                self._say(name, error, waited_s)
+            time.sleep(delay_s)
+            delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+
+    def _say(self, name: str, error: Exception, waited_s: float) -> None:
+        with self._lock:
+            self._num_repeated += 1
+            now = time.monotonic()
+            if now - self._said_at < SAY_EVERY_S:
+                return
+            self._said_at = now
+        print(
+            f"{self}/{name}: {_words(error)}; trying again after {waited_s:.0f} s "
+            f"({self._num_repeated} requests tried again so far)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _file_system(self) -> tuple[Any, str]:
+        with self._lock:
+            if self._opened is None or self._opened[0] != os.getpid():
+                self._opened = (os.getpid(), *_open(self.url))
+            return self._opened[1:]
+
+
+class Folder:
+    """A folder of this machine, with what `Store` has for reading."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path, self.url = Path(path), str(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        """A file's content."""
+        return (self.path / name).read_bytes()
+
+
+def open_folder(path: str | os.PathLike[str]) -> Store | Folder:
+    """The folder that a path or a URL names."""
+    return Store(str(path)) if is_url(path) else Folder(path)
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it.
+
+    Raises:
+        UserError: fsspec does not know the protocol, or its library is not installed.
+    """
+    from fsspec.core import url_to_fs  # takes a while, and a run from a disk never needs it
+
+    protocol = url.partition("://")[0]
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if protocol in ("s3", "s3a"):  # tries of its own would be silent
+        config = {"retries": {"total_max_attempts": 1}, "max_pool_connections": NUM_CONNECTIONS}
+        options["config_kwargs"] = config
+    try:
+        system, root = url_to_fs(url, skip_instance_cache=protocol != "memory", **options)
+    except ImportError as error:
+        library = EXTRAS.get(protocol, protocol)
+        raise UserError(f"{shown(url)} needs {library} ({error}): pip install {library}") from None
+    except ValueError as error:
+        raise UserError(f"{shown(url)}: {error}") from None
+    if protocol in ("s3", "s3a"):
+        system.retries = 1
+    return system, root.rstrip("/")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether credentials are missing, wrong or too old."""
+    return isinstance(error, PermissionError) or "Credentials" in type(error).__name__
+
+
+def _words(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return shown(f"{type(error).__name__}: {text}" if text else type(error).__name__)

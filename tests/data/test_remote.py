@@ -1,0 +1,104 @@
+"""A dataset in a store is the dataset on the disk, whatever the store does."""
+
+import gc
+
+import pytest
+import torch
+from s3_store import BUCKET, copy_to
+
+from scale_smog.config import AugmentConfig, DataConfig
+from scale_smog.data import EpochPlan, TarDataset
+from scale_smog.data.augment import training_views
+from scale_smog.data.loaders import build
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.build import build_plan
+from scale_smog.data.remote.read_ahead import Node
+from scale_smog.data.remote.space import cache_space, use_cache
+
+CPU = torch.device("cpu")
+URL = f"s3://{BUCKET}/shapes"
+
+
+@pytest.fixture
+def stored(tars, s3):
+    """The URL of the small dataset in a store."""
+    copy_to(tars, URL)
+    s3.requests.clear()
+    return URL
+
+
+def read_all(dataset):
+    return [dataset.read(i) for i in range(dataset.num_samples)]
+
+
+def test_every_image_is_the_same_from_the_store(tars, stored, s3):
+    local, remote = TarDataset(tars, "train"), TarDataset(stored, "train")
+    assert read_all(remote) == read_all(local)
+    assert remote.classes == local.classes and (remote.labels == local.labels).all()
+
+
+def test_images_are_there_before_they_are_read_and_neighbours_come_together(tars, stored, s3):
+    remote = TarDataset(stored, "train")
+    plan = EpochPlan(remote.num_samples, 8, seed=1)
+    s3.requests.clear()
+    ahead = remote.remote.read_ahead(plan, range(10), Node.of_rank(0, 1, 1))
+    assert read_all(remote) == read_all(TarDataset(tars, "train"))
+    ahead.close()
+    assert sum(s3.requests.values()) == ahead.num_requests == 3  # a tar each
+    assert read_all(remote) and sum(s3.requests.values()) == 3
+
+
+VIEWS = training_views(
+    DataConfig(path="", num_small_crops=1, large_px=24, small_px=16), AugmentConfig()
+)
+
+
+def load(path, steps, loader, rank=0, world_size=1, order="global", workers=0):
+    """Batches of one of several ranks of one machine, in its own process's place."""
+    dataset = TarDataset(path, "train")
+    data = DataConfig(
+        path=str(path), global_batch=12, loader=loader, order=order, block_shards=2, workers=workers
+    )
+    plan = build_plan(data, dataset, seed=3)
+    source = BatchSource(dataset, plan, VIEWS, 3, rank, world_size)
+    return build._build(data, source, steps, CPU)
+
+
+def assert_equal_batches(batches, expected):
+    for batch, other in zip(batches, expected, strict=True):
+        assert torch.equal(batch.sample_id, other.sample_id)
+        assert torch.equal(batch.label, other.label)
+        for a, b in zip(batch.large + batch.small, other.large + other.small, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("loader", "order", "workers"),
+    [("torch", "global", 0), ("torch", "block", 2), ("dali", "block", 2), ("memory", "global", 0)],
+)
+def test_an_epoch_from_the_store_has_the_samples_and_pixels_of_the_disk(
+    tars, stored, loader, order, workers
+):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    expected = load(tars, range(5), loader, order=order, workers=workers)
+    assert_equal_batches(load(stored, range(5), loader, order=order, workers=workers), expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_fifty_batches_after_a_stop_are_the_same_on_other_ranks(
+    tars, stored, world_size, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world_size))
+    use_cache(cache_space().folder, 100_000 / 2**30)  # a third of the set
+    stopped = iter(load(stored, range(50), "torch"))
+    for _ in range(7):
+        next(stopped)
+    del stopped
+    gc.collect()
+    whole = list(load(tars, range(7, 57), "torch"))
+    ranks = [load(stored, range(7, 57), "torch", r, world_size) for r in range(world_size)]
+    for expected, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(torch.cat([p.sample_id for p in parts]), expected.sample_id)
+        for i in range(2):
+            assert torch.equal(torch.cat([p.large[i] for p in parts]), expected.large[i])
