@@ -89,11 +89,7 @@ class EvaluationTask:
         path = self.recipe.data.path
 
         def hashes() -> dict[str, str]:
-    
-        def hashes() -> dict[str, str]:
             return {split: split_sha256(path, split) for split in ("train", test_split(path))}
-
-        return distributed.call_on_main(hashes)
 
         return distributed.call_on_main(hashes)
 
