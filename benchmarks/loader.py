@@ -33,6 +33,7 @@ from torchvision.transforms import InterpolationMode
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import MEAN, SIGMA, STD, training_views
+from scale_smog.data.datasets import open_split
 from scale_smog.data.loaders.build import build_training_loader
 from scale_smog.data.prepare.shard import shard_folder
 
@@ -84,15 +85,15 @@ def _webdataset_loader(tars: list[str], transform: Callable, workers: int) -> Da
     return DataLoader(dataset.batched(BATCH), batch_size=None, num_workers=workers)
 
 
-def _our_loader(tars: Path, num_small: int, threads: int, num_steps: int, loader: str) -> Iterable:
+def _our_loader(path: Path, num_small: int, threads: int, num_steps: int, loader: str) -> Iterable:
     data = DataConfig(
-        path=str(tars),
+        path=str(path),
         loader=loader,  # type: ignore[arg-type]
         workers=threads,
         global_batch=BATCH,
         num_small_crops=num_small,
     )
-    dataset = TarDataset(tars, "train")
+    dataset = open_split(path, "train")
     plan = EpochPlan(dataset.num_samples, BATCH)
     views = training_views(data, AUGMENT)
     return build_training_loader(data, views, dataset, plan, range(num_steps), CPU)
@@ -123,13 +124,14 @@ def _rates(
 
 
 def _compare_views(tars: Path, num_small: int, arguments: argparse.Namespace) -> None:
-    threads = arguments.threads
+    threads, folder = arguments.threads, Path(arguments.images)
     num_batches = 6 if arguments.quick else 16
     paths = [str(path) for path in sorted(tars.glob("*.tar"))]
     steps = NUM_WARM_UP + num_batches
     pillow, lightly = PillowViews(num_small), SMoGTransform(crop_counts=(2, num_small))
     contestants = {
         "ours, DALI": lambda: _our_loader(tars, num_small, threads, steps, "dali"),
+        "ours, DALI, folder": lambda: _our_loader(folder, num_small, threads, steps, "dali"),
         "ours, torch": lambda: _our_loader(tars, num_small, threads, steps, "torch"),
         "webdataset + torchvision": lambda: _webdataset_loader(paths, pillow, threads),
         "webdataset + lightly": lambda: _webdataset_loader(paths, lightly, threads),
@@ -140,11 +142,13 @@ def _compare_views(tars: Path, num_small: int, arguments: argparse.Namespace) ->
     for peer in ("webdataset + torchvision", "webdataset + lightly"):
         text = f"images/s, {what}, DALI loader on the CPU against {peer}"
         claim(text, rates["ours, DALI"], rates[peer], higher_is_better=True)
+    text = f"images/s, {what}, our DALI loader: tars against the same folder"
+    claim(text, rates["ours, DALI"], rates["ours, DALI, folder"], higher_is_better=True)
 
 
-def _compare_readers(tars: Path, rounds: int) -> None:
-    """All encoded images of the tars, one thread; ours in random order and with their crc32."""
-    dataset = TarDataset(tars, "train")
+def _compare_readers(tars: Path, folder: Path, rounds: int) -> None:
+    """All encoded images, one thread; ours in random order and with their crc32."""
+    dataset, files = TarDataset(tars, "train"), open_split(folder, "train")
     paths = [str(path) for path in sorted(tars.glob("*.tar"))]
     order = EpochPlan(dataset.num_samples, dataset.num_samples).ids(0).tolist()
 
@@ -152,12 +156,18 @@ def _compare_readers(tars: Path, rounds: int) -> None:
         for sample_id in order:
             dataset.read(sample_id)
 
+    def ours_of_folder() -> None:
+        for sample_id in order:
+            files.read(sample_id)
+
     def theirs() -> None:
         collections.deque(webdataset.WebDataset(paths, shardshuffle=False), maxlen=0)
 
     print(f"\nreading {dataset.num_samples:,} encoded images of the tars, one thread")
-    seconds = interleaved({"TarDataset.read": ours, "webdataset": theirs}, rounds)
-    claim("s, our tar reader against webdataset's", *seconds.values())
+    readers = {"TarDataset.read": ours, "webdataset": theirs, "FolderDataset.read": ours_of_folder}
+    ours_s, theirs_s, folder_s = interleaved(readers, rounds).values()
+    claim("s, our tar reader against webdataset's", ours_s, theirs_s)
+    claim("s, our tar reader against the folder's", ours_s, folder_s)
 
 
 def main() -> None:
@@ -166,7 +176,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tars = Path(folder)
         shard_folder(arguments.images, tars, shard_samples=100, max_bad=0.5)
-        _compare_readers(tars, arguments.repeats)
+        _compare_readers(tars, Path(arguments.images), arguments.repeats)
         _compare_views(tars, 4, arguments)
         _compare_views(tars, 0, arguments)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from images import jpeg, make_dataset, photo
 from PIL import Image
+from small_recipe import small_recipe
 
+from scale_smog import checkpoint
 from scale_smog.config import AugmentConfig, DataConfig, EvaluationConfig
 from scale_smog.data import EpochPlan, TarDataset, images
 from scale_smog.data.augment import training_views
@@ -25,6 +28,7 @@ from scale_smog.data.loaders.build import (
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.data.prepare.stats import describe
 from scale_smog.errors import UserError
+from scale_smog.pretrain import pretrain
 
 CPU = torch.device("cpu")
 has_dali = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
@@ -228,6 +232,33 @@ def test_slow_disks_and_images_that_are_rewritten_are_worth_a_word(pictures, mon
     monkeypatch.setenv("SCALE_SMOG_CACHE", str(pictures.parent / "cache"))
     opening, rewritten = open_split(pictures, "train").notes
     assert "opening an image takes" in opening and "3 of 63 images" in rewritten
+
+
+def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    tensors, _ = checkpoint.load(checkpoint.list_checkpoints(run_dir)[-1])
+    return {name: x.clone() for name, x in tensors.items()}  # they are a view of the file
+
+
+def test_a_stopped_run_on_a_folder_goes_on_to_the_same_bits_also_elsewhere(pictures, tmp_path):
+    every_step = "run.checkpoint_every=1"
+    pretrain(small_recipe(tmp_path, pictures, every_step))
+    whole = final_state(tmp_path / "run")
+    for folder in checkpoint.list_checkpoints(tmp_path / "run")[3:]:
+        shutil.rmtree(folder)
+    pictures.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "c" / "cut.jpg").write_bytes(b"")  # left out: the images are the same
+    pretrain(small_recipe(tmp_path, tmp_path / "moved", every_step))
+    again = final_state(tmp_path / "run")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    (tmp_path / "moved" / "c" / "00.jpg").write_bytes(jpeg(40, 30, 999))
+    with pytest.raises(UserError, match="was trained on another dataset"):
+        pretrain(small_recipe(tmp_path, tmp_path / "moved", every_step))
+
+
+def test_of_those_that_start_at_once_one_looks_at_the_images(pictures, decoded):
+    with ThreadPoolExecutor(4) as starters:
+        found = starters.map(lambda _: open_split(pictures, "train").sha256, range(4))
+    assert len(set(found)) == 1 and len(decoded) == 63
 
 
 def test_stats_describe_a_folder_like_tars(tmp_path):
