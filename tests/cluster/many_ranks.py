@@ -42,6 +42,12 @@ if TYPE_CHECKING:
 
 STEPS, RESET_EVERY, CHECKPOINT_EVERY = 14, 6, 5
 DEADLINE_S = 60
+# Where neither the batch norm nor the evaluation is what is looked at.
+SHORT = (
+    "model.batch_norm=local",
+    "evaluation.num_train_images=16",
+    "evaluation.num_test_images=16",
+)
 TIMEOUT_S = 900.0
 LATE_S = 20.0
 
@@ -156,8 +162,8 @@ def equal(campaign: Campaign) -> bool:
     """Groups and bank are one rank's: of the nets in fp64, of given features to the bit."""
     precision = equal_ranks.precision_of(campaign.engine)
     images = [f"engine.precision={precision}", "data.loader=torch", "data.workers=0"]
-    images += ["run.steps=4", "grouping.reset_every=2", "run.checkpoint_every=0"]
-    images += ["evaluation.num_train_images=16", "evaluation.num_test_images=16"]
+    images += ["run.steps=4", "grouping.reset_every=2", "run.checkpoint_every=0", *SHORT]
+    images += ["model.batch_norm=global"]
     alone = campaign.folder / "alone"
     is_good = campaign.train(*images)
     is_good &= campaign.train(*images, f"run.dir={alone}", "engine.kind=ddp", ranks=1)
@@ -182,7 +188,7 @@ def equal(campaign: Campaign) -> bool:
 def strike(campaign: Campaign, number: int, *overrides: str) -> tuple[list[int], str, float]:
     """Signals a rank in training; exit codes, consoles and seconds until the end."""
     deadlines = [f"deadlines.{key}={DEADLINE_S}" for key in ("data_s", "step_s", "kmeans_s")]
-    job = campaign.job(campaign.pretrain(*deadlines, *overrides))
+    job = campaign.job(campaign.pretrain(*SHORT, *deadlines, *overrides))
     while job.poll() and len(campaign.logged()) < 2:
         time.sleep(0.05)
     victim = campaign.ranks // 2 + 1
@@ -208,7 +214,7 @@ def kill(campaign: Campaign) -> bool:
     if not is_named:
         print(said[-6000:])
     campaign.facts.append(f"named {is_named} {seconds:.0f} s later")
-    return is_named and all(codes) and campaign.train() and campaign.is_complete()
+    return is_named and all(codes) and campaign.train(*SHORT) and campaign.is_complete()
 
 
 def stop(campaign: Campaign) -> bool:
@@ -217,7 +223,7 @@ def stop(campaign: Campaign) -> bool:
     found = re.search(r"deadlines\.(\w+)=\d+ has passed: no heartbeat from THE VICTIM", said)
     campaign.facts.append(f"named by {found and found.group(1)}, all ended {seconds:.0f} s later")
     is_good = found is not None and codes.count(3) == campaign.ranks - 1
-    return is_good and campaign.train() and campaign.is_complete()
+    return is_good and campaign.train(*SHORT) and campaign.is_complete()
 
 
 def term(campaign: Campaign) -> bool:
@@ -226,7 +232,7 @@ def term(campaign: Campaign) -> bool:
     saved, logged = campaign.checkpoints()[-1:], last_step(campaign)
     campaign.facts.append(f"all saved {saved} and ended {seconds:.0f} s later")
     is_saved = bool(saved) and int(saved[0].removeprefix("step-")) >= logged
-    return not any(codes) and is_saved and campaign.train() and campaign.is_complete()
+    return not any(codes) and is_saved and campaign.train(*SHORT) and campaign.is_complete()
 
 
 def elastic(campaign: Campaign) -> bool:
@@ -237,9 +243,7 @@ def elastic(campaign: Campaign) -> bool:
         steps = STEPS * number // len(counts)
         per_node = campaign.per_node
         campaign.per_node = math.gcd(per_node, count)
-        is_good = campaign.train(
-            f"run.steps={steps}", "evaluation.num_train_images=16", ranks=count
-        )
+        is_good = campaign.train(*SHORT, f"run.steps={steps}", ranks=count)
         campaign.per_node = per_node
         if not is_good or last_step(campaign) != steps:
             return False
@@ -269,7 +273,7 @@ def evaluate(campaign: Campaign) -> bool:
 
         return work
 
-    is_good = campaign.train()
+    is_good = campaign.train(*SHORT)
     for name in ("knn", "linear", "groups"):
         job = campaign.job(program(name))
         codes = campaign.finish(job)
@@ -299,8 +303,8 @@ def straggler(campaign: Campaign) -> bool:
         phases.on_enter.append(sleep_in_a_step)
 
     overrides = [f"run.steps={num_steps + 16}", "run.log_every=4", "grouping.reset_every=30"]
-    overrides += ["model.batch_norm=node"]
-    job = campaign.job(campaign.pretrain(*overrides, before=before))
+    overrides += ["run.checkpoint_every=0"]
+    job = campaign.job(campaign.pretrain(*SHORT, *overrides, before=before))
     codes, name = campaign.finish(job), f"rank {victim} on node-{victim // campaign.per_node}"
     lines = job.said().splitlines()
     named = [n for n, line in enumerate(lines) if "slower than the other ranks" in line]
@@ -345,7 +349,7 @@ def skip(campaign: Campaign) -> bool:
         dist.all_reduce = reduce_or_skip
 
     deadlines = [f"deadlines.{key}={DEADLINE_S}" for key in ("data_s", "step_s", "kmeans_s")]
-    job = campaign.job(campaign.pretrain(*deadlines, before=before))
+    job = campaign.job(campaign.pretrain(*SHORT, *deadlines, before=before))
     codes = campaign.finish(job)
     said, name = job.said(), f"rank {victim} on node-{victim // campaign.per_node}"
     pattern = rf"{name} (began|did not begin) .* as collective \d+ of process group \S+"
@@ -370,8 +374,8 @@ def start(campaign: Campaign) -> bool:
         counts = campaign.folder / name
         counts.mkdir()
         before = count_until_first_step(campaign, counts)
-        overrides = f"run.steps={steps}", "evaluation.num_train_images=16"
-        job = campaign.job(campaign.pretrain(*overrides, before=before), counted=True)
+        work = campaign.pretrain(*SHORT, f"run.steps={steps}", before=before)
+        job = campaign.job(work, counted=True)
         if any(codes := campaign.finish(job)):
             print(f"exit codes {codes}\n{job.said()[-4000:]}", flush=True)
             return False
@@ -429,7 +433,7 @@ def late(campaign: Campaign) -> bool:
     def before(rank: int) -> None:
         time.sleep(LATE_S * (rank == campaign.ranks - 1))
 
-    job = campaign.job(campaign.pretrain(before=before))
+    job = campaign.job(campaign.pretrain(*SHORT, before=before))
     return not any(campaign.finish(job)) and campaign.is_complete()
 
 
@@ -526,7 +530,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=64)
     parser.add_argument("--per-node", type=int, default=8)
     parser.add_argument("--engine", default="hsdp", help="or several, with commas; all")
-    parser.add_argument("--batch", type=int, default=0, help="of all ranks; default: 6 a rank")
+    parser.add_argument("--batch", type=int, default=0, help="of all ranks; default: 3 a rank")
     parser.add_argument("--scenario", default="train", help="or several, with commas; all")
     given = parser.parse_args(arguments)
     preload()
@@ -534,7 +538,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engines = given.engine.split(",")
     if given.engine == "all":
         engines = ["ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp"]
-    batch = given.batch or 6 * given.ranks  # three quarters of the ranks divide it too
+    batch = given.batch or 3 * given.ranks  # three quarters of the ranks divide it too
     good = []
     for engine in engines:
         for name in scenarios:
