@@ -181,6 +181,8 @@ class _Index:
     def _look_at(self, rows: np.ndarray) -> None:
         """Fills the rows without a width, part by part: a start that is killed goes on there."""
         unknown = np.flatnonzero(rows["width"] == 0)
+        if not len(unknown):
+            return
         self._measure_opening(unknown)
         num_threads = max(16, num_usable_cores())  # decoding releases the interpreter's lock
         with (
