@@ -41,6 +41,9 @@ class RunConfig(Section):
 
     dir: str = ""
     """Folder of the run; empty: runs/<name of the recipe>."""
+    mirror: str = ""
+    """Place in a store, such as s3://bucket/run, for a copy of every checkpoint; a run without any
+    in its run.dir goes on from the newest copy."""
     steps: Positive | None = None
     """Length of the run in optimizer steps; give either this or run.epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -75,7 +78,12 @@ class DataConfig(Section):
     """Which images, and who decodes and augments them."""
 
     path: str
-    """Folder of the dataset."""
+    """Folder of the dataset, or its place in a store, such as s3://bucket/imagenet."""
+    cache_dir: str = ""
+    """Folder on a local disk for the images of a data.path in a store; empty: scale_smog_cache in
+    the folder for temporary files."""
+    cache_gib: Annotated[float, Field(gt=0)] = 100.0
+    """Most that the images of a split take in data.cache_dir, of all ranks of a machine."""
     num_images: Positive = 1_281_167
     """Training images to expect: `--dry-run` plans with them where the dataset is not there yet."""
     global_batch: Positive = 4096

@@ -18,6 +18,7 @@ from scale_smog.data.loaders.build import (
     open_together,
     require_loader,
 )
+from scale_smog.data.remote.space import use_cache
 from scale_smog.errors import RankError, UserError
 from scale_smog.evaluation.final import conclude
 from scale_smog.evaluation.knn import KnnProbe
@@ -36,6 +37,9 @@ from scale_smog.runtime.watchdog import Watchdog
 from scale_smog.schedules import Schedules
 from scale_smog.small_data import fit_to_data
 from scale_smog.state import TrainState, build_state
+
+# To the copy of the last checkpoint; after a signal that ends a machine it has seconds.
+MIRROR_S, MIRROR_AFTER_STOP_S = 1200.0, 15.0
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -62,6 +66,7 @@ def pretrain(recipe: Recipe) -> None:
 
 def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     """`pretrain` within a process group."""
+    use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
     require_equal_hosts(recipe)
     dataset = open_together(recipe.data.path, "train")
     kept = distributed.call_on_main(lambda: run_folder.kept_recipe(recipe.run.dir))
@@ -114,8 +119,10 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
                     raise phases.StopRequested
         with phases.during(phases.EVALUATION):
             conclude(recipe, state, dataset, knn, metrics)
+        await_mirror(checkpoints, metrics, MIRROR_S)
     except phases.StopRequested:
         metrics.say(f"stopped after step {state.step}; the same command goes on from there")
+        await_mirror(checkpoints, metrics, MIRROR_AFTER_STOP_S)
     metrics.close()
     if distributed.is_main():
         draw_run_curves(run_dir)
@@ -139,6 +146,14 @@ def start_or_save(state: TrainState, batches: Iterable[Batch], checkpoints: Chec
         if problem := checkpoints.wait():
             raise UserError(problem) from None
         raise
+
+
+def await_mirror(checkpoints: Checkpoints, metrics: Metrics, seconds: float) -> None:
+    """Gives the copy of the last checkpoint some time; a collective."""
+    with phases.during(phases.SAVING):
+        problem = distributed.call_on_main(lambda: checkpoints.wait_for_mirror(seconds))
+    if problem:
+        metrics.say(f"warning: {problem}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A folder gets its name `step-XXXXXXXX` when all of it is on the disk.
 import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scale_smog.checkpoint.manifest import (
@@ -58,11 +59,17 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def remove_superseded(run_dir: Path, step: int, keep: int, keep_every: int) -> None:
+def remove_superseded(
+    run_dir: Path,
+    step: int,
+    keep: int,
+    keep_every: int,
+    is_needed: Callable[[Path], bool] = lambda _: False,
+) -> None:
     """Removes older checkpoints than the newest `keep` up to `step`.
 
-    Those of every `keep_every` steps (0: none) stay, and so does what is not whole at a glance:
-    `check.py --doctor` tells why it is not.
+    Those of every `keep_every` steps (0: none) stay, those that are needed, and so does what is not
+    whole at a glance: `check.py --doctor` tells why it is not.
     """
     candidates = []
     for folder in list_checkpoints(run_dir):
@@ -73,6 +80,12 @@ def remove_superseded(run_dir: Path, step: int, keep: int, keep_every: int) -> N
             continue
         if manifest.step <= step:
             candidates.append((folder, manifest.step))
-    for folder, its_step in candidates[:-keep]:
-        if not keep_every or its_step % keep_every:
+    gone = superseded([its_step for _, its_step in candidates], keep, keep_every)
+    for folder, its_step in candidates:
+        if its_step in gone and not is_needed(folder):
             remove(folder)
+
+
+def superseded(steps: Sequence[int], keep: int, keep_every: int) -> list[int]:
+    """Of the steps of checkpoints, oldest first, those that need not stay."""
+    return [step for step in steps[:-keep] if not keep_every or step % keep_every]

@@ -5,6 +5,7 @@ safetensors files, which cannot run code. Around it: a staging folder, hashes, a
 """
 
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,6 +40,7 @@ from scale_smog.checkpoint.manifest import (
     read_manifest,
     step_folder,
 )
+from scale_smog.checkpoint.mirror import Mirror
 from scale_smog.checkpoint.planner import SavePlanner, own_files, writer
 from scale_smog.config import RunConfig
 from scale_smog.distributed import Partition, call_on_all_ranks
@@ -71,6 +73,7 @@ class Checkpoints:
         self._run_dir = distributed.broadcast_object(Path(run.dir).absolute())  # rank 0 decides
         self._folder = self._run_dir / "checkpoints"
         self._run, self._facts = run, facts
+        self._mirror = Mirror(run) if run.mirror and distributed.is_main() else None
         self.newest_step: int | None = None  # that was loaded, or whose save has begun
         self._group = distributed.background_group()
         self._buffers: dict[str, Tensor] = {}
@@ -140,9 +143,8 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, and none is whole; nothing is begun anew by itself.
         """
-        names = [f.name for f in list_checkpoints(self._run_dir)] if distributed.is_main() else []
         passed_over: list[str] = []
-        for name in reversed(distributed.broadcast_object(names)):
+        for name in reversed(distributed.call_on_main(self._names)):
             folder = self._folder / name
             try:
                 manifest = self._agreed_manifest(folder)
@@ -159,6 +161,18 @@ class Checkpoints:
                 "folder to begin anew"
             )
         return None
+
+    def _names(self) -> list[str]:
+        """Of the checkpoints here; where there is none, of the one that the mirror gives back."""
+        names = [folder.name for folder in list_checkpoints(self._run_dir)]
+        if not names and self._mirror and (name := self._mirror.pull(self._folder)):
+            print(f"{name} came back from {self._mirror}", file=sys.stderr, flush=True)
+            names = [name]
+        return names
+
+    def wait_for_mirror(self, seconds: float) -> str | None:
+        """Waits for the copy of the last checkpoint; None, or in words what is missing."""
+        return self._mirror.wait(seconds) if self._mirror else None
 
     def _agreed_manifest(self, folder: Path) -> CheckpointManifest:
         """The manifest, once all ranks have read the same one and each has hashed its files.
@@ -233,6 +247,7 @@ class Checkpoints:
             tensors = {name: facts for _, part in parts for name, facts in part.items()}
             manifest = CheckpointManifest(FORMAT_VERSION, step, self._facts, tensors, files)
             self._on_main(lambda: commit(staging, final, manifest))
+            self._on_main(lambda: self._mirror.push(final) if self._mirror else None)
             self._on_main(lambda: self._tidy(step))
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             self._problem = _as_os_error(error)
@@ -245,7 +260,8 @@ class Checkpoints:
         with suppress(OSError):
             remove_leftovers(self._folder)
         with suppress(OSError):
-            remove_superseded(self._run_dir, step, *keep)
+            is_needed = self._mirror.is_copying if self._mirror else lambda _: False
+            remove_superseded(self._run_dir, step, *keep, is_needed)
 
     def _on_all(self, function: Callable[[], T]) -> list[T]:
         return call_on_all_ranks(function, self._group)

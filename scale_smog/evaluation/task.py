@@ -19,6 +19,7 @@ from scale_smog import distributed
 from scale_smog.checkpoint.nets import find_checkpoint, load_online_net
 from scale_smog.config import Recipe
 from scale_smog.data.datasets import Images, split_sha256
+from scale_smog.data.remote.space import use_cache
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder, embed_images
 from scale_smog.evaluation.protocols import Protocols, load_protocols, split_overrides
@@ -72,6 +73,7 @@ class EvaluationTask:
         own, protocols = split_overrides(overrides)
         recipe = load_recipe(run_dir / run_folder.RECIPE_FILE, own)
         recipe = _with_data_found(recipe, run_dir)
+        use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
         sizes_px = {"evaluation.image_px": recipe.evaluation.image_px}
         require_images_fit(recipe.model, sizes_px, batch=2)
         return cls(name, checkpoint, run_dir, recipe, load_protocols(protocols), device)

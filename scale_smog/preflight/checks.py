@@ -17,6 +17,7 @@ from scale_smog.checkpoint.disk_space import probe_space
 from scale_smog.config import DataConfig, Recipe
 from scale_smog.data.datasets import open_split
 from scale_smog.data.plan import images_per_rank
+from scale_smog.data.remote.space import use_cache
 from scale_smog.data.workers import describe_workers, num_usable_cores, workers_of_rank
 from scale_smog.errors import UserError
 from scale_smog.preflight import dataset, versions
@@ -32,6 +33,7 @@ RENDEZVOUS_TIMEOUT_S = 300.0
 MAX_CLOCK_OFFSET_S = 2.0
 # A host may have its own of these; contents are compared, or rank 0's are taken.
 HOST_KEYS = {("data", "path"), ("data", "workers"), ("run", "dir"), ("model", "weights")}
+HOST_KEYS |= {("data", "cache_dir"), ("data", "cache_gib")}
 MAX_MEMORY_SHARE = 0.9  # of a device's memory
 
 
@@ -50,6 +52,7 @@ def check(recipe: Recipe) -> int:
         UserError: the ranks do not find one another; settings of a small set do not fit it.
     """
     with distributed.process_group(RENDEZVOUS_TIMEOUT_S) as device:
+        use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
         rows = examine(as_trained(recipe), device)
         num_faults = sum(len(row.faults) for row in rows)
         if distributed.is_main():

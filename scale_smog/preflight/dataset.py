@@ -8,8 +8,10 @@ from typing import NamedTuple
 from scale_smog.data.datasets import is_tars, open_split
 from scale_smog.data.folder_dataset import FolderDataset
 from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest, manifest_sha256
+from scale_smog.data.remote.copies import check_tars
 from scale_smog.errors import UserError
 from scale_smog.preflight.table import Row, most_common
+from scale_smog.runtime.stores import Store, is_url
 
 NUM_READERS = 8
 MAX_NAMED = 5
@@ -37,6 +39,9 @@ def inspect(path: str, thorough: bool) -> DatasetView:
             problems = _unreadable_images(images) if thorough else ()
             return DatasetView(images.sha256, f"{images.num_samples:,} images", problems)
         manifest, name = load_manifest(path), manifest_sha256(path)
+        if is_url(path):  # every byte of it is compared as it is read
+            check_tars(Store(path), manifest)
+            return DatasetView(name, f"{_num_shards(manifest):,} shards", ())
     except (UserError, OSError) as error:
         return DatasetView("", "no files", (str(error),))
     return DatasetView(name, *_inspect_tars(Path(path), manifest, thorough))
@@ -57,6 +62,10 @@ def _inspect_tars(
     with ThreadPoolExecutor(NUM_READERS) as pool:  # hashing releases the interpreter's lock
         found = [text for texts in pool.map(problems, entries) for text in texts]
     return f"{len(entries):,} shards", tuple(found)
+
+
+def _num_shards(manifest: DatasetManifest) -> int:
+    return sum(len(split.shards) for split in manifest.splits.values())
 
 
 def _unreadable_images(images: FolderDataset) -> tuple[str, ...]:
@@ -103,5 +112,9 @@ def compare(hosts: Sequence[str], views: Sequence[DatasetView], path: str, thoro
         faults += [f"{host}: {text} ({path})" for text in each.problems[:MAX_NAMED]]
         if len(each.problems) > MAX_NAMED:
             faults.append(f"{host}: {len(each.problems) - MAX_NAMED} more files ({path})")
-    how = "every byte read on every host" if thorough else "all there on every host"
+    how = (
+        "every byte read on every host"
+        if thorough and not is_url(path)
+        else "all there on every host"
+    )
     return Row("dataset", f"{path}: {views[0].files}, {how}", faults)

@@ -9,6 +9,7 @@ from scale_smog.data import EpochPlan
 from scale_smog.data.workers import describe_workers, num_usable_cores, workers_of_rank
 from scale_smog.profiling.memory import MemoryPlan, plan_memory
 from scale_smog.recipe import dump_recipe
+from scale_smog.runtime.stores import is_url
 from scale_smog.schedules import Schedules
 from scale_smog.small_data import fit_to_data
 
@@ -38,7 +39,7 @@ def dry_run(recipe: Recipe) -> str:
 
 def _count_images(recipe: Recipe) -> tuple[int, str]:
     """Training images, and a word on where that number is from."""
-    if not Path(recipe.data.path).exists():
+    if not is_url(recipe.data.path) and not Path(recipe.data.path).exists():
         return recipe.data.num_images, f" (data.num_images: there is no {recipe.data.path} here)"
     from scale_smog.data.datasets import num_images
 

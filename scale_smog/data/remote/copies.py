@@ -9,7 +9,6 @@ from scale_smog.data.manifest import (
     MANIFEST_NAME,
     DatasetManifest,
     ShardEntry,
-    SplitManifest,
     parse_manifest,
 )
 from scale_smog.data.remote.space import CacheSpace
@@ -48,7 +47,7 @@ def _copy_manifest(store: Store, folder: Path) -> DatasetManifest:
         return parse_manifest(path.read_bytes(), str(path))
     content = store.read(MANIFEST_NAME)
     manifest = parse_manifest(content, f"{store}/{MANIFEST_NAME}")
-    _check_tars(store, manifest.splits)
+    check_tars(store, manifest)
     write_atomically(path, content)
     return manifest
 
@@ -59,11 +58,16 @@ def _copy_sidecar(store: Store, folder: Path, entry: ShardEntry) -> None:
         write_atomically(path, store.read(entry.npy_name))
 
 
-def _check_tars(store: Store, splits: dict[str, SplitManifest]) -> None:
+def check_tars(store: Store, manifest: DatasetManifest) -> None:
+    """Compares the sizes of all tars, where the store lists them.
+
+    Raises:
+        UserError: one is missing, or has another size.
+    """
     if store.url.partition("://")[0] in UNLISTED:
         return
     sizes = store.sizes("*.tar")
-    for entry in [entry for split in splits.values() for entry in split.shards]:
+    for entry in [entry for split in manifest.splits.values() for entry in split.shards]:
         if entry.name not in sizes:
             raise UserError(f"shard {entry.name} is missing from {store}")
         if sizes[entry.name] != entry.bytes:

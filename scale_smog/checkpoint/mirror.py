@@ -1,0 +1,164 @@
+"""Copies of a run's checkpoints in an object store, for machines that come and go.
+
+A copy is valid when its manifest is there, which is written last and removed first. What comes back
+is compared with it like any checkpoint. A store that fails costs a line on stderr and the copy of
+one checkpoint: the next one is tried again.
+"""
+
+import re
+import shutil
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from scale_smog.checkpoint.commit import superseded
+from scale_smog.checkpoint.manifest import (
+    MANIFEST_FILE,
+    DamagedCheckpoint,
+    check_files,
+    read_manifest,
+    step_folder,
+)
+from scale_smog.config import RunConfig
+from scale_smog.errors import UserError
+from scale_smog.runtime.files import rename_durably
+from scale_smog.runtime.stores import Store
+
+_MANIFEST = re.compile(rf"step-(\d{{8}})/{re.escape(MANIFEST_FILE)}")
+
+
+class Mirror:
+    """The copies; one process of a run has it.
+
+    Args:
+        run: the recipe's section, with a mirror.
+    """
+
+    def __init__(self, run: RunConfig):
+        self._store, self._run = Store(run.mirror), run
+        self._changed = threading.Condition()
+        self._next: Path | None = None  # to be copied: the newest one only
+        self._current: Path | None = None
+        self._thread: threading.Thread | None = None
+
+    def __str__(self) -> str:
+        return str(self._store)
+
+    def push(self, folder: Path) -> None:
+        """Begins to copy a committed checkpoint, unless one is on its way: then after that."""
+        with self._changed:
+            self._next = folder
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def is_copying(self, folder: Path) -> bool:
+        """Whether the files of a checkpoint are still needed here."""
+        with self._changed:
+            return folder in (self._current, self._next)
+
+    def wait(self, seconds: float) -> str | None:
+        """Waits for the copy that is on its way; None, or in words what is not there yet."""
+        with self._changed:
+            if self._changed.wait_for(lambda: not (self._next or self._current), seconds):
+                return None
+            last = self._next or self._current
+        return f"{last.name if last else 'a checkpoint'} is not in {self} yet"
+
+    def pull(self, folder: Path) -> str | None:
+        """Brings the newest whole copy into a run's folder of checkpoints.
+
+        Returns:
+            Its name; None if there is none.
+
+        Raises:
+            UserError: the store cannot be read, or none of its copies is whole.
+        """
+        damages = []
+        try:
+            for step in reversed(_whole_steps(self._names())):
+                final = step_folder(folder, step)
+                try:
+                    self._bring(final)
+                    return final.name
+                except DamagedCheckpoint as error:
+                    damages.append(str(error))
+        except OSError as error:
+            raise UserError(
+                f"run.mirror={self}: {error.strerror or error}; it may hold this run's "
+                "checkpoints: try again, or begin anew without run.mirror"
+            ) from None
+        if damages:
+            raise UserError(f"run.mirror={self} has no whole checkpoint: {damages[0]}")
+        return None
+
+    def _bring(self, final: Path) -> None:
+        staging = final.with_name(f".{final.name}.tmp") / final.name
+        shutil.rmtree(staging.parent, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            self._store.download(f"{final.name}/{MANIFEST_FILE}", staging / MANIFEST_FILE)
+            manifest = read_manifest(staging)
+            for name in manifest.files:
+                if name != Path(name).name:
+                    raise DamagedCheckpoint(f"{MANIFEST_FILE} names a file elsewhere: {name}")
+                self._store.download(f"{final.name}/{name}", staging / name)
+            check_files(staging, manifest)
+            rename_durably(staging, final)
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{self}/{final.name}: a file is missing: {error}") from None
+        finally:
+            shutil.rmtree(staging.parent, ignore_errors=True)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._current = None
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._next is not None)
+                self._current, self._next = self._next, None
+                folder = self._current
+            assert folder is not None
+            try:
+                self._copy(folder)
+                self._tidy(read_manifest(folder).step)
+            except (OSError, DamagedCheckpoint, UserError) as error:
+                reason = (isinstance(error, OSError) and error.strerror) or error
+                print(
+                    f"warning: no copy of {folder.name} in {self}: {reason}; training goes on, "
+                    "and the next checkpoint is copied again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _copy(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        self._store.remove(f"{folder.name}/{MANIFEST_FILE}")  # of an older one of this step
+        for name in manifest.files:
+            self._store.upload(folder / name, f"{folder.name}/{name}")
+        self._store.upload(folder / MANIFEST_FILE, f"{folder.name}/{MANIFEST_FILE}")
+
+    def _tidy(self, step: int) -> None:
+        """Keeps the copies that `run.dir` would keep, and nothing of unfinished ones before."""
+        keep = self._run.keep_checkpoints, self._run.keep_checkpoint_every
+        names = self._names()
+        steps = [s for s in _whole_steps(names) if s <= step]
+        kept = {step_folder(Path(), s).name for s in set(steps) - set(superseded(steps, *keep))}
+        newest = step_folder(Path(), step).name
+        gone = [
+            n for n in names if (folder := n.partition("/")[0]) <= newest and folder not in kept
+        ]
+        for name in sorted(gone, key=lambda n: not n.endswith(f"/{MANIFEST_FILE}")):
+            with suppress(FileNotFoundError):
+                self._store.remove(name)
+
+    def _names(self) -> list[str]:
+        return list(self._store.sizes("step-????????/*"))
+
+
+def _whole_steps(names: list[str]) -> list[int]:
+    """Steps of the copies with a manifest, oldest first."""
+    matches = [_MANIFEST.fullmatch(name) for name in names]
+    return sorted(int(match.group(1)) for match in matches if match)

@@ -1,0 +1,135 @@
+"""Checkpoints in a store: whole ones come back, and a store that fails stops nothing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from s3_store import BUCKET
+
+from scale_smog import UserError
+from scale_smog.checkpoint import Checkpoints, list_checkpoints
+from scale_smog.checkpoint.mirror import Mirror
+from scale_smog.config import RunConfig
+from scale_smog.distributed import Partition
+from scale_smog.runtime.stores import Store
+
+
+@pytest.fixture
+def run(tmp_path, s3) -> RunConfig:
+    url = f"s3://{BUCKET}/{tmp_path.name}"
+    return RunConfig(dir=str(tmp_path / "run"), steps=1, mirror=url, keep_checkpoints=2)
+
+
+def state_of(value: float) -> dict[str, Partition]:
+    return {"online.w": Partition.replicated(torch.full((1000,), value))}
+
+
+def save(run: RunConfig, *steps: int) -> str | None:
+    checkpoints = Checkpoints(run, {})
+    for step in steps:
+        assert checkpoints.save(step, state_of(float(step))) is None
+        assert checkpoints.wait() is None
+        problem = checkpoints.wait_for_mirror(60)
+    return problem
+
+
+def lose_machine(run: RunConfig) -> None:
+    shutil.rmtree(run.dir, ignore_errors=True)
+
+
+def newest(run: RunConfig) -> int | None:
+    """The step that comes back, whose tensors must be that step's."""
+    restored = Checkpoints(run, {}).load_newest(state_of(0.0))
+    if restored is None:
+        return None
+    assert (restored.values["online.w"] == restored.step).all()
+    return restored.step
+
+
+def copies(run: RunConfig) -> set[str]:
+    return {name.partition("/")[0] for name in Store(run.mirror).sizes("*/manifest.json")}
+
+
+def test_a_lost_machine_goes_on_from_the_newest_copy(run):
+    assert save(run, 10, 20, 30) is None
+    assert copies(run) == {"step-00000020", "step-00000030"}  # as run.dir keeps them
+    lose_machine(run)
+    assert newest(run) == 30
+    assert [f.name for f in list_checkpoints(Path(run.dir))] == ["step-00000030"]
+
+
+def test_without_any_copy_a_run_begins_anew(run):
+    assert newest(run) is None
+
+
+def test_checkpoints_of_the_run_folder_come_before_copies(run):
+    save(run, 10)
+    save(run.model_copy(update={"mirror": ""}), 20)
+    assert newest(run) == 20
+
+
+def test_an_upload_that_ends_anywhere_never_leaves_a_copy_that_loads_wrong(run, s3):
+    save(run.model_copy(update={"mirror": ""}), 20)
+    (folder,) = list_checkpoints(Path(run.dir))
+    for first_failure in range(20):
+        s3.fault = lambda *_: None
+        older = run.model_copy(update={"dir": run.dir + "-older"})
+        lose_machine(older)
+        save(older, 10)
+        num_requests = 0
+
+        def fault(*_, first_failure=first_failure):
+            nonlocal num_requests
+            num_requests += 1
+            return "reset" if num_requests > first_failure else None
+
+        s3.fault = fault
+        mirror = Mirror(run)
+        try:
+            mirror._store = Store(run.mirror, patience_s=0)
+            mirror._copy(folder)
+            done = True
+        except OSError:
+            done = False
+        s3.fault = lambda *_: None
+        elsewhere = run.model_copy(update={"dir": run.dir + "-elsewhere"})
+        lose_machine(elsewhere)
+        assert newest(elsewhere) == (20 if done else 10)
+        if done:
+            break
+        Store(run.mirror).remove("step-00000020/manifest.json")
+    assert first_failure > 2
+
+
+def test_a_damaged_copy_is_passed_over(run):
+    save(run, 10, 20)
+    store = Store(run.mirror)
+    (name,) = store.sizes("step-00000020/*.safetensors")
+    content = bytearray(store.read(name))
+    content[-1] ^= 1
+    store.write(name, bytes(content))
+    lose_machine(run)
+    assert newest(run) == 10
+
+
+def test_a_store_that_fails_stops_no_training_and_the_next_copy_succeeds(run, s3, capfd):
+    s3.fault = lambda proxy, method, path: "slow down" if method == "PUT" else None
+    checkpoints = Checkpoints(run, {})
+    checkpoints._mirror._store = Store(run.mirror, patience_s=0.2)
+    assert checkpoints.save(10, state_of(10.0)) is None
+    assert checkpoints.wait() is None and checkpoints.wait_for_mirror(60) is None
+    assert "warning: no copy of step-00000010" in (said := capfd.readouterr().err)
+    assert "SlowDown" in said or "reduce your request rate" in said
+    s3.fault = lambda *_: None
+    assert checkpoints.save(20, state_of(20.0)) is None
+    assert checkpoints.wait() is None and checkpoints.wait_for_mirror(60) is None
+    assert copies(run) == {"step-00000020"}
+
+
+def test_a_store_that_cannot_be_asked_begins_nothing_anew(run, s3):
+    s3.fault = lambda *_: "slow down"
+    checkpoints = Checkpoints(run, {})
+    checkpoints._mirror._store = Store(run.mirror, patience_s=0.2)
+    with pytest.raises(UserError, match=r"run\.mirror=.*begin anew without run\.mirror"):
+        checkpoints.load_newest(state_of(0.0))
