@@ -15,6 +15,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[int, Field(ge=10)]  # of a deadline: to find out who is late takes some
 Pair = Annotated[tuple[Share, Share], Field(strict=False)]  # YAML has lists, not tuples
 
+Figure = Literal[
+    "loss",
+    "knn",
+    "online_knn",
+    "online_linear",
+    "groups_in_use",
+    "group_perplexity",
+    "rankme_bank",
+    "rankme_features",
+    "images_per_s",
+]
+
 
 class StrictModel(BaseModel):
     """Unknown keys are refused, nothing is coerced, nothing changed later."""
@@ -66,6 +78,11 @@ class RunConfig(Section):
     """Steps in a row that may be left out because their loss or gradients are not finite."""
     evaluate_every: NonNegative = 0
     """Steps from one kNN evaluation in training to the next; 0: never."""
+    stop_below: dict[Figure, float] = {}
+    """End the run when a logged figure stays below a value, such as {group_perplexity: 10,
+    knn: 0.2}; the newest checkpoint stands."""
+    stop_patience: Positive = 3
+    """Values in a row that run.stop_below waits for."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -510,11 +527,8 @@ class Recipe(Section):
         """Steps from one k-means over the kept features to the next; 0: there is none."""
         if self.method.name == "deepcluster_v2":
             return self.data.num_images / self.data.global_batch
-        return (
-            float(self.grouping.reset_every)
-            if self.method.has_bank and self.grouping.kmeans
-            else 0.0
-        )
+        is_reset = self.method.has_bank and self.grouping.kmeans
+        return float(self.grouping.reset_every) if is_reset else 0.0
 
     @property
     def num_init_features(self) -> int:

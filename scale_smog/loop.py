@@ -40,7 +40,7 @@ def train(
             batch, scheduled = progress.next_batch(loader), schedules.at(state.step)
             phases.enter(phases.STEP)
             report = train_step(state, batch, scheduled)
-            progress.after_step(state.step, batch, report, scheduled)
+            progress.after_step(state.step, batch, report, scheduled, state.engine.features)
             if probe:
                 probe.update(state.step, state.engine.features, batch.label)
                 if due(state.step, run.log_every):

@@ -28,8 +28,10 @@ from scale_smog.loop import train
 from scale_smog.preflight.checks import require_equal_hosts
 from scale_smog.reporting import run_folder
 from scale_smog.reporting.curves import draw_run_curves
+from scale_smog.reporting.health import Floors
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.progress import Progress
+from scale_smog.reporting.starts import note_start
 from scale_smog.runtime import flight_recorder, phases, rank_logs
 from scale_smog.runtime.preemption import Preemption
 from scale_smog.runtime.rank_logs import RankLogs
@@ -88,7 +90,9 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     warnings = restore(state, checkpoints)
     if state.step < schedules.num_steps and (problem := checkpoints.prepare(state.state_dict())):
         warnings.append(f"warning: {problem}")
-    metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch)
+    floors = Floors(recipe.run.stop_below, recipe.run.stop_patience)
+    metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch, floors)
+    note_start(recipe, state.step, device)
     changed = [f"changed since the run began: {x}" for x in changes]
     for line in [*remarks(dataset), *derived, *changed, *warnings]:
         metrics.say(line)

@@ -23,6 +23,7 @@ COMMANDS = {
     "stats": "say what a dataset holds",
     "evaluate": "judge a checkpoint: knn, linear, finetune, groups, segmentation, ...",
     "report": "write a run, or several over one another, as a page",
+    "follow": "send a run's figures on to wandb, mlflow, trackio or tensorboard",
     "export": "write a backbone for timm, torchvision or Hugging Face",
     "throughput": "profile a recipe's step and predict it for 8 to 1,024 GPUs",
 }

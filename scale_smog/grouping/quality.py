@@ -9,7 +9,7 @@ from torch import Tensor
 from scale_smog import distributed
 
 EPSILON = 1e-7  # RankMe's
-RANK_ROWS = 4096  # of a rank; the effective rank of D dimensions needs several D rows
+RANK_ROWS = 2048  # of a rank; the effective rank of D dimensions needs several D rows
 PAIR_ROWS = 512  # of a rank: 130,000 pairs
 
 

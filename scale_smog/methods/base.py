@@ -13,7 +13,7 @@ from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.distributed import Partition
 from scale_smog.engine import Engine
-from scale_smog.grouping import GroupUsage, ResetReport
+from scale_smog.grouping import FeatureBank, GroupUsage, ResetReport
 from scale_smog.models import frozen_running_stats
 from scale_smog.runtime import phases
 from scale_smog.schedules import ScheduledValues
@@ -28,6 +28,8 @@ class StepReport(NamedTuple):
     figures: dict[str, float] = {}  # noqa: RUF012 - more to log, such as beta; never changed
     usage: GroupUsage | None = None  # of its groups, where the step has any
     reset: ResetReport | None = None  # what k-means did to the groups, where the step began so
+    bank: FeatureBank | None = None  # features of the last steps, where the method keeps them
+    alignment: Tensor | None = None  # [], mean |z - z'|^2 of this rank's images
 
 
 class Method(ABC):

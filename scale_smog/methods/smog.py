@@ -45,7 +45,8 @@ class Smog(GroupMethod):
         reset = self.reset_if_due(step)
 
         z, p = engine.forward_online(online_view, batch.small)  # [B, D], [V, B, D]
-        target = groups.assign(engine.forward_momentum(momentum_view))  # [B]
+        other_z = engine.forward_momentum(momentum_view)  # [B, D]
+        target = groups.assign(other_z)  # [B]
         new_groups = groups.updated_by(z, scheduled.beta)  # [K, D], global batch, with grad
         loss = losses.group_contrastive_loss(p, new_groups, target, self.config.temperature)
         engine.backward(loss)
@@ -57,7 +58,10 @@ class Smog(GroupMethod):
             engine.update_ema(self.recipe.model.ema)
         chance = chance_loss(self.config.num_groups)
         figures = {"beta": scheduled.beta}
-        return StepReport(loss, is_applied, chance, figures, self.usage, reset)
+        alignment = (z.detach() - other_z).square().sum(dim=1).mean()
+        return StepReport(
+            loss, is_applied, chance, figures, self.usage, reset, self.bank, alignment
+        )
 
     def reset_if_due(self, step: int) -> ResetReport | None:
         """Groups by k-means over all ranks' cached features, momentum net from the online one."""

@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scale_smog import distributed
-from scale_smog.config import RunConfig
+from scale_smog.config import Figure, RunConfig
 from scale_smog.data.batch import Batch
 from scale_smog.errors import UserError
 from scale_smog.grouping import perplexity
@@ -32,6 +32,33 @@ def collapse_warning(counts: Tensor) -> str | None:
         "and grouping.reset_momentum on, reset more often (grouping.reset_every), or lower the "
         "learning rate"
     )
+
+
+class Floors:
+    """Notes figures that stay too low, to end a run that is not worth its time.
+
+    Args:
+        floors: figure -> least value (`run.stop_below`).
+        patience: values in a row below it (`run.stop_patience`).
+    """
+
+    def __init__(self, floors: Mapping[Figure, float], patience: int):
+        self._floors, self._patience = floors, patience
+        self._num_below = dict.fromkeys(floors, 0)
+        self.problem = ""  # what is to be said at the end of the run, if it should end
+
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Takes note of newly logged figures; `step` is among them."""
+        for name, floor in self._floors.items():
+            if name in figures:
+                is_below = figures[name] < floor
+                self._num_below[name] = self._num_below[name] + 1 if is_below else 0
+                if self._num_below[name] == self._patience:
+                    self.problem = (
+                        f"run.stop_below: {name} has been below {floor:g} for {self._patience} "
+                        f"values in a row, {figures[name]:.4g} at step {figures['step']}; the "
+                        "newest checkpoint stands"
+                    )
 
 
 class SkippedSteps:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from scale_smog import distributed
 from scale_smog.data.augment import MEAN, STD
+from scale_smog.reporting.health import Floors
 from scale_smog.runtime.files import write_atomically
 
 _MEAN, _STD = (torch.tensor(v / 255, dtype=torch.float32)[:, None, None] for v in (MEAN, STD))
@@ -27,11 +28,20 @@ class Metrics:
         step: finished steps; later lines of an interrupted run are cut.
         num_steps: of the whole run, for the ETA.
         global_batch: images of a step, for the ETA.
+        floors: that figures should not stay below.
     """
 
-    def __init__(self, run_dir: Path, step: int, num_steps: int, global_batch: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        num_steps: int,
+        global_batch: int,
+        floors: Floors | None = None,
+    ):
         self._is_main = distributed.is_main()
         self._global_batch = global_batch
+        self.floors = floors or Floors({}, patience=1)
         if not self._is_main:
             return
         self._has_warned = False
@@ -53,6 +63,7 @@ class Metrics:
         """Writes one logged step everywhere; `line` holds `step`."""
         if not self._is_main:
             return
+        self.floors.note(line)
         with self._disk_may_be_full():
             self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
@@ -78,6 +89,7 @@ class Metrics:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes values that do not belong to every logged step to TensorBoard."""
         if self._is_main:
+            self.floors.note({"step": step, **values})
             with self._disk_may_be_full():
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)

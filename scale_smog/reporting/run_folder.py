@@ -26,6 +26,8 @@ FREE_KEYS = (
     "run.keep_checkpoints",
     "run.keep_checkpoint_every",
     "run.max_skipped",
+    "run.stop_below",
+    "run.stop_patience",
     "data.loader",
     "data.device",
     "data.workers",

@@ -1,0 +1,55 @@
+"""What a rank reports of its steps: quality without labels, and the end of a run that stays low."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_recipe import small_recipe
+
+from scale_smog.checkpoint.manifest import list_checkpoints
+from scale_smog.errors import UserError
+from scale_smog.pretrain import pretrain
+from scale_smog.reporting.health import Floors
+
+
+def logged(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_features_are_judged_without_labels_at_every_logged_step(tmp_path, tars):
+    recipe = small_recipe(tmp_path, tars)
+    pretrain(recipe)
+    for line in logged(tmp_path / "run"):
+        assert 1 <= line["rankme_features"] <= 12 + 1e-3  # images of a step
+        assert 1 <= line["rankme_bank"] <= 16 + 1e-3  # dimensions
+        assert -4.1 <= line["uniformity"] <= 0 <= line["alignment"] <= 4
+
+
+def test_a_method_without_a_bank_has_its_features_judged(tmp_path, tars):
+    pretrain(small_recipe(tmp_path, tars, "method.name=simclr", "run.steps=2"))
+    line = logged(tmp_path / "run")[-1]
+    assert "rankme_features" in line and "rankme_bank" not in line
+
+
+def test_a_run_whose_figure_stays_low_ends_and_its_newest_checkpoint_stands(tmp_path, tars):
+    floors = ["run.stop_below={rankme_bank: 1000}", "run.stop_patience=3"]
+    recipe = small_recipe(tmp_path, tars, "run.checkpoint_every=2", *floors)
+    with pytest.raises(UserError, match=r"rankme_bank has been below 1000 for 3 values .* step 3"):
+        pretrain(recipe)
+    assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3]
+    assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_a_figure_that_recovers_begins_its_patience_anew():
+    floors = Floors({"knn": 0.5}, patience=2)
+    for step, knn in enumerate((0.4, 0.6, 0.4)):
+        floors.note({"step": step, "knn": knn})
+        floors.note({"step": step, "loss": 1.0})  # without kNN: no value
+    assert not floors.problem
+    floors.note({"step": 3, "knn": 0.3})
+    assert floors.problem.startswith("run.stop_below: knn has been below 0.5 for 2 values")
+
+
+def test_only_figures_that_are_logged_can_be_a_floor(tmp_path):
+    with pytest.raises(UserError, match=r"run\.stop_below"):
+        small_recipe(tmp_path, "nowhere", "run.stop_below={knnn: 1}")
