@@ -23,6 +23,7 @@ PATIENCE_S = 300.0  # that one request may take with all its tries
 REFUSAL_PATIENCE_S = 60.0  # the same where credentials are refused: new ones may be on their way
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 10.0
 SAY_EVERY_S = 10.0
+LOOK_EVERY_S = 1.0  # for other credentials
 NUM_CONNECTIONS = 64  # of a process
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 EXTRAS |= {"hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
@@ -49,6 +50,7 @@ class Store:
     def __init__(self, url: str, patience_s: float = PATIENCE_S):
         self.url, self._patience_s = url.rstrip("/"), patience_s
         self._opened: tuple[int, Any, str] | None = None  # process, file system, root in it
+        self._opened_at = 0.0
         self._lock = threading.Lock()
         self._num_repeated, self._said_at = 0, -SAY_EVERY_S
 
@@ -144,7 +146,7 @@ class Store:
                 if waited_s > patience_s or isinstance(error, (TypeError, AttributeError)):
                     raise OSError(None, f"{_words(error)} (tried for {waited_s:.0f} s)") from None
                 if refused:
-                    self._opened = None  # the next one looks for credentials again
+                    self._look_again()
                 self._say(name, error, waited_s)
             time.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_DELAY_S)
@@ -163,10 +165,17 @@ class Store:
             flush=True,
         )
 
+    def _look_again(self) -> None:
+        """The next request looks for credentials again, if that was not done just now."""
+        with self._lock:
+            if time.monotonic() - self._opened_at > LOOK_EVERY_S:
+                self._opened = None
+
     def _file_system(self) -> tuple[Any, str]:
         with self._lock:
             if self._opened is None or self._opened[0] != os.getpid():
                 self._opened = (os.getpid(), *_open(self.url))
+                self._opened_at = time.monotonic()
             return self._opened[1:]
 
 

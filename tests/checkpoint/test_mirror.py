@@ -114,7 +114,7 @@ def test_a_damaged_copy_is_passed_over(run):
 
 
 def test_a_store_that_fails_stops_no_training_and_the_next_copy_succeeds(run, s3, capfd):
-    s3.fault = lambda proxy, method, path: "slow down" if method == "PUT" else None
+    s3.fault = lambda handler: "slow down" if handler.command == "PUT" else None
     checkpoints = Checkpoints(run, {})
     checkpoints._mirror._store = Store(run.mirror, patience_s=0.2)
     assert checkpoints.save(10, state_of(10.0)) is None

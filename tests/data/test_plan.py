@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scale_smog.data.plan import EpochPlan, SequentialPlan
+from scale_smog.data.plan import NEVER, EpochPlan, SequentialPlan
 from scale_smog.errors import UserError
 
 
@@ -83,3 +83,22 @@ def test_evaluation_visits_every_sample_once_before_it_repeats_the_last(world_si
         for i in plan.ids(step, rank, world_size)
     ]
     assert seen[:23] == ids.tolist() and set(seen[23:]) <= {122}
+
+
+@pytest.mark.parametrize("sizes", [None, (7, 10, 6)])
+def test_the_next_read_of_each_sample_is_known(sizes):
+    plan, world_size = EpochPlan(23, 6, 5, sizes, block_shards=2), 3
+    for step in (0, 3, 11):
+        expected = np.full(23, NEVER)
+        end = (step * 6 // 23 + 2) * 23  # of the next epoch
+        for later in reversed(range(step, end // 6 + 1)):
+            for rank in (1, 2):
+                ids = plan.ids(later, rank, world_size)
+                expected[ids[plan._positions(later, rank, world_size) < end]] = later
+        assert (plan.next_steps(step, range(1, 3), world_size) == expected).all()
+
+
+def test_the_next_read_in_an_evaluation_is_known():
+    plan = SequentialPlan(np.array([5, 2, 9, 4, 0]), 2)
+    steps = plan.next_steps(1, range(1), 1)
+    assert steps.tolist() == [2, NEVER, NEVER, NEVER, 1, NEVER, NEVER, NEVER, NEVER, 1]

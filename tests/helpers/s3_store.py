@@ -17,11 +17,11 @@ from scale_smog.runtime.stores import Store
 
 BUCKET = "images"
 KEEP = {"content-length", "content-range", "content-type", "etag", "last-modified"}
-Fault = Callable[["Proxy", str, str], str | None]
+Fault = Callable[["Handler"], str | None]
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Hands requests to an S3 server, but for those that `fault(proxy, method, path)` names.
+    """Hands requests to an S3 server, but for those that `fault(handler)` names.
 
     What it may name: "slow down", "expired", "reset", "reset half-way", "truncate", "wrong byte".
     """
@@ -36,7 +36,6 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.requests: Counter[tuple[str, str]] = Counter()  # by method and file name
         self.faults: Counter[str] = Counter()
         self.num_bytes = 0
-        self.access_keys: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -49,6 +48,7 @@ class Proxy(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Proxy
+    access_key = ""
 
     def log_message(self, *_):
         pass
@@ -60,9 +60,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.partition("?")[0].rpartition("/")[2]
         self.server.requests[self.command, name] += 1
         credential = self.headers.get("Authorization", "").partition("Credential=")[2]
-        self.server.access_keys.add(credential.partition("/")[0])
+        self.access_key = credential.partition("/")[0]
         time.sleep(self.server.latency_s)
-        kind = self.server.fault(self.server, self.command, self.path)
+        kind = self.server.fault(self)
         if kind:
             self.server.faults[kind] += 1
         if kind == "slow down":

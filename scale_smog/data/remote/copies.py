@@ -1,6 +1,7 @@
 """Manifest and sidecars of a dataset in a store, read once a machine and start."""
 
 import hashlib
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from scale_smog.runtime.stores import Folder, Store
 
 START_S = 60.0  # ranks of a machine start within that time of one another
 NUM_READERS = 16
+NUM_TRIES = 4  # to read bytes that are those the manifest describes
 UNLISTED = ("http", "https")  # there a folder has no list of its files
 
 
@@ -54,8 +56,19 @@ def _copy_manifest(store: Store, folder: Path) -> DatasetManifest:
 
 def _copy_sidecar(store: Store, folder: Path, entry: ShardEntry) -> None:
     path = folder / entry.npy_name
-    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != entry.npy_sha256:
-        write_atomically(path, store.read(entry.npy_name))
+
+    def is_right(content: bytes) -> bool:
+        return hashlib.sha256(content).hexdigest() == entry.npy_sha256
+
+    if path.exists() and is_right(path.read_bytes()):
+        return
+    content = b""
+    for _ in range(NUM_TRIES):
+        content = store.read(entry.npy_name)
+        if is_right(content):
+            break
+        print(f"{store}/{path.name} came damaged; reading it again", file=sys.stderr, flush=True)
+    write_atomically(path, content)  # it is compared again where it is loaded
 
 
 def check_tars(store: Store, manifest: DatasetManifest) -> None:
