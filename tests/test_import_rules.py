@@ -115,6 +115,30 @@ def test_a_heavy_library_has_one_importer(library, owners):
     assert importers == owners
 
 
+def test_nothing_but_its_own_file_and_the_settings_names_a_method():
+    from scale_smog.methods import METHODS
+
+    names = METHODS.keys() - {"smog"}  # which is the program's name too
+    for path in PACKAGE.rglob("*.py"):
+        if "methods" in path.parts or path.name in ("config.py", "protocols.py"):
+            continue  # the latter has protocols of evaluation, one of them SimCLR's
+        words = {
+            node.value for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }  # fmt: skip
+        assert not words & names, path
+        assert not any(name.startswith("scale_smog.methods.") and
+                       name.split(".")[2] in METHODS for name in imports(path)), path  # fmt: skip
+
+
+def test_a_method_is_one_file_that_can_be_read_at_once():
+    from scale_smog.methods import METHODS
+
+    for name in METHODS:
+        lines = (PACKAGE / "methods" / f"{name}.py").read_text().splitlines()
+        assert len(lines) <= 125, name
+
+
 def test_the_package_does_not_import_its_programs():
     for path in PACKAGE.rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & {"launcher", "data_tools"}

@@ -12,7 +12,9 @@ import torch
 from ranks import run_on_ranks
 from small_recipe import small_recipe, write_small_recipe
 
+from scale_smog.config import MethodConfig
 from scale_smog.loop import train_step
+from scale_smog.methods import METHODS
 from scale_smog.profiling.step_profile import PARTS, Timeline, timed
 from scale_smog.reporting import run_folder
 from scale_smog.state import build_state
@@ -74,6 +76,15 @@ def test_parts_add_up_and_what_belongs_to_none_is_small(tmp_path):
     assert sum(parts.values()) == pytest.approx(facts["step_s"], rel=0.03)
     assert parts["other"] <= 0.05 * facts["step_s"]
     assert parts["online_forward"] > 0 and parts["backward"] > parts["momentum_forward"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != MethodConfig().name])
+def test_the_parts_of_every_method_are_found(tmp_path, name):
+    options = Options(num_steps=3, synthetic=True, trace=False)
+    facts = profile_on(CPU, small_recipe(tmp_path, "", *NET, f"method.name={name}"), options)
+    parts, nets = facts["parts"], small_recipe(tmp_path, "", f"method.name={name}").nets
+    assert parts["grouping"] > 0 and parts["other"] <= 0.1 * facts["step_s"]
+    assert (parts["momentum_forward"] > 0) == (nets.num_momentum_views > 0)
 
 
 def test_twice_the_batch_takes_about_twice_as_long_forward(tmp_path):

@@ -34,9 +34,9 @@ class ImageClusters:
 
     @torch.no_grad()
     def push(self, z: Tensor, sample_id: Tensor) -> None:
-        """Keeps features [B, D] of the images [B]; a collective."""
+        """Keeps features [B, D] of the images [B] int64, on the same device; a collective."""
         z = _of_all_ranks(z)  # [W B, D]
-        ids = _of_all_ranks(sample_id.to(z.device, non_blocking=True))  # [W B]
+        ids = _of_all_ranks(sample_id)  # [W B]
         comes_again = (ids[:, None] == ids[None]).triu(1).any(dim=1)  # where epochs meet
         row = ids - self._first
         is_kept = (row >= 0) & (row < self._num_own) & ~comes_again
@@ -44,7 +44,7 @@ class ImageClusters:
 
     def of(self, sample_id: Tensor) -> Tensor:
         """The clusters [B] of images [B]."""
-        return self._ids[sample_id.to(self._ids.device, non_blocking=True)]
+        return self._ids[sample_id]
 
     @torch.no_grad()
     def find(self, iterations: int, draw: int) -> None:

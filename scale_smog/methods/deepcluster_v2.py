@@ -7,15 +7,16 @@ neither predictor nor momentum net.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
+from scale_smog import loss as losses
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.engine import Engine
 from scale_smog.errors import UserError
 from scale_smog.grouping import ImageClusters, chance_loss
-from scale_smog.loss import group_contrastive_loss
 from scale_smog.methods.base import GroupMethod, StepReport, first_features
 from scale_smog.runtime import phases
 from scale_smog.schedules import ScheduledValues
@@ -40,7 +41,7 @@ class DeepClusterV2(GroupMethod):
     def start(self, batches: Iterable[Batch]) -> None:
         """Features of all images by the initial net."""
         for batch, z in first_features(self.engine, batches):
-            self.clusters.push(z, batch.sample_id)
+            self.clusters.push(z, batch.sample_id.to(z.device))
 
     def train_step(self, batch: Batch, scheduled: ScheduledValues, step: int) -> StepReport:
         """One step, with new clusters where an epoch begins."""
@@ -50,13 +51,14 @@ class DeepClusterV2(GroupMethod):
                 clusters.find(grouping.kmeans_iterations, step)
         first, second = batch.large
         z, p = engine.forward_online(first, [second, *batch.small])  # [B, D], [V, B, D]
-        target = clusters.of(batch.sample_id)  # [B]
+        ids = batch.sample_id.to(engine.device, non_blocking=True)  # [B], few: no wait
+        target = clusters.of(ids)  # [B]
         centroids = clusters.centroids.to(engine.dtype)  # [K, D], without gradient
-        loss = group_contrastive_loss(p, centroids, target, grouping.temperature)
+        loss = losses.group_contrastive_loss(p, centroids, target, grouping.temperature)
         engine.backward(loss)
         is_applied = engine.step(scheduled.lr, scheduled.weight_decay)
         if is_applied:
-            clusters.push(z, batch.sample_id)
+            clusters.push(z, ids)
             self.count(target)
         return StepReport(loss, is_applied, chance_loss(grouping.num_groups), usage=self.usage)
 
@@ -68,3 +70,13 @@ class DeepClusterV2(GroupMethod):
     def centroids(self) -> Tensor:
         """The clusters' centroids [K, D]."""
         return self.clusters.centroids
+
+    def timed(self) -> list[tuple[Any, str, str]]:
+        """Clusters of images and loss; k-means."""
+        return [
+            (self.clusters, "of", "grouping"),
+            (losses, "group_contrastive_loss", "grouping"),
+            (self.clusters, "push", "grouping"),
+            (self, "count", "grouping"),
+            (self.clusters, "find", "kmeans"),
+        ]

@@ -1,6 +1,7 @@
 """SMoG: synchronous momentum grouping (Pang et al., ECCV 2022)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -93,7 +94,7 @@ class Smog(GroupMethod):
         """The groups [K, D]."""
         return self.groups.centroids
 
-    def timed(self) -> list[tuple[object, str, str]]:
+    def timed(self) -> list[tuple[Any, str, str]]:
         """Assignment, update and loss of the groups; k-means."""
         return [
             (self.groups, "assign", "grouping"),

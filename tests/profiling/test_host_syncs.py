@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scale_smog.config import Recipe
+from scale_smog.config import MethodConfig, Recipe
 from scale_smog.data.batch import Batch
-from scale_smog.grouping import groups
+from scale_smog.grouping import ImageClusters, groups, kmeans
 from scale_smog.loop import train_step
+from scale_smog.methods import METHODS
 from scale_smog.state import build_state
 from scale_smog.throughput import FIXED_VALUES
 
@@ -55,7 +56,8 @@ class SyncCounter(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch):
-    monkeypatch.setattr(groups, "full_float32", lambda _device: nullcontext())  # meta has none
+    for module in (groups, kmeans):
+        monkeypatch.setattr(module, "full_float32", lambda _device: nullcontext())  # meta has none
 
 
 def count_syncs(recipe: Recipe, extra: Any = None) -> dict[str, int]:
@@ -89,6 +91,17 @@ def recipe_of(**sections: Any) -> Recipe:
 def test_a_step_waits_for_one_number_and_nothing_else(optimizer, clip_norm):
     settings = {"name": optimizer, "clip_norm": clip_norm}
     assert count_syncs(recipe_of(optimizer=settings)) == VERDICT
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != MethodConfig().name])
+def test_a_step_of_every_method_waits_for_one_number(name, monkeypatch):
+    monkeypatch.setattr(ImageClusters, "find", lambda *_: None)  # once an epoch
+    method = {"name": name, "queue_steps": 2, "queue_after_epochs": 0.0}
+    crops = {"num_small_crops": int(MethodConfig(name=name).has_small_crops)}
+    data = {"path": "", "global_batch": B, "large_px": PX, "small_px": 8, **crops}
+    found = count_syncs(recipe_of(method=method, data=data))
+    found.pop("copy to the GPU", None)  # the images' ids: CUDA takes so few bytes at once
+    assert found == VERDICT
 
 
 @pytest.mark.parametrize(
