@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["scale_smog", "scale_smog.*"]),
     package_data={
-        "scale_smog": ["py.typed", "recipes/*.yaml", "recipes/ablations/*.yaml", "recipes/methods/*.yaml"],
+        "scale_smog": ["py.typed", "recipes/*.yaml", "recipes/*/*.yaml"],
         "scale_smog.evaluation": ["paper_tables.yaml"],
         "scale_smog.profiling": ["hardware/*.yaml"],
         "scale_smog.report": ["assets/*"],
