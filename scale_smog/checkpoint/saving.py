@@ -76,6 +76,7 @@ class Checkpoints:
         self._mirror = Mirror(run) if run.mirror and distributed.is_main() else None
         self.newest_step: int | None = None  # that was loaded, or whose save has begun
         self._group = distributed.background_group()
+        self._left_to_others: set[str] = set()  # names of ranges that another rank writes
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
@@ -94,13 +95,7 @@ class Checkpoints:
         if distributed.is_main():
             with suppress(OSError):  # a folder that cannot be written is told below
                 remove_leftovers(self._folder)
-        own = [
-            (crc32(name.encode()), x.start, _num_bytes(x))
-            for name, x in self._own(partitions).items()
-        ]
-        parts = self._on_all(lambda: np.array(own, dtype=np.int64).reshape(-1, 3))
-        # hsdp's nodes hold the same ranges, of which one is written.
-        num_bytes = int(np.unique(np.concatenate(parts), axis=0)[:, 2].sum())
+        num_bytes = self._share_ranges(partitions)
         num_more = self._run.keep_checkpoints + 1 - len(list_checkpoints(self._run_dir))
         return probe_space(self._folder, num_bytes, num_more, self._group)
 
@@ -195,10 +190,34 @@ class Checkpoints:
             raise OSError(f"{folder} is not the same on all ranks: run.dir must be shared")
         return found[0]
 
+    def _share_ranges(self, partitions: dict[str, Partition]) -> int:
+        """hsdp's nodes hold the same ranges: they share the writing, and none is planned twice.
+
+        Returns:
+            Bytes of one checkpoint.
+        """
+        self._left_to_others = set()
+        own = self._own(partitions)
+        ranges = [(_range_key(name, x), _num_bytes(x)) for name, x in own.items()]
+        parts = self._on_all(lambda: np.array(ranges, dtype=np.int64).reshape(-1, 2).T)
+        keys, num_bytes = np.concatenate(parts, axis=1)  # [ranges of all ranks] each
+        _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+        start = sum(part.shape[1] for part in parts[: distributed.rank()])
+        mine = slice(start, start + len(own))
+        num_holders = np.bincount(place)[place[mine]]
+        num_before = np.bincount(place[:start], minlength=len(first))[place[mine]]
+        writes = keys[mine] % num_holders == num_before
+        self._left_to_others = {
+            name for name, is_own in zip(own, writes, strict=True) if not is_own
+        }
+        return int(num_bytes[first].sum())
+
     def _own(self, partitions: dict[str, Partition]) -> dict[str, Partition]:
         """What this rank writes: its ranges, and its part of the tensors that all ranks hold."""
         own = {
-            name: partition for name, partition in partitions.items() if not partition.is_replicated
+            name: partition
+            for name, partition in partitions.items()
+            if not partition.is_replicated and name not in self._left_to_others
         }
         loads = [0] * distributed.world_size()
         shared = [
@@ -272,6 +291,11 @@ class Checkpoints:
 
 def _num_bytes(partition: Partition) -> int:
     return partition.values.numel() * partition.values.element_size()
+
+
+def _range_key(name: str, partition: Partition) -> int:
+    """Says which range it is, in 62 bits."""
+    return crc32(name.encode()) << 30 ^ crc32(str(partition.start).encode())
 
 
 def _make_empty(folder: Path) -> None:

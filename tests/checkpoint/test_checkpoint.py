@@ -297,6 +297,27 @@ def test_the_work_of_writing_is_spread_over_the_ranks(two_ranks_files):
     assert len(sizes) == 2 and sum(sizes) < 2 * 5000  # nothing twice
 
 
+def share_of_equal_ranges(folder: Path) -> tuple[set[str], int | None]:
+    """What this rank writes of ranges that all ranks hold, as hsdp's nodes do."""
+    run = RunConfig(dir=str(folder), steps=1)
+    whole = Partition(torch.full((100,), 3.0), 0, torch.Size([100]), is_replicated=False)
+    partitions = {f"online.{number}": whole for number in range(20)} | pieces_of(3.0)
+    checkpoints = Checkpoints(run, {})
+    for _ in range(2):  # the second changes nothing
+        assert checkpoints.prepare(partitions) is None
+    assert checkpoints.save(3, partitions) is checkpoints.wait() is None
+    own = {name for name in checkpoints._own(partitions) if name[-1].isdigit()}
+    restored = checkpoints.load_newest(partitions)
+    assert restored and all((value == 3).all() for value in restored.values.values())
+    return own, newest(run)
+
+
+def test_ranks_that_hold_the_same_ranges_share_the_writing(tmp_path):
+    shares = [own for own, step in run_on_ranks(3, share_of_equal_ranges, tmp_path) if step == 3]
+    assert len(shares) == 3 and all(shares)
+    assert sum(map(len, shares)) == len(set.union(*shares)) == 20
+
+
 def num_header_reads(folder: Path) -> int:
     """How often loading makes this rank read the headers of all files."""
     run = RunConfig(dir=str(folder), steps=1)
