@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scale_smog import distributed
-from scale_smog.config import EngineConfig, OptimizerConfig
+from scale_smog.config import EngineConfig, NetName, OptimizerConfig
 from scale_smog.distributed import Partition
 from scale_smog.engine.buffer_snapshot import BufferSnapshot
+from scale_smog.engine.cast_weights import CastWeights
 from scale_smog.engine.graphed import GraphedForward
 from scale_smog.engine.side_stream import SideStream
 from scale_smog.engine.stages import prepare_stages
@@ -91,6 +92,8 @@ class Engine(ABC):
     norm_group: dist.ProcessGroup | None = None  # ranks that each update a part of a parameter
     features: Tensor  # [B, F]: the backbone's, of the last `forward_online`, without gradient
     net_group: dist.ProcessGroup | None = None  # ranks that each hold a part; None: all of it
+    _cast_weights: CastWeights | None = None  # of the online net
+    _keeps_gradients = False  # parameters' `.grad` are the same tensors at every step
 
     def __init__(
         self,
@@ -124,8 +127,11 @@ class Engine(ABC):
             for net in (self.online, self.momentum):
                 # Inside the nets: DeepSpeed turns off an autocast that it is called in.
                 net.forward = autocast(net.forward)
-            self.online.features = autocast(self.online.features)
+                net.features = autocast(net.features)
         self._forward_online, self._forward_momentum = self._prepare(batch // config.accumulate)
+        if config.precision == "bf16" and self.net_group is None and not config.compile:
+            self._cast_weights = CastWeights(self.online, self._keeps_gradients)
+            CastWeights(self.momentum)
         self.partitions = self._parameter_partitions()
         self._layer_ids = torch.tensor(  # [n]
             [p.layer_id for p in self.partitions], dtype=torch.long, device=self.device
@@ -228,19 +234,13 @@ class Engine(ABC):
         set_rates(self._optimizer, lr, weight_decay)
         self._is_applied = True
         self._step()
+        self._finite_if.clear()
         if not self._is_applied:
             self._buffers.restore()
             return False
         self._num_steps += 1
         average_running_stats(self._unshared)
         return True
-        self._finite_if.clear()
-
-    @torch.no_grad()
-    def update_ema(self, alpha: float) -> None:
-        """Momentum parameters <- alpha x momentum + (1 - alpha) x online (SMoG section 3.3)."""
-        momentum, online = self._parameter_pairs()
-        torch._foreach_lerp_(momentum, online, 1 - alpha)
 
     @torch.no_grad()
     def whole_parameter(self, name: str) -> Tensor:
@@ -253,6 +253,12 @@ class Engine(ABC):
         return distributed.all_reduce(whole, self.net_group).view(held.shape)
 
     @torch.no_grad()
+    def update_ema(self, alpha: float) -> None:
+        """Momentum parameters <- alpha x momentum + (1 - alpha) x online (SMoG section 3.3)."""
+        momentum, online = self._parameter_pairs()
+        torch._foreach_lerp_(momentum, online, 1 - alpha)
+
+    @torch.no_grad()
     def reset_momentum(self) -> None:
         """Momentum net <- online net, statistics of the batch norms included."""
         momentum, online = self._parameter_pairs()
@@ -262,11 +268,12 @@ class Engine(ABC):
             buffer.copy_(buffers[name])
 
     @torch.no_grad()
-    def embed(self, view: Tensor) -> Tensor:
+    def embed(self, view: Tensor, of: NetName = "online") -> Tensor:
         """Backbone features [B, F] float32 with the running statistics; a collective."""
-        self.online.eval()
-        features = self.online.features(view.to(self.dtype))
-        self.online.train()
+        net = self.online if of == "online" else self.momentum
+        net.eval()
+        features = net.features(view.to(self.dtype))
+        net.train()
         return features.float()
 
     @torch.no_grad()
@@ -318,8 +325,8 @@ class Engine(ABC):
             self._optimizer.state[part.value] = own
 
     def _update(self) -> None:
-        """Runs the optimizer on the partitions, whose gradients are there, and drops these."""
-        values = [p.value for p in self.partitions]
+        """Runs the optimizer on the partitions, whose gradients are there and not needed again."""
+        values: list[Tensor] = [p.value for p in self.partitions]
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         grads = [zero if p.grad is None else p.grad for p in values]
         is_lars = isinstance(self._optimizer, Lars)
@@ -337,11 +344,15 @@ class Engine(ABC):
                 grad_norms = clip_gradients(grads, max_norm, grad_norms)
             if isinstance(self._optimizer, Lars):
                 of_layers = list(zip(*weight_norms, grad_norms, strict=True))
-                norms_of = {p.value: of_layers[p.layer_id] for p in self.partitions}
-                self._optimizer.step(norms=norms_of)
+                layer_ids = [p.layer_id for p in self.partitions]
+                of_values = zip(values, (of_layers[i] for i in layer_ids), strict=True)
+                self._optimizer.step(norms=dict(of_values))
             else:
                 self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._cast_weights is not None and self._keeps_gradients:
+            self._cast_weights.new_step()
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
 
     def _agree_on_step(self, norms: Tensor) -> tuple[bool, list[list[float]]]:
         """Whether every rank's z', loss and gradients are finite, and the norms, on the host.

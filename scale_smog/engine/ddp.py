@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    allreduce_hook,
+    bf16_compress_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from scale_smog import distributed
@@ -28,19 +31,20 @@ class DdpEngine(Engine):
             # of such weights takes 18 times as long.
             for net in (self.online, self.momentum):
                 net.to(memory_format=torch.channels_last)
+        for net in (self.online, self.momentum):
+            match_gradient_strides(net)
         if distributed.world_size() == 1:
             return self.online, self.momentum
-        if self.device.type == "cpu":
-            for net in (self.online, self.momentum):
-                match_gradient_strides(net)
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # Batch norm keeps its own buffers equal, where its scope is global.
         keep_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
         wrapped = DistributedDataParallel(
             self.online, device_ids=device_ids, gradient_as_bucket_view=True, **keep_buffers
         )
-        if self.config.reduce_precision == "bf16":
-            wrapped.register_comm_hook(None, bf16_compress_hook)
+        # Without a hook DDP divides every gradient by itself, not a bucket at once.
+        is_bf16 = self.config.reduce_precision == "bf16"
+        wrapped.register_comm_hook(None, bf16_compress_hook if is_bf16 else allreduce_hook)
+        self._keeps_gradients = True  # in DDP's buckets
         return wrapped, self.momentum
 
     def _parameter_partitions(self) -> list[ParameterPartition]:
@@ -61,9 +65,10 @@ class DdpEngine(Engine):
 
 
 def match_gradient_strides(net: nn.Module) -> None:
-    """Gives the weights of 1x1 convolutions the strides that their gradients have on a CPU.
+    """Gives the weights of 1x1 convolutions the strides that their gradients have.
 
-    The bytes stay where they are: DDP takes its buckets' strides from the weights, and would copy.
+    The bytes stay where they are. DDP takes its buckets' strides from the weights, and would copy
+    on a CPU; on a GPU tensors of other strides are copied one by one.
     """
     for p in net.parameters():
         if p.dim() == 4 and p.shape[2:] == (1, 1):

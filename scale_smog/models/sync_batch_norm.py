@@ -215,10 +215,10 @@ class SynchronisedBatchNorm(_BatchNorm):
         )
 
     def _forward_on_gpu(self, x: Tensor) -> Tensor:
-        running = (
-            (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        )
-        momentum = self._next_momentum() if self.track_running_stats else 0.0
+        if self.track_running_stats:
+            running, momentum = (self.running_mean, self.running_var), self._next_momentum()
+        else:  # without them torch's kernels take the counts in the dtype of x, which may be bf16
+            running, momentum = x.new_zeros(2, x.shape[1], dtype=_statistics_dtype(x)), 0.0
         count = self._count(x)
         return _NormaliseOnGpu.apply(
             x, self.weight, self.bias, *running, self.eps, momentum, self.process_group, count
@@ -226,7 +226,7 @@ class SynchronisedBatchNorm(_BatchNorm):
 
     def _count(self, x: Tensor) -> _Count:
         """Made once for each size of input: a norm sees one or two."""
-        num_values, dtype = x.numel() // x.shape[1], torch.promote_types(x.dtype, torch.float32)
+        num_values, dtype = x.numel() // x.shape[1], _statistics_dtype(x)
         if num_values not in self._counts:
             num_ranks = dist.get_world_size(self.process_group) if self.is_even else 1
             each = torch.full((num_ranks,), num_values, dtype=torch.int32, device=x.device)
@@ -357,5 +357,9 @@ class _NormaliseOnGpu(torch.autograd.Function):
         return SyncBatchNorm.backward(ctx, *grad_outputs)  # its forward has as many arguments
 
 
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_statistics_dtype(x))

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -122,11 +123,12 @@ class _RehearsedDdp(DistributedDataParallel):
         super().register_comm_hook(None, self._reduce)
 
     def register_comm_hook(self, state: object, hook: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.is_bf16 = True
+        self.is_bf16 = hook is bf16_compress_hook
 
     def _reduce(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         gradients = bucket.buffer()
         sent = gradients.bfloat16() if self.is_bf16 else gradients
+        sent.div_(dist.get_world_size())
         dist.all_reduce(sent)
         if self.is_bf16:
             gradients.copy_(sent)
