@@ -27,6 +27,8 @@ Figure = Literal[
     "images_per_s",
 ]
 
+NetName = Literal["online", "momentum"]
+
 
 class StrictModel(BaseModel):
     """Unknown keys are refused, nothing is coerced, nothing changed later."""
@@ -461,6 +463,9 @@ class EvaluationConfig(Section):
     """Training images among which kNN looks for neighbours; 0: all."""
     num_test_images: NonNegative = 0
     """Test images that kNN judges; 0: all."""
+    net: NetName = "online"
+    """Which of the two nets is evaluated: the one that is trained, or the momentum net, its mean
+    over the last steps."""
     online: bool = False
     """A kNN and a linear classifier on the views in training, at every run.log_every."""
     baselines: bool = False
@@ -555,6 +560,14 @@ class Recipe(Section):
                 f"grouping.instance_warmup_steps={warmup} leaves fewer features than the "
                 f"{self.grouping.num_groups} groups that are made of them: take at least "
                 f"{-(-self.grouping.num_groups // self.data.global_batch)} steps, or 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_evaluated_net_is_there(self) -> Self:
+        if self.evaluation.net == "momentum" and not self.nets.num_momentum_views:
+            raise ValueError(
+                f"evaluation.net=momentum: method.name={self.method.name} has no momentum net"
             )
         return self
 

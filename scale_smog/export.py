@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scale_smog.checkpoint.nets import find_checkpoint, load_online_net, read_part
-from scale_smog.config import ModelConfig, Recipe
+from scale_smog.checkpoint.nets import find_checkpoint, load_net, read_part
+from scale_smog.config import ModelConfig, NetName, Recipe
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.errors import UserError
 from scale_smog.recipe import load_recipe
@@ -52,14 +52,17 @@ class Exported:
     num_features: int
 
 
-def export(path: str, out: str, kind: str, with_state: bool = False) -> Exported:
-    """Writes the online backbone of a checkpoint for another library.
+def export(
+    path: str, out: str, kind: str, with_state: bool = False, net: NetName = "online"
+) -> Exported:
+    """Writes the backbone of a checkpoint for another library.
 
     Args:
         path: a run (its newest checkpoint) or one of its checkpoints.
         out: folder to write: `model.safetensors`, `README.md`; for "hf" `config.json` too.
         kind: "timm", "torchvision" or "hf", a folder to upload that timm loads.
         with_state: also write heads, momentum net and groups, under the checkpoint's own names.
+        net: whose backbone.
 
     Raises:
         UserError: no whole checkpoint, the library has no such net, or `out` cannot be written.
@@ -68,7 +71,7 @@ def export(path: str, out: str, kind: str, with_state: bool = False) -> Exported
         raise UserError(f"unknown format '{kind}': {', '.join(FORMATS)}")
     folder, run_dir = find_checkpoint(Path(path))
     recipe = load_recipe(run_dir / run_folder.RECIPE_FILE)
-    backbone = load_online_net(folder, recipe.model, recipe.nets).backbone
+    backbone = load_net(folder, recipe.model, recipe.nets, net).backbone
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     architecture = _architecture(recipe.model, kind)
     if kind == "torchvision" and recipe.model.backbone == "swin_tiny":
@@ -84,7 +87,8 @@ def export(path: str, out: str, kind: str, with_state: bool = False) -> Exported
         if kind == "hf":
             config = json.dumps(_hf_config(architecture, num_features, recipe), indent=1)
             write_atomically(target / "config.json", config.encode())
-        card = _card(recipe, f"{run_dir.name}, {folder.name}", num_features, usage, kind)
+        name = f"{run_dir.name}, {folder.name}, {net} net"
+        card = _card(recipe, name, num_features, usage, kind)
         write_atomically(target / "README.md", card.encode())
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from None

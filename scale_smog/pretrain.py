@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,7 +104,8 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     def evaluate(step: int) -> None:
         if knn:
             with phases.during(phases.EVALUATION):
-                accuracy = knn.accuracy(phases.stoppable(state.engine.embed))
+                embed = partial(state.engine.embed, of=recipe.evaluation.net)
+                accuracy = knn.accuracy(phases.stoppable(embed))
             metrics.scalars(step, {"knn": accuracy})
             metrics.say(f"step {step}  kNN top-1 {accuracy:.3f}")
 

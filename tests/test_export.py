@@ -110,6 +110,18 @@ def test_a_net_that_no_library_has_comes_with_a_line_that_loads_it(
     assert torch.equal(outputs(names["net"], 64), outputs(net, 64))
 
 
+def test_the_momentum_net_is_exported_on_request(tmp_path, tars):
+    recipe = small_recipe(tmp_path, tars, "run.steps=2")
+    pretrain(recipe)
+    folder, run_dir = nets.find_checkpoint(Path(recipe.run.dir))
+    for net in ("online", "momentum"):
+        done = export(str(run_dir), str(tmp_path / net), "timm", net=net)
+        kept = nets.read_part(folder, net)
+        for name, value in load_file(done.folder / "model.safetensors").items():
+            assert torch.equal(value, kept[f"backbone.{name}"])
+        assert f"{net} net" in (done.folder / "README.md").read_text()
+
+
 def test_the_whole_state_has_heads_momentum_net_and_groups(tmp_path, fake_run):
     run_dir, _ = fake_run("resnet_tiny")
     done = export(str(run_dir), str(tmp_path / "out"), "timm", with_state=True)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from scale_smog.checkpoint.loading import load
 from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
-from scale_smog.config import ModelConfig, NetPlan
+from scale_smog.config import ModelConfig, NetName, NetPlan
 from scale_smog.errors import UserError
-from scale_smog.models import OnlineNet, build_nets
+from scale_smog.models import MomentumNet, OnlineNet, build_nets
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -40,17 +40,28 @@ def read_part(folder: Path, part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items()}
 
 
-def load_online_net(folder: Path, model: ModelConfig, plan: NetPlan) -> OnlineNet:
-    """The online net of a checkpoint, on the CPU in float32.
+def load_net(
+    folder: Path, model: ModelConfig, plan: NetPlan, name: NetName = "online"
+) -> OnlineNet | MomentumNet:
+    """A net of a checkpoint, on the CPU in float32.
+
+    Args:
+        folder: of the checkpoint.
+        model: the run's settings.
+        plan: of the run's method.
+        name: which of the two.
 
     Raises:
-        UserError: the checkpoint holds another net than the settings describe.
+        UserError: the checkpoint holds another net than the settings describe, or no momentum net.
     """
-    online, _ = build_nets(model, plan)
+    online, momentum = build_nets(model, plan)
+    net = online if name == "online" else momentum
+    if net is momentum and not plan.num_momentum_views:
+        raise UserError(f"{folder} is of a method without momentum net: take the online net")
     try:
-        online.load_state_dict(read_part(folder, "online"))
+        net.load_state_dict(read_part(folder, name))
     except RuntimeError:
         raise UserError(
             f"{folder} does not hold a {model.backbone} of width {model.width}"
         ) from None
-    return online
+    return net

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a run folder or one of its checkpoints/step-*")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--net", choices=("online", "momentum"), default="online")
     parser.add_argument("--full", action="store_true", help="heads, momentum net and groups too")
 
 
@@ -21,7 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Exports and says how to load it."""
     from scale_smog.export import WEIGHTS_FILE, export
 
-    done = export(arguments.checkpoint, arguments.out, arguments.format, arguments.full)
+    done = export(
+        arguments.checkpoint, arguments.out, arguments.format, arguments.full, arguments.net
+    )
     print(f"{done.folder / WEIGHTS_FILE}: {done.num_features} features; to load it:\n")
     print(done.usage)
     return 0

@@ -37,8 +37,8 @@ class FsdpEngine(Engine):
         policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if is_bf16 else None)
         for net in (self.online, self.momentum):
             self._shard(net, mesh, policy)
-        # Evaluation calls a part of the net; through the root, so that it finds its weights.
-        register_fsdp_forward_method(self.online, "features")
+            # Evaluation calls a part of the net; through the root, so that it finds its weights.
+            register_fsdp_forward_method(net, "features")
         return self.online, self.momentum
 
     def _mesh(self) -> DeviceMesh:

@@ -1,5 +1,6 @@
 """The end of a run: one evaluation, results.json, the picture of the groups, the table."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,9 +54,7 @@ def conclude(
     metrics.say(_table(run_dir, results))
 
 
-def _draw_groups(
-    recipe: Recipe, state: TrainState, method: GroupMethod, dataset: Images
-) -> None:
+def _draw_groups(recipe: Recipe, state: TrainState, method: GroupMethod, dataset: Images) -> None:
     # Never more than were trained on: a run of a few steps must not end with a longer evaluation.
     num_trained = state.step * recipe.data.global_batch
     ids = random_subset(dataset.num_samples, min(NUM_PICTURED, num_trained))
@@ -71,7 +70,8 @@ def _draw_groups(
 
 
 def _knn_results(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, float]:
-    results = {"trained": knn.accuracy(stoppable(state.engine.embed)), **knn.settings}
+    embed = stoppable(partial(state.engine.embed, of=recipe.evaluation.net))
+    results = {"trained": knn.accuracy(embed), **knn.settings}
     if recipe.evaluation.baselines:
         torch.manual_seed(recipe.run.seed)
         random_net = build_nets(recipe.model)[0].backbone.to(state.engine.device).eval()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_smog import distributed
-from scale_smog.checkpoint.nets import find_checkpoint, load_online_net
+from scale_smog.checkpoint.nets import find_checkpoint, load_net
 from scale_smog.config import Recipe
 from scale_smog.data.datasets import Images, split_sha256
 from scale_smog.data.remote.space import use_cache
@@ -24,7 +24,7 @@ from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder, embed_images
 from scale_smog.evaluation.protocols import Protocols, load_protocols, split_overrides
 from scale_smog.evaluation.splits import open_labelled_splits, test_split
-from scale_smog.models import build_nets
+from scale_smog.models import MomentumNet, OnlineNet, build_nets
 from scale_smog.models.check import require_images_fit
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
@@ -95,13 +95,18 @@ class EvaluationTask:
 
         return distributed.call_on_main(hashes)
 
+    def net(self) -> OnlineNet | MomentumNet:
+        """The checkpoint's net that `evaluation.net` names, on the CPU."""
+        recipe = self.recipe
+        return load_net(self.checkpoint, recipe.model, recipe.nets, recipe.evaluation.net)
+
     def backbone(self) -> nn.Module:
-        """The checkpoint's online backbone, on the CPU; the caller's own."""
+        """The backbone of this net, on the CPU; the caller's own."""
         return deepcopy(self._backbone)
 
     @cached_property
     def _backbone(self) -> nn.Module:
-        return load_online_net(self.checkpoint, self.recipe.model, self.recipe.nets).backbone
+        return self.net().backbone
 
     def random_backbone(self) -> nn.Module:
         """A backbone with random weights, of the run's seed, for comparison."""
@@ -189,11 +194,14 @@ class EvaluationTask:
             results: figures.
             about: what else a reader of the file should know.
         """
+        is_online = self.recipe.evaluation.net == "online"
+        key = self.name if is_online else f"{self.name}_{self.recipe.evaluation.net}"
         if distributed.is_main():
-            facts = {"evaluation": self.name, "figures": results, **about, **self.facts}
+            names = {"evaluation": self.name, "result": key}
+            facts = {**names, "figures": results, **about, **self.facts}
             text = json.dumps(facts, indent=1) + "\n"
             write_atomically(self.made_folder() / run_folder.RESULTS_FILE, text.encode())
-        run_folder.add_results(self.run_dir, {self.name: results})
+        run_folder.add_results(self.run_dir, {key: results})
 
     def made_folder(self) -> Path:
         """The folder, made if it is not there.

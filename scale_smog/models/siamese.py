@@ -90,6 +90,10 @@ class MomentumNet(nn.Module):
         """Maps one large view [B, 3, H, W] to its unit projections z' [B, D], at least float32."""
         return unit(self.projector(self.backbone(view)))
 
+    def features(self, view: Tensor) -> Tensor:
+        """The backbone's features [B, F] of a view [B, 3, H, W], for evaluation."""
+        return self.backbone(view)
+
 
 def build_nets(model: ModelConfig, plan: NetPlan = DEFAULT_NETS) -> tuple[OnlineNet, MomentumNet]:
     """Builds the online net with random weights and the momentum net as its copy.

@@ -133,9 +133,10 @@ def evaluations(record: RunRecord) -> list[Evaluation]:
 
 
 def _written(folder: Path) -> dict[str, dict[str, Any]]:
-    """The newest results file of each evaluation, with its settings and counts of images."""
+    """The newest results file of each evaluation, by its name among the run's results."""
     paths = sorted(folder.glob("evaluations/*/results.json"), key=lambda x: x.stat().st_mtime)
-    return {path.parent.name.rpartition("-")[0]: json.loads(path.read_text()) for path in paths}
+    contents = [json.loads(path.read_text()) for path in paths]
+    return {content["result"]: content for content in contents if "result" in content}
 
 
 def _figure(value: Any) -> str:

@@ -11,13 +11,17 @@ import pytest
 import torch
 from images import jpeg
 from PIL import Image
+from small_recipe import small_recipe
 
+from scale_smog.checkpoint import list_checkpoints
+from scale_smog.checkpoint.nets import read_part
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
 from scale_smog.evaluation.program import PROGRAMS, evaluate
 from scale_smog.evaluation.supervised import linear
 from scale_smog.evaluation.task import weights_sha256
+from scale_smog.models import build_backbone
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = ["linear.epochs=4", "linear.batch=8", "linear.checkpoint_every=3"]
@@ -39,6 +43,27 @@ def test_a_result_holds_every_setting_and_the_hashes(run_dir, capsys):
     assert json.loads((run_dir / "results.json").read_text())["linear"] == figures
     out = capsys.readouterr().out
     assert "no comparison: the paper has no linear results of resnet_tiny" in out
+
+
+def test_the_momentum_net_is_evaluated_under_a_name_of_its_own(run_dir):
+    found = {}
+    for net in ("online", "momentum"):
+        evaluate("knn", [str(run_dir)], [f"evaluation.net={net}"])
+        found[net] = results(run_dir, "knn")
+    assert found["online"]["checkpoint_sha256"] != found["momentum"]["checkpoint_sha256"]
+    momentum = read_part(list_checkpoints(run_dir)[-1], "momentum")
+    backbone = build_backbone("resnet_tiny")
+    own = {k.removeprefix("backbone."): v for k, v in momentum.items() if "backbone" in k}
+    backbone.load_state_dict(own)
+    assert found["momentum"]["checkpoint_sha256"] == weights_sha256(backbone)
+    kept = json.loads((run_dir / "results.json").read_text())
+    assert kept["knn"] == found["online"]["figures"]
+    assert kept["knn_momentum"] == found["momentum"]["figures"]
+
+
+def test_a_method_without_momentum_net_has_none_to_evaluate(tmp_path):
+    with pytest.raises(UserError, match=r"method\.name=simclr has no momentum net"):
+        small_recipe(tmp_path, "x", "method.name=simclr", "evaluation.net=momentum")
 
 
 def test_the_learning_rate_is_chosen_on_held_out_images_and_never_on_test_images(tmp_path, run_dir):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scale_smog import distributed
-from scale_smog.checkpoint.nets import load_online_net, read_part
+from scale_smog.checkpoint.nets import read_part
 from scale_smog.config import GroupingConfig
 from scale_smog.data.loaders.build import open_together
 from scale_smog.errors import UserError
@@ -103,7 +103,7 @@ def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
 
 def _projection(task: EvaluationTask) -> Encoder:
     """The frozen backbone and projector: images [B, 3, H, W] -> unit z [B, D]."""
-    net = load_online_net(task.checkpoint, task.recipe.model, task.recipe.nets)
+    net = task.net()
     project = task.frozen(nn.Sequential(net.backbone, net.projector))
     return lambda images: F.normalize(project(images).float())
 
