@@ -21,7 +21,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # end a run with
 # A terminal sends Ctrl-C to ranks and launcher, and the launcher sends it on: within this time it
 # is one; later, somebody who does not want to wait for the checkpoint.
 SIGINT_GRACE_S = 5.0
-MEETING_GRACE_S = 5.0  # for ranks that have nearly met; they then stop with a checkpoint
+# For ranks that have nearly met, and then stop with a checkpoint; launchers kill after 30 s.
+MEETING_GRACE_S = 15.0
 
 
 class Preemption:
