@@ -1,4 +1,4 @@
-"""CIFAR-10 at a small budget: ours, lightly's SMoG, SimCLR and MoCo on the same net and views.
+"""CIFAR-10 at a small budget: SMoG, lightly's SMoG and other methods on the same net and views.
 
     python benchmarks/cifar10.py TARS [--seeds 0 1 2] [--quick] [section.key=value …]
 
@@ -33,7 +33,11 @@ ROWS = {
     "SMoG, ours, a third view trained too (multi-crop)": (
         "ours data.num_small_crops=1 data.small_px=32 augment.small_scale=[0.2,1.0]"
     ),
-    "MoCo": "moco model.ema=0.99",
+    "SimCLR, lightly": "lightly_simclr",
+    "MoCo v3": "moco_v3 model.ema=0.99",
+    "BYOL": "byol model.ema=0.99",
+    "SwAV": "swav",
+    "DeepCluster v2": "deepcluster_v2",
     "SMoG, lightly, its example's settings": "lightly_smog_as_it_is",
     "those 200 steps alone, then stop": "simclr run.steps=200",
 }

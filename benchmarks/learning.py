@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -91,9 +90,12 @@ class Run:
     def tree(self) -> dict[str, dict[str, Any]]:
         """Sections and keys: those of the dataset with the run's own changes."""
         from scale_smog.config import Recipe
+        from scale_smog.methods import METHODS
         from scale_smog.recipe import apply_override
 
         tree = json.loads(json.dumps(SETTINGS[self.setting]))
+        if self.method in METHODS:
+            tree["method"] = {"name": self.method}
         for override in self.overrides:
             apply_override(tree, override, Recipe)
         return tree
@@ -159,8 +161,7 @@ def train(run: Run) -> dict[str, Any]:
     loader = MemoryLoader(source, range(schedules.num_steps), device)
     judge = build_judge(recipe, dataset, num_train)
     with one_rank():
-        start = islice(loader, -(-recipe.num_init_features // recipe.data.global_batch))
-        contestant = METHODS[run.method](recipe, start, device)
+        contestant = METHODS[run.method](recipe, loader, num_train, device)
         curve, losses, begin, judging = [], [], time.perf_counter(), 0.0
         points = schedules.num_steps // CURVE_POINTS
         for step, batch in enumerate(loader, 1):

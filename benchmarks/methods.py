@@ -8,6 +8,7 @@ The others are made of lightly's parts; `LightlySmog` is its SMoG example's loop
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
 from scale_smog.grouping import perplexity
 from scale_smog.loop import train_step
+from scale_smog.methods import METHODS as scale_smog_methods
 from scale_smog.methods import GroupMethod
 from scale_smog.models import build_backbone
 from scale_smog.schedules import ScheduledValues
 from scale_smog.state import build_state
 
-SIMCLR_TEMPERATURE, MOCO_TEMPERATURE, MOCO_QUEUE = 0.2, 0.2, 4096
+SIMCLR_TEMPERATURE = 0.2
 
 
 class Contestant(ABC):
@@ -41,19 +43,21 @@ class Contestant(ABC):
 
 
 class Ours(Contestant):
-    """The framework: `scale_smog.loop.train_step` on one rank.
+    """The framework: `scale_smog.loop.train_step` on one rank, whichever its method.
 
     Args:
         recipe: of the run.
-        start: the first batches, for the first k-means.
+        batches: of the run, from its first.
         device: of the nets.
     """
 
-    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
-        self._recipe = recipe
-        self._state = build_state(recipe, recipe.data.global_batch, device)
-        if self._state.method.num_first_images:
-            self._state.method.start(start)
+    def __init__(
+        self, recipe: Recipe, batches: Iterable[Batch], num_images: int, device: torch.device
+    ):
+        self._state = build_state(recipe, recipe.data.global_batch, device, num_images)
+        if num_first := self._state.method.num_first_images:
+            num_batches = -(-num_first // recipe.data.global_batch)
+            self._state.method.start(islice(batches, num_batches))
         self.backbone = self._state.engine.online.backbone
 
     def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
@@ -110,10 +114,12 @@ class Peer(Contestant):
         return loss.detach()
 
 
-class SimClr(Peer):
+class LightlySimClr(Peer):
     """SimCLR of lightly's projection head and loss (Chen et al., ICML 2020)."""
 
-    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
+    def __init__(
+        self, recipe: Recipe, batches: Iterable[Batch], num_images: int, device: torch.device
+    ):
         from lightly.loss import NTXentLoss  # pyright: ignore
         from lightly.models.modules import SimCLRProjectionHead  # pyright: ignore
 
@@ -154,32 +160,14 @@ class WithMomentumNet(Peer):
             return self.copies[1](self.copies[0](view)).float()
 
 
-class Moco(WithMomentumNet):
-    """MoCo v2 of lightly's parts (Chen et al., arXiv:2003.04297), without batch shuffling."""
-
-    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
-        from lightly.loss import NTXentLoss  # pyright: ignore
-        from lightly.models.modules import MoCoProjectionHead  # pyright: ignore
-
-        super().__init__(recipe, device)
-        self.follow(MoCoProjectionHead(self.num_features, self.hidden, self.dim))
-        self.loss = NTXentLoss(MOCO_TEMPERATURE, memory_bank_size=(MOCO_QUEUE, self.dim)).to(device)
-        self.prepare(self.head)
-
-    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
-        """One view is trained, against the other's momentum projection and a queue of them."""
-        first, second = batch.views(swap=self.num_steps % 2 == 1)
-        return self.update(
-            self.loss(self.project(first), self.project_momentum(second)), scheduled.lr
-        )
-
-
 class LightlySmog(WithMomentumNet):
     """lightly's SMoG: prototypes, heads, bank, and scikit-learn's k-means, as in its example."""
 
     rate: float | None = None  # constant; None: the schedule's
 
-    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
+    def __init__(
+        self, recipe: Recipe, batches: Iterable[Batch], num_images: int, device: torch.device
+    ):
         from lightly.models.modules import SMoGPredictionHead, SMoGProjectionHead, SMoGPrototypes  # pyright: ignore
         from lightly.models.modules.memory_bank import MemoryBankModule  # pyright: ignore
 
@@ -230,14 +218,16 @@ class LightlySmog(WithMomentumNet):
 class LightlySmogAsItIs(LightlySmog):
     """With the example's settings: 300 groups, a reset every 300 steps, alpha 0.99, SGD at 0.01."""
 
-    def __init__(self, recipe: Recipe, start: Iterable[Batch], device: torch.device):
+    def __init__(
+        self, recipe: Recipe, batches: Iterable[Batch], num_images: int, device: torch.device
+    ):
         changes = {
             "model": {"ema": 0.99, "head_width": 2048},
             "grouping": {"num_groups": 300, "reset_every": 300, "bank_steps": 300},
             "optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-6},
         }
         parts = {name: getattr(recipe, name).model_copy(update=c) for name, c in changes.items()}
-        super().__init__(recipe.model_copy(update=parts), start, device)
+        super().__init__(recipe.model_copy(update=parts), batches, num_images, device)
         self.rate = 0.01
 
 
@@ -245,6 +235,6 @@ METHODS = {
     "ours": Ours,
     "lightly_smog": LightlySmog,
     "lightly_smog_as_it_is": LightlySmogAsItIs,
-    "simclr": SimClr,
-    "moco": Moco,
+    "lightly_simclr": LightlySimClr,
+    **dict.fromkeys(scale_smog_methods, Ours),
 }
