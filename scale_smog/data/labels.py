@@ -6,8 +6,11 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from scale_smog.errors import UserError
 
 UNLABELLED = -1
 MAX_CLASSES = 1_000_000  # a manifest names every class: more are ids of something else
@@ -37,6 +40,40 @@ def label_of(number: str | int | float) -> int:
 def numbered_classes(num_classes: int) -> tuple[str, ...]:
     """Names of classes that have none but their number."""
     return tuple(str(label) for label in range(num_classes))
+
+
+def number_labels(
+    labels: Sequence[Any], names: tuple[str, ...], images: Sequence[str]
+) -> tuple[tuple[str, ...], list[int]]:
+    """Class names, and each label's index into them.
+
+    Args:
+        labels: of the images: whole numbers, or names if any is one; None for none.
+        names: of the numbers, where they have any.
+        images: their names, for the error's line.
+
+    Raises:
+        UserError: a label is neither a whole number nor a name, or has no name.
+    """
+    if any(isinstance(label, str) for label in labels):
+        texts = clean_names("" if label is None else str(label) for label in labels)
+        classes = sorted_classes(texts)
+        number = {name: index for index, name in enumerate(classes)}
+        return classes, [number.get(text, UNLABELLED) for text in texts]
+    numbers = []
+    for image, label in zip(images, labels, strict=True):
+        try:
+            if label is None or label != label:  # pandas writes nan for no number
+                numbers.append(UNLABELLED)
+            else:
+                numbers.append(label_of(label))
+        except ValueError as error:
+            raise UserError(f"{image}: {error}") from None
+    largest = max(numbers)
+    if names and largest >= len(names):
+        image = images[numbers.index(largest)]
+        raise UserError(f"{image}: label {largest}, but the file names {len(names)} classes")
+    return names or numbered_classes(largest + 1), numbers
 
 
 def clean_names(names: Iterable[str]) -> list[str]:

@@ -9,10 +9,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "src",
         help="image folder (a sub-folder per class, or flat and unlabelled), or *.csv with the "
-        "columns path and label, *.parquet, *.tar; a quoted pattern names several files",
+        "columns path and label, *.parquet, *.tar; a quoted pattern names several files; or "
+        "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, cifar-10-binary.tar.gz",
     )
     add("out", help="dataset folder; may hold other splits already")
     add("--split", default="train", help="name of the split (default: %(default)s)")
+    words = "the archive's, where its name does not tell it: imagenet or cifar10"
+    add("--layout", choices=["imagenet", "cifar10"], default="", help=words)
+    words = "ImageNet's devkit, or a list of names and classes (default: the devkit beside SRC)"
+    add("--labels", default="", metavar="FILE", help=words)
+    words = "of parquet (default: image, img, jpg, png, ...)"
+    add("--image-column", default="", metavar="NAME", help=words)
+    words = "of parquet (default: label, fine_label, ...)"
+    add("--label-column", default="", metavar="NAME", help=words)
+    words = "in .json members of tars that holds the label (default: the number in .cls)"
+    add("--label-key", default="", metavar="KEY", help=words)
     add("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
     add("--shard-mib", type=int, default=256, help="largest shard, MiB (default: %(default)s)")
     words = "most samples in a shard (default: %(default)s)"
@@ -33,10 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Writes the split."""
     from scale_smog.data.prepare.shard import shard_folder
+    from scale_smog.data.prepare.sources import SourceOptions
     from scale_smog.data.workers import num_usable_cores
 
     options = vars(arguments)
+    names = ("layout", "labels", "image_column", "label_column", "label_key")
+    about = SourceOptions(split=arguments.split, **{name: options.pop(name) for name in names})
     if options["workers"] is None:
         options["workers"] = num_usable_cores()
-    shard_folder(options.pop("src"), options.pop("out"), **options)
+    shard_folder(options.pop("src"), options.pop("out"), about, **options)
     return 0

@@ -25,7 +25,7 @@ from scale_smog.data.manifest import (
 )
 from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
 from scale_smog.data.prepare.shard_plan import ShardPlan, plan_shards
-from scale_smog.data.prepare.sources import Source, open_source
+from scale_smog.data.prepare.sources import AS_USUAL, Source, SourceOptions, open_source
 from scale_smog.data.prepare.work_folder import says_what_it_cannot_write, work_folder
 from scale_smog.data.prepare.writer import ShardJob, ShardRecord, finish_shard
 from scale_smog.data.workers import num_usable_cores, run_in_processes, start_forkserver
@@ -35,7 +35,12 @@ from scale_smog.runtime.files import locked
 _MIB = 2**20
 
 
-def shard_folder(source: str | Path, out: str | Path, **options: Any) -> SplitManifest:
+def shard_folder(
+    source: str | Path,
+    out: str | Path,
+    source_options: SourceOptions = AS_USUAL,
+    **options: Any,
+) -> SplitManifest:
     """Writes what `open_source` finds at `source` as a split of the dataset `out`.
 
     The options, errors and guarantees are those of `shard_source`.
@@ -44,7 +49,7 @@ def shard_folder(source: str | Path, out: str | Path, **options: Any) -> SplitMa
         raise UserError(f"OUT {out} lies inside SRC {source}: choose a folder beside it")
     if options.get("workers") != 1:
         start_forkserver(finish_shard.__module__)  # imports what workers need while we list
-    opened = open_source(source)
+    opened = open_source(source, source_options)
     say_unlabelled(source, [image.label for image in opened.images])
     return shard_source(opened, out, **options)
 

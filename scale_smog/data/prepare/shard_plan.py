@@ -4,7 +4,7 @@ A seeded shuffle, then cuts by size at the source.
 """
 
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def plan_shards(
 ) -> list[ShardJob]:
     """The shards of a split, in order; files become theirs in `out`, unfinished ones in `work`."""
     options: dict[str, Any] = plan.options
-    images = [source.images[index] for index in permutation(len(source.images), plan.seed)]
+    images = [source.images[index] for index in _order(source, plan.seed)]
     sizes = [image.num_bytes for image in images]
     cuts = cut_into_shards(sizes, options["shard_mib"], options["shard_samples"])
     preprocessing = Preprocessing(
@@ -59,6 +59,15 @@ def plan_shards(
         )
         for number, cut in enumerate(cuts)
     ]
+
+
+def _order(source: Source, seed: int) -> Iterable[int]:
+    """A permutation of the images; those of a block stay neighbours."""
+    order = permutation(len(source.images), seed)
+    if not source.blocks:
+        return order
+    turn = permutation(max(source.blocks) + 1, seed)
+    return sorted(order, key=lambda index: turn[source.blocks[index]])
 
 
 def cut_into_shards(sizes: Sequence[int], shard_mib: int, shard_samples: int) -> list[slice]:

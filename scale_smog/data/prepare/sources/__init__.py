@@ -1,29 +1,34 @@
-"""What sharding reads: image folders, CSV lists, parquet files, existing tars."""
+"""What sharding reads: image folders, CSV lists, parquet, tars, archives of known sets."""
 
 from glob import glob
 from pathlib import Path
 
 from scale_smog.data.image_folder import holds_images
+from scale_smog.data.prepare.sources.cifar10 import cifar10_source
 from scale_smog.data.prepare.sources.csv_list import csv_source
 from scale_smog.data.prepare.sources.folder import folder_source
+from scale_smog.data.prepare.sources.imagenet import imagenet_source
 from scale_smog.data.prepare.sources.parquet import parquet_source
-from scale_smog.data.prepare.sources.source import Source
+from scale_smog.data.prepare.sources.source import AS_USUAL, Source, SourceOptions
 from scale_smog.data.prepare.sources.tar import tar_source
 from scale_smog.errors import UserError
 
-__all__ = ["Source", "open_source"]
+__all__ = ["AS_USUAL", "LAYOUTS", "Source", "SourceOptions", "open_source"]
 
+LAYOUTS = {"imagenet": imagenet_source, "cifar10": cifar10_source}  # archives of known sets
+_LAYOUT_OF_NAME = {"ILSVRC2012_img_": "imagenet", "cifar-10-binary": "cifar10"}
 _KINDS = {".tar": tar_source, ".parquet": parquet_source, ".csv": csv_source}
 _ARCHIVES = (".tar.gz", ".tgz", ".gz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 _ARCHIVES += (".zip", ".7z", ".rar")
 _OTHER_LISTS = (".tsv", ".txt", ".json", ".jsonl", ".xlsx", ".xls")
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path, options: SourceOptions = AS_USUAL) -> Source:
     """Finds out what kind of source it is: tars, parquet or CSV by its ending, else a folder.
 
     `source` may be a pattern such as `images/train-*.tar` or `train-{000..146}.tar`; a folder
-    that holds tars and no images stands for its tars.
+    that holds tars and no images stands for its tars. ImageNet's and CIFAR-10's archives are known
+    by their names, or by `options.layout`.
 
     Raises:
         UserError: there is nothing of that name, or the source itself is at fault.
@@ -31,15 +36,25 @@ def open_source(source: str | Path) -> Source:
     folder = Path(source)
     if folder.is_dir():
         tars = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar")
-        return tar_source(tars) if tars and not holds_images(folder) else folder_source(folder)
+        if tars and not holds_images(folder):
+            return tar_source(tars, options)
+        return folder_source(folder)
     paths = _matching_files(str(source))
+    if layout := options.layout or _usual_layout(paths[0].name):
+        if len(paths) > 1:
+            raise UserError(f"{source} names {len(paths)} files: give one, of layout {layout}")
+        return LAYOUTS[layout](paths[0], options)
     kinds = {path.suffix.lower() for path in paths}
     if len(kinds) > 1:
         raise UserError(f"{source} names files of several kinds: {', '.join(sorted(kinds))}")
     kind = kinds.pop()
     if kind not in _KINDS:
         raise UserError(f"{paths[0]} is {_why_not(paths[0].name.lower())}")
-    return _KINDS[kind](paths)
+    return _KINDS[kind](paths, options)
+
+
+def _usual_layout(name: str) -> str:
+    return next((kind for start, kind in _LAYOUT_OF_NAME.items() if name.startswith(start)), "")
 
 
 def _matching_files(pattern: str) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from scale_smog.data.image_folder import FolderReader
 from scale_smog.data.images import ImageEntry
 from scale_smog.data.labels import UNLABELLED, clean_names, sorted_classes
-from scale_smog.data.prepare.sources.source import Source
+from scale_smog.data.prepare.sources.source import Source, SourceOptions
 from scale_smog.errors import UserError
 
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -31,7 +31,7 @@ class _Row(NamedTuple):
     label: str  # "": none
 
 
-def csv_source(paths: Sequence[Path]) -> Source:
+def csv_source(paths: Sequence[Path], _options: SourceOptions) -> Source:
     """Lists images named in CSV files: a column `path`, relative to the file, perhaps `label`.
 
     Labels are names; classes are their sorted set, by value where all are numbers. Blanks around

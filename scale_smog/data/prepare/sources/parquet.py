@@ -4,115 +4,116 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryFile, gettempdir
 from typing import Any, NamedTuple
 
 from scale_smog.data.images import ImageEntry
-from scale_smog.data.labels import (
-    UNLABELLED,
-    clean_names,
-    label_of,
-    numbered_classes,
-    sorted_classes,
-)
-from scale_smog.data.prepare.sources.source import Source
+from scale_smog.data.labels import number_labels
+from scale_smog.data.prepare.sources.source import Source, SourceOptions
 from scale_smog.errors import UserError
+
+# Usual names, in the order in which they are tried.
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label", "category", "target")
 
 
 class _Row(NamedTuple):
     """One row of a file."""
 
-    name: str  # of the file and the row
+    group: int  # of rows, in the file
+    number: int  # in the group
     content: bytes | None  # of the image; None: not in the file
     path: str  # that the file names in place of the content
     label: Any  # a number, a name or None
 
 
-def parquet_source(paths: Sequence[Path]) -> Source:
-    """Lists parquet files: `image` is encoded bytes, alone or in a struct, as Hugging Face has it.
+def parquet_source(paths: Sequence[Path], options: SourceOptions) -> Source:
+    """Lists parquet files: images are encoded bytes, alone or in a struct, as Hugging Face has it.
 
-    `label` is a whole number, negative or null for none, or a name. Class names come from the
-    files' own description, else they are the numbers. All images are copied to a temporary file,
-    for which TMPDIR needs room: a shuffled shard takes its images from nearly every row group, and
-    a row group is only read as a whole.
+    A label is a whole number, negative or null for none, or a name. Class names come from the
+    files' own description, else they are the numbers. The files are read twice, to list the images
+    and to shard them; as a row group is only read as a whole, a shard takes its images from few.
 
     Raises:
-        UserError: pyarrow is missing, a file has no such columns, a label is none, or TMPDIR has
-            no room.
+        UserError: pyarrow is missing, a file has no such columns, or a label is none.
     """
-    spool, names = _Spool(), None
-    images, labels, bad = [], [], []
+    folder, names = Path(os.path.commonpath([path.absolute().parent for path in paths])), None
+    images, labels, blocks, bad, num_blocks, column_of = [], [], [], [], 0, {}
     for path in paths:
         file = _parquet_file(path)
-        own_names = _class_label_names(file.schema_arrow.metadata or {})
+        columns = _Columns.of(path, file.schema_arrow.names, options)
+        own_names = _class_label_names(file.schema_arrow.metadata or {}, columns.label)
         if names and own_names and names != own_names:
             raise UserError(f"{path} and {paths[0]} name other classes: shard them one by one")
         names = names or own_names
-        for row in _rows(path, file):
+        place = path.absolute().relative_to(folder).as_posix()
+        column_of[place] = columns.image
+        for row in _rows(path, file, columns):
+            name = f"{place}#{row.group}.{row.number}"
             if row.content is None:
-                bad.append((row.name, f"no bytes, only the path {row.path!r}"))
+                bad.append((name, f"no bytes, only the path {row.path!r}"))
                 continue
-            place = f"{row.name}#{spool.append(row.content)}.{len(row.content)}"
-            images.append((place, len(row.content)))
+            images.append((name, len(row.content)))
             labels.append(row.label)
+            blocks.append(num_blocks + row.group)
+        num_blocks += file.num_row_groups
     if not images:
         why = f": {bad[0][1]}: store the images in the files" if bad else ""
         raise UserError(f"{paths[0]} holds no images{why}")
-    classes, numbers = _numbered(labels, names or (), [name for name, _ in images])
+    classes, numbers = number_labels(labels, names or (), [name for name, _ in images])
     entries = tuple(
         ImageEntry(name, number, size) for (name, size), number in zip(images, numbers, strict=True)
     )
-    return Source(classes, entries, spool, tuple(bad))
+    return Source(classes, entries, _RowReader(folder, column_of), tuple(bad), blocks=tuple(blocks))
 
 
-def _numbered(
-    labels: list[Any], names: tuple[str, ...], images: Sequence[str]
-) -> tuple[tuple[str, ...], list[int]]:
-    """Class names, and each label's index into them.
+class _Columns(NamedTuple):
+    """Which ones hold what."""
 
-    Raises:
-        UserError: a label is neither a whole number nor a name, or has no name.
-    """
-    if any(isinstance(label, str) for label in labels):
-        texts = clean_names("" if label is None else str(label) for label in labels)
-        classes = sorted_classes(texts)
-        number = {name: index for index, name in enumerate(classes)}
-        return classes, [number.get(text, UNLABELLED) for text in texts]
-    numbers = []
-    for image, label in zip(images, labels, strict=True):
-        try:
-            if label is None or label != label:  # pandas writes nan for no number
-                numbers.append(UNLABELLED)
-            else:
-                numbers.append(label_of(label))
-        except ValueError as error:
-            raise UserError(f"{image.rpartition('#')[0]}: {error}") from None
-    largest = max(numbers)
-    if names and largest >= len(names):
-        image = images[numbers.index(largest)].rpartition("#")[0]
-        raise UserError(f"{image}: label {largest}, but the file names {len(names)} classes")
-    return names or numbered_classes(largest + 1), numbers
+    image: str
+    label: str  # "": none
+
+    @classmethod
+    def of(cls, path: Path, names: Sequence[str], options: SourceOptions) -> "_Columns":
+        """The columns that are named, else those of the usual names.
+
+        Raises:
+            UserError: there is no such column.
+        """
+
+        def find(kind: str, named: str, usual: Sequence[str]) -> str:
+            if named and named not in names:
+                raise UserError(f"{path} has no column {named!r}; it has {', '.join(names)}")
+            return named or next((name for name in usual if name in names), "")
+
+        image = find("image", options.image_column, IMAGE_COLUMNS)
+        if not image:
+            raise UserError(
+                f"{path} has no column {' or '.join(map(repr, IMAGE_COLUMNS))}; it has "
+                f"{', '.join(names)}: name it by --image-column"
+            )
+        return cls(image, find("label", options.label_column, LABEL_COLUMNS))
 
 
-def _rows(path: Path, file: Any) -> Iterator[_Row]:
+def _rows(path: Path, file: Any, columns: _Columns) -> Iterator[_Row]:
     """All rows of a file.
 
     Raises:
-        UserError: a column is missing or of another type, or the file is damaged.
+        UserError: a column is of another type, or the file is damaged.
     """
-    columns = [name for name in ("image", "label") if name in file.schema_arrow.names]
-    _check_types(path, file.schema_arrow)
+    _check_types(path, file.schema_arrow, columns)
     for group in range(file.num_row_groups):
         with _readable(path):
-            table = file.read_row_group(group, columns)
-        labels = table["label"].to_pylist() if "label" in columns else [None] * len(table)
-        row = 0
-        for chunk in table["image"].chunks:  # not combined: together they may be beyond 2 GiB
+            table = file.read_row_group(group, [name for name in columns if name])
+        labels = table[columns.label].to_pylist() if columns.label else [None] * len(table)
+        number = 0
+        for chunk in table[columns.image].chunks:  # not combined: may be beyond 2 GiB together
             for image in chunk:
                 content, place = _image(image.as_py())
-                yield _Row(f"{path.name}#{group}.{row}", content, place, labels[row])
-                row += 1
+                yield _Row(group, number, content, place, labels[number])
+                number += 1
 
 
 def _image(value: Any) -> tuple[bytes | None, str]:
@@ -123,24 +124,24 @@ def _image(value: Any) -> tuple[bytes | None, str]:
     return (None, path) if content is None and path else (content or b"", "")
 
 
-def _check_types(path: Path, schema: Any) -> None:
+def _check_types(path: Path, schema: Any, columns: _Columns) -> None:
     from pyarrow import types
 
-    if "image" not in schema.names:
-        raise UserError(f"{path} has no column 'image'; it has {', '.join(schema.names)}")
-    kind = schema.field("image").type
+    column = f"{path}: column {columns.image!r}"
+    kind = schema.field(columns.image).type
     if types.is_dictionary(kind):
         kind = kind.value_type
     if types.is_struct(kind):
         fields = {field.name: field.type for field in kind}
         if "bytes" not in fields:
-            raise UserError(f"{path}: column 'image' has no 'bytes'; it has {', '.join(fields)}")
+            raise UserError(f"{column} has no 'bytes'; it has {', '.join(fields)}")
         kind = fields["bytes"]
     if not (_is_binary(kind) or types.is_null(kind)):
-        raise UserError(f"{path}: column 'image' is {kind}, not the bytes of an encoded image")
-    kind = schema.field("label").type if "label" in schema.names else None
+        raise UserError(f"{column} is {kind}, not the bytes of an encoded image")
+    kind = schema.field(columns.label).type if columns.label else None
     if kind is not None and types.is_nested(kind):
-        raise UserError(f"{path}: column 'label' is {kind}, not one number or name an image")
+        column = f"{path}: column {columns.label!r}"
+        raise UserError(f"{column} is {kind}, not one number or name an image")
 
 
 def _is_binary(kind: Any) -> bool:
@@ -173,42 +174,32 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path} as parquet: {error}") from None
 
 
-def _class_label_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
+def _class_label_names(metadata: dict[bytes, bytes], column: str) -> tuple[str, ...]:
     """Names of the classes that Hugging Face's description of a file has; () for none."""
     try:
         described = json.loads(metadata.get(b"huggingface", b"{}"))
-        names = described["info"]["features"]["label"]["names"]
+        names = described["info"]["features"][column]["names"]
     except (ValueError, KeyError, TypeError):
         return ()
     return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
 
-class _Spool:
-    """A temporary file of images, which workers read by their names' last part.
+@dataclass(frozen=True)
+class _RowReader:
+    """Reads images by file, row group and row; the last row group stays in memory."""
 
-    It has no name, so that it ends with this process however that ends; until then workers, which
-    get a copy of this object without the open file, find it at `path`.
-    """
-
-    def __init__(self):
-        self._file = TemporaryFile()
-        self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
-        self._size = 0
-
-    def append(self, content: bytes) -> int:
-        """Where it begins."""
-        try:
-            self._file.write(content)
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot copy images to {gettempdir()}: {error.strerror}") from None
-        self._size += len(content)
-        return self._size - len(content)
+    folder: Path
+    column_of: dict[str, str]  # file: its column of images
 
     def __call__(self, name: str) -> bytes:
-        offset, size = map(int, name.rpartition("#")[2].split("."))
-        with open(self.path, "rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, offset)
+        file, _, place = name.rpartition("#")
+        group, row = map(int, place.split("."))
+        column = _row_group(self.folder / file, self.column_of[file], group)
+        content, _ = _image(column[row].as_py())
+        return content or b""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+
+@lru_cache(maxsize=1)
+def _row_group(path: Path, column: str, group: int) -> Any:
+    with _readable(path):
+        return _parquet_file(path).read_row_group(group, [column])[column]
