@@ -60,6 +60,7 @@ setup(
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],
         "trackio": ["trackio"],
+        "onnx": ["onnx", "onnxscript"],  # smog export --format onnx
         "completion": ["argcomplete"],  # eval "$(register-python-argcomplete smog)"
         "test": [
             "s3fs",
@@ -71,6 +72,9 @@ setup(
             "torchmetrics",
             "pytest>=8",
             "pytest-xdist",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
             "playwright",  # drives a chromium of the system
             "scikit-learn",
             "faiss-cpu",

@@ -183,7 +183,8 @@ class ModelConfig(Section):
     small_images: bool = False
     """A 3x3 first convolution without max-pool, for ResNets on images of about 32 px."""
     weights: str = ""
-    """File of timm or torchvision to start the backbone from; empty: random weights."""
+    """What to start the backbone from: a file of timm or torchvision, an exported folder, or
+    hf-hub:USER/NAME; empty: random weights."""
     dim: Positive = 128
     """Size D of the projected features: 128 for ResNets, 256 for transformers. Paper: section
     4.1."""

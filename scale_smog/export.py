@@ -1,25 +1,27 @@
-"""A trained net for timm, torchvision and Hugging Face: keys renamed, safetensors, a card."""
+"""A trained net for timm, torchvision, Hugging Face and ONNX: keys renamed, a card."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from scale_smog.checkpoint.nets import find_checkpoint, load_net, read_part
 from scale_smog.config import ModelConfig, NetName, Recipe
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.errors import UserError
+from scale_smog.models.hub import WEIGHTS_FILE, save_for_hub
+from scale_smog.models.timm_nets import save_for_timm
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
 from scale_smog.runtime.files import write_atomically
 
-FORMATS = ("timm", "torchvision", "hf")
-WEIGHTS_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"
+FORMATS = ("timm", "torchvision", "hf", "onnx")
+STATE_FILE, ONNX_FILE = "training_state.safetensors", "model.onnx"
 STATE_PARTS = ("online", "momentum", "groups")
 # Names of our nets elsewhere. A ResNet of another width or stem has none: its stem differs too.
 TIMM = {
@@ -59,8 +61,9 @@ def export(
 
     Args:
         path: a run (its newest checkpoint) or one of its checkpoints.
-        out: folder to write: `model.safetensors`, `README.md`; for "hf" `config.json` too.
-        kind: "timm", "torchvision" or "hf", a folder to upload that timm loads.
+        out: folder to write: `model.safetensors` and `README.md`; for "hf" `config.json` too, for
+            "onnx" `model.onnx` instead.
+        kind: "timm", "torchvision", "hf" (a folder for the hub, that timm loads) or "onnx".
         with_state: also write heads, momentum net and groups, under the checkpoint's own names.
         net: whose backbone.
 
@@ -78,15 +81,17 @@ def export(
         weights = to_torchvision_swin(weights) | _swin_buffers()
     num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
     target = Path(os.path.abspath(out))  # "." has a name too
-    usage = _usage(recipe.model, kind, architecture, target.name)
+    usage = _usage(recipe, kind, architecture, target.name)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
+        if kind == "hf":
+            _write_for_hub(target, weights, architecture, recipe, net)
+        elif kind == "onnx":
+            _write_onnx(target / ONNX_FILE, backbone, recipe.evaluation.image_px)
+        else:
+            save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
         if with_state:
             save_file(_state(folder), target / STATE_FILE, metadata={"format": "pt"})
-        if kind == "hf":
-            config = json.dumps(_hf_config(architecture, num_features, recipe), indent=1)
-            write_atomically(target / "config.json", config.encode())
         name = f"{run_dir.name}, {folder.name}, {net} net"
         card = _card(recipe, name, num_features, usage, kind)
         write_atomically(target / "README.md", card.encode())
@@ -110,8 +115,19 @@ def _architecture(model: ModelConfig, kind: str) -> str:
     return names.get(model.backbone, "") if is_plain else ""
 
 
-def _usage(model: ModelConfig, kind: str, architecture: str, folder: str) -> str:
+def _usage(recipe: Recipe, kind: str, architecture: str, folder: str) -> str:
     """Python that loads the folder."""
+    model, px = recipe.model, recipe.evaluation.image_px
+    if kind == "onnx":
+        return (
+            f'import onnxruntime\nnet = onnxruntime.InferenceSession("{folder}/{ONNX_FILE}")\n'
+            f'(features,) = net.run(None, {{"images": images}})  # [B, 3, {px}, {px}] float32'
+        )
+    if kind == "hf" and not architecture:
+        return (
+            f'from scale_smog.models.hub import hub_net\nnet = hub_net("{folder}")\n'
+            f'# once uploaded: hub_net("USER/{folder}")'
+        )
     read = "from safetensors.torch import load_file\n"
     load = f'net.load_state_dict(load_file("{folder}/{WEIGHTS_FILE}"), strict=False)'
     if kind == "torchvision" and architecture:
@@ -159,28 +175,47 @@ def _state(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def _hf_config(architecture: str, num_features: int, recipe: Recipe) -> dict[str, Any]:
-    """What timm reads from a folder; for nets it does not have, the same facts."""
+def _write_for_hub(
+    folder: Path, weights: dict[str, Tensor], architecture: str, recipe: Recipe, net: NetName
+) -> None:
+    """What timm loads by its name; of a net that timm does not have, what `hub_net` loads."""
     model, px = recipe.model, recipe.evaluation.image_px
-    pretrained = {
-        "input_size": [3, px, px],
+    if not architecture:
+        save_for_hub(folder, weights, model.backbone, model.width, model.small_images)
+        return
+    preprocessing = {
+        "input_size": (3, px, px),
         "interpolation": "bicubic",
         "crop_pct": recipe.evaluation.crop_share,
         "mean": [round(value / 255, 6) for value in MEAN.tolist()],
         "std": [round(value / 255, 6) for value in STD.tolist()],
-        "num_classes": 0,
-        "first_conv": "patch_embed.proj" if model.backbone == "swin_tiny" else "conv1",
-        "classifier": "head.fc" if model.backbone == "swin_tiny" else "fc",
     }
-    if model.backbone not in OURS:  # timm knows these two itself
-        del pretrained["first_conv"], pretrained["classifier"]
-    return {
-        "architecture": architecture or model.backbone,
-        "num_classes": 0,
-        "num_features": num_features,
-        "scale_smog": model.model_dump(),
-        "pretrained_cfg": pretrained,
-    }
+    about = {"scale_smog": {**model.model_dump(), "net": net, "method": recipe.method.name}}
+    save_for_timm(folder, architecture, weights, preprocessing, about)
+
+
+def _write_onnx(path: Path, backbone: nn.Module, px: int) -> None:
+    """Images [B, 3, px, px] float32 to features [B, F], for any B.
+
+    Raises:
+        UserError: the exporter's packages are missing.
+    """
+    try:
+        import_module("onnxscript")
+    except ImportError:
+        raise UserError("--format onnx needs more: pip install 'scale_smog[onnx]'") from None
+    images = torch.zeros(2, 3, px, px)
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        backbone.eval(),
+        (images,),
+        str(path),
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes=({0: batch},),
+        external_data=False,
+        verbose=False,
+    )
 
 
 def _card(recipe: Recipe, name: str, num_features: int, usage: str, kind: str) -> str:

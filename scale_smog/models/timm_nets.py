@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from scale_smog.errors import UserError
 
@@ -31,6 +32,32 @@ def timm_net(name: str) -> nn.Module:
     # MobileNetV3 and its kin keep a layer behind the pooling: their output has another size.
     net.num_features = getattr(net, "head_hidden_size", None) or net.num_features
     return _without_randomness(net)
+
+
+def save_for_timm(
+    folder: Path,
+    name: str,
+    weights: dict[str, Tensor],
+    preprocessing: dict[str, Any],
+    about: dict[str, Any],
+) -> None:
+    """Writes weights and configuration as `timm.create_model("local-dir:FOLDER")` reads them.
+
+    Args:
+        folder: to write.
+        name: of timm's net.
+        weights: of it, without classifier.
+        preprocessing: what timm calls a data config: input_size, mean, std, ...
+        about: further entries of config.json.
+    """
+    import timm
+    from timm.models import save_for_hf
+
+    net = timm.create_model(name, num_classes=0)
+    net.load_state_dict(weights)
+    fixed = {"input_size"} if net.pretrained_cfg.get("fixed_input_size") else set()
+    config = {key: value for key, value in preprocessing.items() if key not in fixed}
+    save_for_hf(net, str(folder), model_config=about, safe_serialization=True, data_config=config)
 
 
 def require_timm_name(name: str, other_names: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scale_smog.errors import UserError
+from scale_smog.models.hub import HUB, WEIGHTS_FILE, fetch
 from scale_smog.models.timm_nets import classifier_names
 
 Weights = dict[str, Tensor]
@@ -53,12 +54,16 @@ def without_classifier(weights: Weights, net: nn.Module) -> Weights:
 def read_weights(path: str | Path) -> Weights:
     """A file of timm or torchvision, safetensors or torch's own, under our names; all of it.
 
-    Files of `torch.save` are read without running code from them.
+    Also an exported folder, or one of the hub by its name hf-hub:USER/NAME. Files of `torch.save`
+    are read without running code from them.
 
     Raises:
         UserError: there is no such file, or it holds no weights.
     """
-    path = Path(path)
+    given = str(path)
+    path = fetch(given, WEIGHTS_FILE) if given.startswith(HUB) else Path(path)
+    if (path / WEIGHTS_FILE).is_file():  # a folder that was exported
+        path = path / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"model.weights={path}: no such file")
     try:
@@ -78,7 +83,9 @@ def read_weights(path: str | Path) -> Weights:
             weights = weights[key]
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"model.weights={path} does not hold a mapping of names to weights")
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    for wrapper in ("module.", "backbone."):  # DistributedDataParallel's, and that of our hub nets
+        if all(name.startswith(wrapper) for name in weights):
+            weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
     if "features.0.0.weight" in weights and any("relative_position" in name for name in weights):
         weights = from_torchvision_swin(weights)
     return weights
