@@ -40,6 +40,7 @@ setup(
         "pyyaml",
         "tensorboard",
         "numpy",
+        "threadpoolctl",
         "psutil",
         "pillow",
         "pydantic>=2.7",

@@ -14,7 +14,7 @@ from sklearn.metrics import pairwise_distances_argmin
 
 from scale_smog.errors import UserError
 from scale_smog.grouping import spherical_kmeans
-from scale_smog.grouping.kmeans import INERTIA_SCALE, SPLIT_TILT, SUM_SCALE
+from scale_smog.grouping.kmeans import INERTIA_SCALE, SPLIT_TILT, SUM_SCALE, assign, reassign
 
 NUM_GROUPS, DIM = 40, 16
 
@@ -95,6 +95,23 @@ def test_the_order_of_the_rows_does_not_matter():
     shuffled = spherical_kmeans(features[order], start, iterations=5)
     assert torch.equal(shuffled.centroids, alone.centroids)
     assert torch.equal(shuffled.assignments, alone.assignments[order])
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 0.1])
+def test_rows_that_are_not_compared_anew_stay_where_they_belong(distance):
+    """Some centroids move far and some not at all, five times: the bounds wear out."""
+    features, generator = unit_rows(2000, seed=5), torch.Generator().manual_seed(6)
+    centroids = features[:NUM_GROUPS].clone()
+    nearest, score, second = assign(features, centroids)
+    for _ in range(5):
+        speed = distance * torch.rand(NUM_GROUPS, 1, generator=generator) ** 4
+        direction = torch.randn(NUM_GROUPS, DIM, generator=generator)
+        before, centroids = centroids, F.normalize(centroids + speed * direction)
+        reassign(nearest, score, second, features, before, centroids)
+        scores = features.double() @ centroids.double().T
+        assert torch.equal(nearest, assign(features, centroids)[0])
+        best, other = scores.topk(2, dim=1).values.T
+        assert (score <= best + 1e-6).all() and (second >= other - 1e-6).all()
 
 
 def test_scikit_learn_driven_one_iteration_at_a_time_agrees():
