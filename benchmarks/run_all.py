@@ -25,6 +25,7 @@ FOLDER = Path(__file__).parent
 LARGE, SMALL = "large images", "small images"
 NEEDS: dict[str, str] = {
     "step": "",
+    "method_cost": "",
     "framework": SMALL,
     "pipeline": LARGE,
     "loader": LARGE,

@@ -18,7 +18,7 @@ BOXES = {
     "momentum": (8.2, 2.6, 2.2, "momentum net", "models · engine"),
     "groups": (12.0, 4.0, 2.2, "groups", "grouping"),
     "bank": (12.0, 1.6, 2.2, "bank, k-means", "grouping"),
-    "loss": (16.4, 5.4, 2.2, "loss", "loss"),
+    "loss": (16.4, 5.4, 2.2, "loss", "methods · loss"),
     "optimizer": (16.4, 3.5, 2.2, "optimizer, EMA", "optim · engine"),
     "out": (16.4, 1.6, 2.2, "checkpoint,\nmetrics", "checkpoint · reporting"),
 }
