@@ -8,8 +8,7 @@ train: over two resets and three checkpoints to the last evaluation, everything 
 equal: the same images as one rank; then groups, bank and k-means to the bit (equal_ranks.py).
 kill, stop, term: a rank gets SIGKILL, SIGSTOP or SIGTERM in training; it is named, or all save; the
 same command goes on to the end.
-elastic: the same run goes on with three quarters, half and an eighth of the ranks, with one, and
-with all again.
+elastic: the same run goes on with three quarters and half of the ranks, one, and all again.
 evaluate: train, then kNN, linear classifier and groups as programs on all ranks.
 straggler: no rank is named on loaded cores, until one sleeps in every step.
 skip: a rank leaves out an all-reduce; it is named, with the collective and its number.
@@ -239,7 +238,7 @@ def term(campaign: Campaign) -> bool:
 def elastic(campaign: Campaign) -> bool:
     """The run goes on with other numbers of ranks; every rank count of it must divide the batch."""
     ranks = campaign.ranks
-    counts = [ranks, 3 * ranks // 4, ranks // 2, max(1, ranks // 8), 1, ranks]
+    counts = [ranks, 3 * ranks // 4, ranks // 2, 1, ranks]
     for number, count in enumerate(counts, start=1):
         steps = STEPS * number // len(counts)
         per_node = campaign.per_node
