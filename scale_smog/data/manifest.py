@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from scale_smog.config import StrictModel
 from scale_smog.errors import UserError
-from scale_smog.runtime.files import file_sha256, write_atomically
-from scale_smog.runtime.stores import Store, is_url
+from scale_smog.runtime.files import file_sha256
+from scale_smog.runtime.stores import Folder, Store, is_url
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -83,9 +83,18 @@ class DatasetManifest(StrictModel):
         return self.splits[name]
 
 
-def write_manifest(folder: Path, manifest: DatasetManifest) -> None:
-    """Writes the manifest of `folder`; from then on its splits count as complete."""
-    write_atomically(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+def write_manifest(place: Folder | Store, manifest: DatasetManifest) -> None:
+    """Writes the manifest of a dataset; from then on its splits count as complete."""
+    place.write(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+
+
+def existing_manifest(place: Folder | Store) -> DatasetManifest | None:
+    """The manifest, if there is one.
+
+    Raises:
+        UserError: it is damaged, or of another format version.
+    """
+    return None if place.size(MANIFEST_NAME) is None else load_manifest(place.url)
 
 
 def load_manifest(path: str | Path) -> DatasetManifest:

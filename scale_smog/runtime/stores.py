@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scale_smog.errors import UserError
+from scale_smog.runtime.files import write_atomically
 
 T = TypeVar("T")
 
@@ -44,11 +45,10 @@ class Store:
 
     Args:
         url: of the folder.
-        patience_s: how long one request is tried.
     """
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S):
-        self.url, self._patience_s = url.rstrip("/"), patience_s
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
         self._opened: tuple[int, Any, str] | None = None  # process, file system, root in it
         self._opened_at = 0.0
         self._lock = threading.Lock()
@@ -57,11 +57,11 @@ class Store:
     def __str__(self) -> str:
         return shown(self.url)
 
-    def __getstate__(self) -> tuple[str, float]:
-        return self.url, self._patience_s
+    def __getstate__(self) -> str:
+        return self.url
 
-    def __setstate__(self, state: tuple[str, float]) -> None:
-        self.__init__(*state)
+    def __setstate__(self, url: str) -> None:
+        self.__init__(url)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """A file's content, or its bytes from `start` to `stop`.
@@ -115,6 +115,17 @@ class Store:
         except FileNotFoundError:
             pass
 
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if there is none.
+
+        Raises:
+            OSError: the store does not say.
+        """
+        try:
+            return self._persist(name, lambda system, path: system.size(path))
+        except FileNotFoundError:
+            return None
+
     def sizes(self, pattern: str = "*") -> dict[str, int]:
         """Bytes of the files whose name fits `pattern`; those in sub-folders as folder/name.
 
@@ -142,7 +153,7 @@ class Store:
             except Exception as error:  # every library has its own
                 refused = _is_refusal(error)
                 waited_s = time.monotonic() - began
-                patience_s = min(self._patience_s, REFUSAL_PATIENCE_S if refused else 1e9)
+                patience_s = min(PATIENCE_S, REFUSAL_PATIENCE_S) if refused else PATIENCE_S
                 if waited_s > patience_s or isinstance(error, (TypeError, AttributeError)):
                     raise OSError(None, f"{_words(error)} (tried for {waited_s:.0f} s)") from None
                 if refused:
@@ -180,7 +191,7 @@ class Store:
 
 
 class Folder:
-    """A folder of this machine, with what `Store` has for reading."""
+    """A folder of this machine, with some of what `Store` has."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path, self.url = Path(path), str(path)
@@ -191,6 +202,15 @@ class Folder:
     def read(self, name: str) -> bytes:
         """A file's content."""
         return (self.path / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file, whole or not at all."""
+        write_atomically(self.path / name, content)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if there is none."""
+        path = self.path / name
+        return path.stat().st_size if path.exists() else None
 
 
 def open_folder(path: str | os.PathLike[str]) -> Store | Folder:

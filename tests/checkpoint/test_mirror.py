@@ -12,6 +12,7 @@ from scale_smog.checkpoint import Checkpoints, list_checkpoints
 from scale_smog.checkpoint.mirror import Mirror
 from scale_smog.config import RunConfig
 from scale_smog.distributed import Partition
+from scale_smog.runtime import stores
 from scale_smog.runtime.stores import Store
 
 
@@ -19,6 +20,12 @@ from scale_smog.runtime.stores import Store
 def run(tmp_path, s3) -> RunConfig:
     url = f"s3://{BUCKET}/{tmp_path.name}"
     return RunConfig(dir=str(tmp_path / "run"), steps=1, mirror=url, keep_checkpoints=2)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Nothing is tried for long."""
+    monkeypatch.setattr(stores, "PATIENCE_S", 0.0)
 
 
 def state_of(value: float) -> dict[str, Partition]:
@@ -69,7 +76,7 @@ def test_checkpoints_of_the_run_folder_come_before_copies(run):
     assert newest(run) == 20
 
 
-def test_an_upload_that_ends_anywhere_never_leaves_a_copy_that_loads_wrong(run, s3):
+def test_an_upload_that_ends_anywhere_never_leaves_a_copy_that_loads_wrong(run, s3, impatient):
     save(run.model_copy(update={"mirror": ""}), 20)
     (folder,) = list_checkpoints(Path(run.dir))
     for first_failure in range(20):
@@ -87,7 +94,6 @@ def test_an_upload_that_ends_anywhere_never_leaves_a_copy_that_loads_wrong(run, 
         s3.fault = fault
         mirror = Mirror(run)
         try:
-            mirror._store = Store(run.mirror, patience_s=0)
             mirror._copy(folder)
             done = True
         except OSError:
@@ -113,10 +119,9 @@ def test_a_damaged_copy_is_passed_over(run):
     assert newest(run) == 10
 
 
-def test_a_store_that_fails_stops_no_training_and_the_next_copy_succeeds(run, s3, capfd):
+def test_a_store_that_fails_stops_no_training_and_the_next_copy_succeeds(run, s3, impatient, capfd):
     s3.fault = lambda handler: "slow down" if handler.command == "PUT" else None
     checkpoints = Checkpoints(run, {})
-    checkpoints._mirror._store = Store(run.mirror, patience_s=0.2)
     assert checkpoints.save(10, state_of(10.0)) is None
     assert checkpoints.wait() is None and checkpoints.wait_for_mirror(60) is None
     assert "warning: no copy of step-00000010" in (said := capfd.readouterr().err)
@@ -127,9 +132,8 @@ def test_a_store_that_fails_stops_no_training_and_the_next_copy_succeeds(run, s3
     assert copies(run) == {"step-00000020"}
 
 
-def test_a_store_that_cannot_be_asked_begins_nothing_anew(run, s3):
+def test_a_store_that_cannot_be_asked_begins_nothing_anew(run, s3, impatient):
     s3.fault = lambda *_: "slow down"
     checkpoints = Checkpoints(run, {})
-    checkpoints._mirror._store = Store(run.mirror, patience_s=0.2)
     with pytest.raises(UserError, match=r"run\.mirror=.*begin anew without run\.mirror"):
         checkpoints.load_newest(state_of(0.0))

@@ -1,5 +1,6 @@
 """Indexes, sidecars and a manifest for tars that others made; the tars stay as they are."""
 
+import hashlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +11,20 @@ from scale_smog.data.images import BadImageError, decode, has_deep_pixels
 from scale_smog.data.labels import numbered_classes, say_unlabelled
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     DatasetManifest,
     ShardEntry,
     SplitManifest,
-    load_manifest,
+    existing_manifest,
     write_manifest,
 )
 from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
-from scale_smog.data.prepare.work_folder import says_what_it_cannot_write
+from scale_smog.data.prepare.work_folder import local_copy, says_what_it_cannot_write
 from scale_smog.data.tar_dataset import SIDECAR_DTYPE, npy_bytes
 from scale_smog.data.tars import TarMember, TarSample, format_index, list_tar
 from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
-from scale_smog.runtime.files import file_sha256, printable, write_atomically
+from scale_smog.runtime.files import file_sha256, printable
+from scale_smog.runtime.stores import Folder, Store, open_folder
 
 _READ_BY_ALL = frozenset({"JPEG", "PNG", "WEBP"})
 
@@ -72,7 +73,7 @@ def _row(key: int, sample: TarSample, content: bytes) -> tuple[int, ...]:
 
 
 def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -> SplitManifest:
-    """Makes a dataset of the tars in the folder `out`, which become its split `split`.
+    """Makes a dataset of the tars in `out`, a folder or a store's URL, which become its split `split`.
 
     A tar that belongs to another split of the manifest already is left out. Images are read as
     they lie in the tars: those with an EXIF orientation stay turned.
@@ -81,55 +82,74 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
         UserError: there are no tars, one cannot be read, too many images are bad, or the folder
             cannot be written.
     """
-    out = Path(out)
-    manifest = load_manifest(out) if (out / MANIFEST_NAME).exists() else None
+    place = open_folder(out)
+    manifest = existing_manifest(place)
     others = {name: s for name, s in manifest.splits.items() if name != split} if manifest else {}
-    paths = _tars_of_no_split(out, others)
-    indexed = dict(run_in_processes(index_tar, paths, num_usable_cores()))
-    tars = [indexed[number] for number in range(len(paths))]
-    bad = [image for tar in tars for image in tar.bad]
-    extra = [member for tar in tars for member in tar.extra]
-    labels = np.concatenate([tar.rows["label"] for tar in tars])
-    with says_what_it_cannot_write(out):
-        write_quarantine(out, split, bad, extra, len(labels) + len(bad), max_bad)
-        say_unlabelled(out, labels)
-        pairs = zip(paths, tars, strict=True)
+    names = _tars_of_no_split(place, others)
+    jobs = [(place, name) for name in names]
+    indexed = dict(run_in_processes(_index_in_place, jobs, num_usable_cores()))
+    tars = [indexed[number] for number in range(len(names))]
+    bad = [image for tar, _, _ in tars for image in tar.bad]
+    extra = [member for tar, _, _ in tars for member in tar.extra]
+    labels = np.concatenate([tar.rows["label"] for tar, _, _ in tars])
+    with says_what_it_cannot_write(place):
+        write_quarantine(place, split, bad, extra, len(labels) + len(bad), max_bad)
+        say_unlabelled(place.url, labels)
         described = SplitManifest(
             seed=0,
             options={"indexed": 1},
             source_fingerprint="",
             num_samples=len(labels),
-            shards=tuple(_write_index(path, tar) for path, tar in pairs if len(tar.rows)),
+            shards=tuple(
+                _write_index(place, name, *tar)
+                for name, tar in zip(names, tars, strict=True)
+                if len(tar[0].rows)
+            ),
         )
-        names = manifest.classes if manifest and others else ()
-        names += numbered_classes(1 + int(labels.max()))[len(names) :]
+        classes = manifest.classes if manifest and others else ()
+        classes += numbered_classes(1 + int(labels.max()))[len(classes) :]
         splits = dict(sorted({**others, split: described}.items()))
         write_manifest(
-            out, DatasetManifest(format_version=FORMAT_VERSION, classes=names, splits=splits)
+            place, DatasetManifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
         )
     return described
 
 
-def _tars_of_no_split(out: Path, splits: dict[str, SplitManifest]) -> list[Path]:
+def _index_in_place(job: tuple[Folder | Store, str]) -> tuple[IndexedTar, int, str]:
+    """A tar with its size in bytes and its hash."""
+    place, name = job
+    with local_copy(place, [name]) as folder:
+        path = folder / name
+        return index_tar(path), path.stat().st_size, file_sha256(path)
+
+
+def _tars_of_no_split(place: Folder | Store, splits: dict[str, SplitManifest]) -> list[str]:
     taken = {entry.name for described in splits.values() for entry in described.shards}
-    paths = [path for path in sorted(out.glob("*.tar")) if path.name not in taken]
-    if not paths:
-        raise UserError(f"no tars in {out}")
-    for path in paths:
-        if printable(path.name) != path.name:  # the manifest, in JSON, cannot name it
-            raise UserError(f"{printable(str(path))}: its name is not UTF-8: rename it")
-    return paths
+    if isinstance(place, Folder):
+        found = [path.name for path in place.path.glob("*.tar")]
+    else:
+        found = [name for name in place.sizes("*.tar") if "/" not in name]
+    names = [name for name in sorted(found) if name not in taken]
+    if not names:
+        raise UserError(f"no tars in {place}")
+    for name in names:
+        if printable(name) != name:  # the manifest, in JSON, cannot name it
+            raise UserError(f"{printable(f'{place}/{name}')}: its name is not UTF-8: rename it")
+    return names
 
 
-def _write_index(path: Path, tar: IndexedTar) -> ShardEntry:
-    idx, npy = path.with_suffix(".idx"), path.with_suffix(".npy")
-    write_atomically(idx, format_index(tar.members))
-    write_atomically(npy, npy_bytes(tar.rows))
-    return ShardEntry(
-        name=path.name,
+def _write_index(
+    place: Folder | Store, name: str, tar: IndexedTar, num_bytes: int, sha256: str
+) -> ShardEntry:
+    idx, npy = format_index(tar.members), npy_bytes(tar.rows)
+    entry = ShardEntry(
+        name=name,
         num_samples=len(tar.rows),
-        bytes=path.stat().st_size,
-        sha256=file_sha256(path),
-        idx_sha256=file_sha256(idx),
-        npy_sha256=file_sha256(npy),
+        bytes=num_bytes,
+        sha256=sha256,
+        idx_sha256=hashlib.sha256(idx).hexdigest(),
+        npy_sha256=hashlib.sha256(npy).hexdigest(),
     )
+    place.write(entry.idx_name, idx)
+    place.write(entry.npy_name, npy)
+    return entry

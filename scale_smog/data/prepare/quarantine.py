@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from scale_smog.config import StrictModel
 from scale_smog.errors import UserError
-from scale_smog.runtime.files import printable, write_atomically
+from scale_smog.runtime.files import printable
+from scale_smog.runtime.stores import Folder, Store
 
 
 class BadImage(StrictModel):
@@ -22,7 +22,7 @@ class BadImage(StrictModel):
 
 
 def write_quarantine(
-    out: Path,
+    out: Folder | Store,
     split: str,
     bad: Sequence[BadImage],
     extra: Sequence[BadImage],
@@ -32,7 +32,7 @@ def write_quarantine(
     """Writes `{split}-quarantine.jsonl`.
 
     Args:
-        out: dataset folder.
+        out: dataset.
         split: whose images these are.
         bad: images put aside.
         extra: what is no image; it is listed, but does not count.
@@ -42,9 +42,10 @@ def write_quarantine(
     Raises:
         UserError: more of them are bad, or all are.
     """
-    path = out / f"{split}-quarantine.jsonl"
+    name = f"{split}-quarantine.jsonl"
+    path = f"{out}/{name}"
     lines = "".join(f"{each.model_dump_json()}\n" for each in [*bad, *extra])
-    write_atomically(path, lines.encode())
+    out.write(name, lines.encode())
     if extra:
         print(
             f"{path}: {len(extra):,} members that are no images, such as {extra[0].file}: "

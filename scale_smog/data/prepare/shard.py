@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,26 @@ from scale_smog.data.images import fingerprint
 from scale_smog.data.labels import say_unlabelled
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     DatasetManifest,
     SplitManifest,
-    load_manifest,
+    existing_manifest,
     write_manifest,
 )
 from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
 from scale_smog.data.prepare.shard_plan import ShardPlan, plan_shards
-from scale_smog.data.prepare.sources import AS_USUAL, Source, SourceOptions, open_source
-from scale_smog.data.prepare.work_folder import says_what_it_cannot_write, work_folder
+from scale_smog.data.prepare.sources import Source, SourceOptions, open_source
+from scale_smog.data.prepare.sources.source import AS_USUAL
+from scale_smog.data.prepare.work_folder import (
+    require_no_tars,
+    says_what_it_cannot_write,
+    staging_folder,
+    work_folder,
+)
 from scale_smog.data.prepare.writer import ShardJob, ShardRecord, finish_shard
 from scale_smog.data.workers import num_usable_cores, run_in_processes, start_forkserver
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import locked
+from scale_smog.runtime.stores import Folder, Store, is_url, open_folder
 
 _MIB = 2**20
 
@@ -45,7 +52,7 @@ def shard_folder(
 
     The options, errors and guarantees are those of `shard_source`.
     """
-    if Path(out).resolve().is_relative_to(Path(source).resolve()):
+    if not is_url(out) and Path(out).resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"OUT {out} lies inside SRC {source}: choose a folder beside it")
     if options.get("workers") != 1:
         start_forkserver(finish_shard.__module__)  # imports what workers need while we list
@@ -76,7 +83,7 @@ def shard_source(
 
     Args:
         source: the images.
-        out: dataset folder; made if missing. Other splits in it stay.
+        out: dataset folder, made if missing, or its URL in a store. Other splits in it stay.
         split: name of the split; letters, digits and underscores.
         seed: of the shuffle.
         shard_mib: largest shard, MiB.
@@ -94,7 +101,9 @@ def shard_source(
     counts = {"shard_mib": shard_mib, "shard_samples": shard_samples, "workers": workers}
     counts |= {"resize_shorter": resize_shorter, "reencode": reencode}
     _check_arguments(split, seed, counts, max_bad)
-    out = Path(out)
+    place = open_folder(out)
+    store = place if isinstance(place, Store) else None
+    out = staging_folder(store) if store else Path(out)
     work = out / f".sharding-{split}"
     plan = ShardPlan(
         seed=seed,
@@ -107,17 +116,20 @@ def shard_source(
         },
         source_fingerprint=fingerprint(source.images),
     )
-    written = _existing_split(out, split, source.classes, plan)
+    written = _existing_split(place, split, source.classes, plan)
     if written is None:
-        jobs = plan_shards(source, plan, split, out, work)
+        jobs = [replace(x, store=store) for x in plan_shards(source, plan, split, out, work)]
+        if store and not work.exists():
+            require_no_tars(store, split)
         with work_folder(work, split, plan), says_what_it_cannot_write(out):
             records = _run(jobs, split, workers or num_usable_cores())
             bad = [BadImage.of(*each) for each in source.bad]
             bad += [image for record in records for image in record.bad]
             extra = [BadImage.of(*each) for each in source.extra]
             num_images = len(source.images) + len(source.bad)
-            write_quarantine(out, split, bad, extra, num_images, max_bad)
-            written = _publish(out, split, source.classes, plan, records)
+            write_quarantine(place, split, bad, extra, num_images, max_bad)
+            with locked(out):
+                written = _publish(place, split, source.classes, plan, records)
     shutil.rmtree(work, ignore_errors=True)
     return written
 
@@ -137,12 +149,12 @@ def _check_arguments(split: str, seed: int, counts: dict[str, int | None], max_b
 
 
 def _existing_split(
-    out: Path, split: str, classes: tuple[str, ...], plan: ShardPlan
+    out: Folder | Store, split: str, classes: tuple[str, ...], plan: ShardPlan
 ) -> SplitManifest | None:
     """The split if `out` has it complete and made by the same plan, None if it has none."""
-    if not (out / MANIFEST_NAME).exists():
+    manifest = existing_manifest(out)
+    if manifest is None:
         return None
-    manifest = load_manifest(out)
     if manifest.classes != classes:
         raise UserError(
             f"{out} has {_first_difference(manifest.classes, classes)}; "
@@ -182,7 +194,7 @@ def _run(jobs: Sequence[ShardJob], split: str, workers: int) -> list[ShardRecord
 
 
 def _publish(
-    out: Path,
+    out: Folder | Store,
     split: str,
     classes: tuple[str, ...],
     plan: ShardPlan,
@@ -196,12 +208,11 @@ def _publish(
         num_samples=sum(entry.num_samples for entry in shards),
         shards=shards,
     )
-    with locked(out):
-        # Read again: another split may have been finished meanwhile.
-        others = load_manifest(out).splits if (out / MANIFEST_NAME).exists() else {}
-        splits = dict(sorted({**others, split: written}.items()))
-        manifest = DatasetManifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
-        write_manifest(out, manifest)
+    # Read again: another split may have been finished meanwhile.
+    existing = existing_manifest(out)
+    splits = dict(sorted({**(existing.splits if existing else {}), split: written}.items()))
+    manifest = DatasetManifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
+    write_manifest(out, manifest)
     print(f"{out}: wrote the split {split!r}: {_summary(written)}", file=sys.stderr)
     return written
 

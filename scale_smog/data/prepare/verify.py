@@ -12,17 +12,18 @@ from scale_smog.data.images import BadImageError, decode
 from scale_smog.data.labels import UNLABELLED
 from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest
 from scale_smog.data.prepare.index import index_tar
+from scale_smog.data.prepare.work_folder import local_copy
 from scale_smog.data.tar_dataset import load_sidecar, npy_bytes
 from scale_smog.data.tars import TarMember, format_index
 from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import printable
-from scale_smog.runtime.stores import Folder
+from scale_smog.runtime.stores import Folder, Store, open_folder
 
 
 @dataclass(frozen=True)
 class _ShardCheck:
-    folder: Path
+    place: Folder | Store
     entry: ShardEntry
     num_classes: int
     indexed: bool  # a tar that others made, see index.py
@@ -34,17 +35,17 @@ def verify_folder(out: str | Path) -> list[str]:
     Raises:
         UserError: the folder has no manifest that can be read.
     """
-    folder = Path(out)
-    manifest = load_manifest(folder)
+    place = open_folder(out)
+    manifest = load_manifest(place.url)
     entries = [entry for split in manifest.splits.values() for entry in split.shards]
     checks = [
-        _ShardCheck(folder, entry, len(manifest.classes), "indexed" in split.options)
+        _ShardCheck(place, entry, len(manifest.classes), "indexed" in split.options)
         for split in manifest.splits.values()
         for entry in split.shards
     ]
     of_shard = dict(run_in_processes(_shard_problems, checks, num_usable_cores()))
     in_order = [problem for index in range(len(checks)) for problem in of_shard[index]]
-    return _count_problems(manifest) + _extra_files(folder, entries) + in_order
+    return _count_problems(manifest) + _extra_files(place, entries) + in_order
 
 
 def _count_problems(manifest: DatasetManifest) -> list[str]:
@@ -56,11 +57,20 @@ def _count_problems(manifest: DatasetManifest) -> list[str]:
     return problems
 
 
-def _extra_files(folder: Path, entries: list[ShardEntry]) -> list[str]:
+def _extra_files(place: Folder | Store, entries: list[ShardEntry]) -> list[str]:
     known = {name for e in entries for name in (e.name, e.idx_name, e.npy_name)}
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".tar", ".idx", ".npy"))
-    extra = [name for name in found if name not in known and not _is_empty_tar(folder / name)]
-    return [f"{printable(name)}: not in the manifest" for name in extra]
+    if isinstance(place, Folder):
+        names = [path.name for path in place.path.iterdir()]
+    else:
+        names = [name for name in place.sizes() if "/" not in name]
+    found = sorted(x for x in names if Path(x).suffix in (".tar", ".idx", ".npy"))
+    extra = []
+    for name in found:
+        if name not in known:
+            with local_copy(place, [name]) as folder:
+                if not _is_empty_tar(folder / name):
+                    extra.append(f"{printable(name)}: not in the manifest")
+    return extra
 
 
 def _is_empty_tar(path: Path) -> bool:
@@ -72,14 +82,17 @@ def _is_empty_tar(path: Path) -> bool:
 
 
 def _shard_problems(check: _ShardCheck) -> list[str]:
+    entry = check.entry
     try:
-        return _problems_of_files(check)
+        with local_copy(check.place, [entry.name, entry.idx_name, entry.npy_name]) as folder:
+            return _problems_of_files(check, folder)
     except OSError as error:
-        return [f"{check.entry.name}: cannot read {error.filename}: {error.strerror}"]
+        where = error.filename or check.place
+        return [f"{entry.name}: cannot read {where}: {error.strerror}"]
 
 
-def _problems_of_files(check: _ShardCheck) -> list[str]:
-    folder, entry = check.folder, check.entry
+def _problems_of_files(check: _ShardCheck, folder: Path) -> list[str]:
+    entry = check.entry
     mismatched = entry.mismatched_files(folder)
     problems = [
         f"{name}: not the file the manifest describes"

@@ -1,13 +1,17 @@
 """The folder of a split that is being written: its plan, its finished shards, and a lock."""
 
 import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from scale_smog.data.prepare.shard_plan import ShardPlan
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import write_atomically
+from scale_smog.runtime.stores import Folder, Store
 
 
 @contextmanager
@@ -31,8 +35,40 @@ def work_folder(work: Path, split: str, plan: ShardPlan) -> Iterator[None]:
         yield
 
 
+def staging_folder(store: Store) -> Path:
+    """Where shards lie on their way to a store, and the list of those that are there."""
+    name = hashlib.sha256(store.url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / "scale_smog_shards" / name
+
+
+def require_no_tars(store: Store, split: str) -> None:
+    """Keeps a new split from mixing with tars of others.
+
+    Raises:
+        UserError: there are some.
+    """
+    if foreign := sorted(store.sizes(f"{split}-*.tar")):
+        raise UserError(
+            f"{store} has {foreign[0]}, which was not begun from this machine's temporary folder: "
+            "write to another place or remove it"
+        )
+
+
 @contextmanager
-def says_what_it_cannot_write(out: Path) -> Iterator[None]:
+def local_copy(place: Folder | Store, names: Sequence[str]) -> Iterator[Path]:
+    """A folder of this machine that has those of the files that there are."""
+    if isinstance(place, Folder):
+        yield place.path
+        return
+    with TemporaryDirectory() as folder:
+        for name in names:
+            with suppress(FileNotFoundError):
+                place.download(name, Path(folder) / name)
+        yield Path(folder)
+
+
+@contextmanager
+def says_what_it_cannot_write(out: object) -> Iterator[None]:
     """Turns an error of the disk into one line."""
     try:
         yield

@@ -18,6 +18,7 @@ from scale_smog.data.tar_dataset import SIDECAR_DTYPE, npy_bytes
 from scale_smog.data.tars import TarMember, format_index
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import file_sha256, rename_durably, write_atomically
+from scale_smog.runtime.stores import Store
 
 
 class ShardRecord(StrictModel):
@@ -38,6 +39,7 @@ class ShardJob:
     preprocessing: Preprocessing
     out: Path
     work: Path
+    store: Store | None = None  # where the files go from `out`
 
 
 def finish_shard(job: ShardJob) -> ShardRecord:
@@ -45,17 +47,32 @@ def finish_shard(job: ShardJob) -> ShardRecord:
     record_path = job.work / f"{job.name}.json"
     if record_path.exists():
         record = ShardRecord.model_validate_json(record_path.read_bytes())
-        if record.entry is None or not record.entry.mismatched_files(job.out):
+        if record.entry is None or _is_there(job, record.entry):
             return record
     try:
         record = _write_shard(job)
+        if job.store and record.entry:
+            _move(job.store, job.out, record.entry)
         write_atomically(record_path, record.model_dump_json().encode())
     except OSError as error:  # sources turn their own into a UserError
         raise UserError(
-            f"cannot write {job.out / job.name}.*: {error.strerror}; nothing finished is lost: "
-            "make room and run the same command again"
+            f"cannot write {job.store or job.out}/{job.name}.*: {error.strerror}; nothing finished "
+            "is lost: make room and run the same command again"
         ) from None
     return record
+
+
+def _is_there(job: ShardJob, entry: ShardEntry) -> bool:
+    if job.store is None:
+        return not entry.mismatched_files(job.out)
+    names = (entry.idx_name, entry.npy_name)  # they are written after the tar
+    return job.store.size(entry.name) == entry.bytes and all(map(job.store.size, names))
+
+
+def _move(store: Store, folder: Path, entry: ShardEntry) -> None:
+    for name in (entry.name, entry.idx_name, entry.npy_name):
+        store.upload(folder / name, name)
+        (folder / name).unlink()
 
 
 def _write_shard(job: ShardJob) -> ShardRecord:
