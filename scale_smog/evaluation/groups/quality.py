@@ -11,6 +11,7 @@ from scale_smog.errors import UserError
 from scale_smog.grouping import perplexity, spherical_kmeans
 
 KMEANS_ITERATIONS = 20
+LOW_ENTROPY = 1.0  # nats, as of 2.7 classes that are equally frequent; the paper names no bound
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class GroupQuality:
         return (self.entropy * self.sizes).sum().item() / int(self.sizes.sum())
 
     @property
+    def low_entropy_groups(self) -> float:
+        """Share of the groups in use that are purer than `LOW_ENTROPY`; those of one image are."""
+        return (self.entropy < LOW_ENTROPY).double().mean().item()
+
+    @property
+    def low_entropy_images(self) -> float:
+        """Share of the images that are in these groups."""
+        return self.sizes[self.entropy < LOW_ENTROPY].sum().item() / int(self.sizes.sum())
+
+    @property
     def results(self) -> dict[str, float]:
         """What a results file keeps."""
         return {
@@ -42,6 +53,8 @@ class GroupQuality:
             "largest_share": self.sizes.max().item() / int(self.sizes.sum()),
             "entropy_mean": self.entropy_mean,
             "entropy_weighted": self.entropy_weighted,
+            "low_entropy_groups": self.low_entropy_groups,
+            "low_entropy_images": self.low_entropy_images,
             "nmi": self.nmi,
         }
 

@@ -17,6 +17,9 @@ def test_entropies_are_of_the_classes_inside_the_groups_in_use():
     assert torch.allclose(quality.entropy, torch.tensor([0, math.log(2)], dtype=torch.float64))
     assert abs(quality.entropy_mean - math.log(2) / 2) < 1e-12
     assert abs(quality.entropy_weighted - math.log(2) / 3) < 1e-12
+    assert quality.results["low_entropy_groups"] == quality.results["low_entropy_images"] == 1
+    mixed = group_quality(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 2, 1]), num_groups=2)
+    assert (mixed.low_entropy_groups, mixed.low_entropy_images) == (0.5, 0.25)
     assert quality.results["in_use"] == 2 and quality.results["largest_share"] == 4 / 6
 
 
