@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 LINUX = "platform_system == 'Linux'"
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 
 setup(
     name="scale_smog",
@@ -62,6 +63,7 @@ setup(
         "mlflow": ["mlflow-skinny"],
         "trackio": ["trackio"],
         "onnx": ["onnx", "onnxscript"],  # smog export --format onnx
+        "docs": DOCS,  # mkdocs serve
         "completion": ["argcomplete"],  # eval "$(register-python-argcomplete smog)"
         "test": [
             "s3fs",
@@ -69,6 +71,11 @@ setup(
             "flask",
             "flask-cors",
             "jsonschema",
+            *DOCS,
+            "argcomplete",
+            "nbclient",
+            "ipykernel",
+            "scipy",
             "pycocotools",
             "torchmetrics",
             "pytest>=8",

@@ -97,7 +97,7 @@ class DataConfig(Section):
     """Which images, and who decodes and augments them."""
 
     path: str
-    """Folder of the dataset, or its place in a store, such as s3://bucket/imagenet."""
+    """Folder of images or of tars, or tars in a store, such as s3://bucket/imagenet."""
     cache_dir: str = ""
     """Folder on a local disk for the images of a data.path in a store; empty: scale_smog_cache in
     the folder for temporary files."""

@@ -13,7 +13,7 @@ from scale_smog.data.prepare.sources.source import AS_USUAL, Source, SourceOptio
 from scale_smog.data.prepare.sources.tar import tar_source
 from scale_smog.errors import UserError
 
-__all__ = ["AS_USUAL", "LAYOUTS", "Source", "SourceOptions", "open_source"]
+__all__ = ["Source", "SourceOptions", "open_source"]
 
 LAYOUTS = {"imagenet": imagenet_source, "cifar10": cifar10_source}  # archives of known sets
 _LAYOUT_OF_NAME = {"ILSVRC2012_img_": "imagenet", "cifar-10-binary": "cifar10"}

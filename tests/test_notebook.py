@@ -1,0 +1,21 @@
+"""The notebook of the first hour runs, on a CPU, from an empty folder."""
+
+from pathlib import Path
+
+import pytest
+
+NOTEBOOK = Path(__file__).parent.parent / "docs" / "first_hour.ipynb"
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("ipykernel")
+
+
+def test_the_notebook_of_the_first_hour_runs(tmp_path):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    folder = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    said = "".join(output.get("text", "") for output in outputs)
+    assert "split train: 640 images in a folder" in said and "kNN top-1, trained net" in said
+    assert (tmp_path / "backbone" / "model.safetensors").exists()
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
