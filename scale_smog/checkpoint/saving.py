@@ -46,6 +46,9 @@ from scale_smog.config import RunConfig
 from scale_smog.distributed import Partition, call_on_all_ranks
 from scale_smog.errors import UserError
 
+# Ranks that write what several hold. All read it when they resume: from few files, or ranks times
+# ranks of them would be opened.
+MAX_WRITERS = 8
 T = TypeVar("T")
 
 
@@ -206,7 +209,7 @@ class Checkpoints:
         mine = slice(start, start + len(own))
         num_holders = np.bincount(place)[place[mine]]
         num_before = np.bincount(place[:start], minlength=len(first))[place[mine]]
-        writes = keys[mine] % num_holders == num_before
+        writes = keys[mine] % np.minimum(num_holders, MAX_WRITERS) == num_before
         self._left_to_others = {
             name for name, is_own in zip(own, writes, strict=True) if not is_own
         }
@@ -219,14 +222,15 @@ class Checkpoints:
             for name, partition in partitions.items()
             if not partition.is_replicated and name not in self._left_to_others
         }
-        loads = [0] * distributed.world_size()
+        world_size = distributed.world_size()
+        loads = dict.fromkeys(range(0, world_size, -(-world_size // MAX_WRITERS)), 0)
         shared = [
             (_num_bytes(partition), name)
             for name, partition in partitions.items()
             if partition.is_replicated
         ]
         for num_bytes, name in sorted(shared, reverse=True):  # the same on every rank
-            writer_rank = loads.index(min(loads))
+            writer_rank = min(loads, key=loads.__getitem__)
             loads[writer_rank] += num_bytes
             if writer_rank == distributed.rank():
                 own[name] = partitions[name]
@@ -295,7 +299,7 @@ def _num_bytes(partition: Partition) -> int:
 
 def _range_key(name: str, partition: Partition) -> int:
     """Says which range it is, in 62 bits."""
-    return crc32(name.encode()) << 30 ^ crc32(str(partition.start).encode())
+    return crc32(str(partition.start).encode()) << 30 ^ crc32(name.encode())
 
 
 def _make_empty(folder: Path) -> None:
