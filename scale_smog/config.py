@@ -27,6 +27,9 @@ Figure = Literal[
     "images_per_s",
 ]
 
+StartParts = Annotated[
+    tuple[Literal["backbone", "heads", "momentum", "groups"], ...], Field(strict=False)
+]
 NetName = Literal["online", "momentum"]
 
 
@@ -80,6 +83,14 @@ class RunConfig(Section):
     """Steps in a row that may be left out because their loss or gradients are not finite."""
     evaluate_every: NonNegative = 0
     """Steps from one kNN evaluation in training to the next; 0: never."""
+    start_from: str = ""
+    """Run, checkpoint, exported folder, file of weights or hf-hub:USER/NAME that a new run begins
+    with; what does not fit begins anew, and is named."""
+    start_parts: StartParts = ("backbone", "heads", "momentum", "groups")
+    """What to take of run.start_from."""
+    start_sha256: str = ""
+    """Of the backbone's weights in run.start_from: filled in when the run begins, and checked
+    where it is given."""
     stop_below: dict[Figure, float] = {}
     """End the run when a logged figure stays below a value, such as {group_perplexity: 10,
     knn: 0.2}; the newest checkpoint stands."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scale_smog.checkpoint.nets import find_checkpoint, load_net, read_part
+from scale_smog.checkpoint.start_from import PARTS, STATE_FILE
 from scale_smog.config import ModelConfig, NetName, Recipe
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.errors import UserError
@@ -21,8 +22,7 @@ from scale_smog.reporting import run_folder
 from scale_smog.runtime.files import write_atomically
 
 FORMATS = ("timm", "torchvision", "hf", "onnx")
-STATE_FILE, ONNX_FILE = "training_state.safetensors", "model.onnx"
-STATE_PARTS = ("online", "momentum", "groups")
+ONNX_FILE = "model.onnx"
 # Names of our nets elsewhere. A ResNet of another width or stem has none: its stem differs too.
 TIMM = {
     "resnet18": "resnet18",
@@ -170,7 +170,7 @@ def _swin_buffers() -> dict[str, Tensor]:
 def _state(folder: Path) -> dict[str, Tensor]:
     return {
         f"{part}.{name}": value.contiguous()
-        for part in STATE_PARTS
+        for part in PARTS
         for name, value in read_part(folder, part).items()
     }
 

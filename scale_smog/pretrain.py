@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from scale_smog import distributed
-from scale_smog.checkpoint import Checkpoints
+from scale_smog.checkpoint import Checkpoints, list_checkpoints
+from scale_smog.checkpoint.start_from import fitting, read_start
 from scale_smog.config import Recipe
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
@@ -82,6 +83,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     knn = build_knn_probe(recipe, device)
     batch = len(plan.ids(0, distributed.rank(), distributed.world_size()))
     state = build_state(recipe, batch, device, dataset.num_samples)
+    recipe, begun = begin_from_start(recipe, state)
 
     # From here on the settings are known to be good, and the run folder is written.
     sha256 = distributed.call_on_main(lambda: split_sha256(data.path, "train"))
@@ -95,7 +97,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch, floors)
     note_start(recipe, state.step, device)
     changed = [f"changed since the run began: {x}" for x in changes]
-    for line in [*remarks(dataset), *derived, *changed, *warnings]:
+    for line in [*remarks(dataset), *derived, *begun, *changed, *warnings]:
         metrics.say(line)
 
     def load(steps: range) -> Iterable[Batch]:
@@ -132,6 +134,31 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     metrics.close()
     if distributed.is_main():
         draw_run_curves(run_dir)
+
+
+def begin_from_start(recipe: Recipe, state: TrainState) -> tuple[Recipe, list[str]]:
+    """Puts what `run.start_from` names into a state, unless the run has checkpoints of its own.
+
+    Returns:
+        The recipe with the hash of what the run begins with, and a line on each thing that was
+        taken, that does not fit, or that is set in another way than it was there.
+
+    Raises:
+        UserError: there is no such start, or it is another net.
+    """
+    run, own = recipe.run, state.state_dict()
+    run_dir = Path(run.dir)
+    if not run.start_from or distributed.call_on_main(lambda: list_checkpoints(run_dir)):
+        return recipe, []
+    start = read_start(run.start_from, run.start_sha256)
+    values, lines = fitting(start, own, run.start_parts, run.start_from)
+    state.load_state_dict({name: x.values for name, x in own.items()} | values, step=0)
+    if "groups.centroids" in values:
+        state.method.num_first_images = 0  # they need no start of their own
+    if start.run_dir:
+        lines += run_folder.trained_otherwise(start.run_dir, recipe)
+    filled = run.model_copy(update={"start_sha256": start.sha256})
+    return recipe.model_copy(update={"run": filled}), lines
 
 
 def restore(state: TrainState, checkpoints: Checkpoints) -> list[str]:

@@ -53,7 +53,7 @@ from scale_smog.cli.main import run_command
 from scale_smog.errors import UserError
 for name in ("known", "own"):
     try:
-        to = ["out-" + name, "--format", "hf", "--push", "user/" + name]
+        to = ["out-" + name, "--format", "hf", "--full", "--push", "user/" + name]
         run_command("export", [sys.argv[1] + "/" + name, *to])
     except SystemExit as end:
         assert not end.code
@@ -77,6 +77,14 @@ nets = {
 images = torch.load("images.pt")
 with torch.no_grad():
     torch.save({k: [net.eval()(images) for net in v] for k, v in nets.items()}, "features.pt")
+from scale_smog.checkpoint.start_from import read_start
+for name in ("known", "own"):
+    places = ("hf-hub:user/" + name, "out-" + name, sys.argv[1] + "/" + name)
+    starts = [read_start(place) for place in places]
+    assert len({start.sha256 for start in starts}) == 1
+    for start in starts:
+        assert start.tensors.keys() == starts[0].tensors.keys()
+        assert all(torch.equal(v, starts[0].tensors[k]) for k, v in start.tensors.items())
 try:
     load_weights(plain, "hf-hub:user/nothing")
 except UserError as error:

@@ -57,7 +57,7 @@ class Floors:
                     self.problem = (
                         f"run.stop_below: {name} has been below {floor:g} for {self._patience} "
                         f"values in a row, {figures[name]:.4g} at step {figures['step']}; the "
-                        "newest checkpoint stands"
+                        "newest checkpoint stands, and run.start_from begins another run with it"
                     )
 
 
@@ -98,8 +98,9 @@ class SkippedSteps:
             _dump(folder, step, causes[distributed.rank()], batch)
             raise UserError(
                 f"{self._num_in_a_row} steps in a row were not finite, the last one {step} "
-                f"({cause}): the batches are in {folder}; lower optimizer.base_lr, or set "
-                "optimizer.clip_norm; the same command goes on from the newest checkpoint"
+                f"({cause}): the batches are in {folder}; begin another run from the newest "
+                f"checkpoint, with run.start_from={self._run.dir}, another run.dir and a lower "
+                "optimizer.base_lr or optimizer.clip_norm"
             )
 
 

@@ -34,6 +34,7 @@ FREE_KEYS = (
     "data.path",  # the content is compared by its hash
     "data.num_images",
 )
+TRAINED_SECTIONS = ("data", "augment", "model", "grouping", "method")
 LENGTHS = ("run.steps", "run.epochs")
 
 
@@ -81,7 +82,11 @@ def _claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
                 f"{folder} was trained on another dataset than data.path={recipe.data.path}: "
                 "give another run.dir"
             )
-        changes = _allowed_changes(load_recipe(folder / RECIPE_FILE), recipe)
+        kept = load_recipe(folder / RECIPE_FILE)
+        if not recipe.run.start_sha256:  # a run that goes on does not read what it began with
+            run = recipe.run.model_copy(update={"start_sha256": kept.run.start_sha256})
+            recipe = recipe.model_copy(update={"run": run})
+        changes = _allowed_changes(kept, recipe)
     elif folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file: give another run.dir")
     elif folder.exists() and any(path.name not in KNOWN_FILES for path in folder.iterdir()):
@@ -98,7 +103,7 @@ def _claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
 
 def _allowed_changes(old: Recipe, new: Recipe) -> list[str]:
     changes = []
-    for key, before, after in _differences(old.model_dump(), new.model_dump()):
+    for key, before, after in differences(old.model_dump(), new.model_dump()):
         section = key.split(".")[0]
         grows = key in LENGTHS and before is not None and after is not None and after > before
         if section not in FREE_SECTIONS and key not in FREE_KEYS and not grows:
@@ -110,12 +115,23 @@ def _allowed_changes(old: Recipe, new: Recipe) -> list[str]:
     return changes
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key, old and new value of each setting that differs between two recipes."""
     return [
         (f"{section}.{name}", before, new[section][name])
         for section, values in old.items()
         for name, before in values.items()
         if before != new[section][name]
+    ]
+
+
+def trained_otherwise(start: Path, recipe: Recipe) -> list[str]:
+    """A line on each setting of what is trained that differs from the run in another folder."""
+    changed = differences(load_recipe(start / RECIPE_FILE).model_dump(), recipe.model_dump())
+    return [
+        f"another {key} than the start: {before} -> {after}"
+        for key, before, after in changed
+        if key.split(".")[0] in TRAINED_SECTIONS and key not in (*FREE_KEYS, "model.weights")
     ]
 
 
