@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scale_smog.config import EngineConfig
 from scale_smog.models import MomentumNet, OnlineNet, frozen_running_stats, stages
+from scale_smog.models.sync_batch_norm import SynchronisedBatchNorm
 
 MOST_COMPILATIONS = 64  # of a stage's code: stages of two nets, two sizes of views, two modes
 
@@ -22,8 +23,12 @@ def prepare_stages(online: OnlineNet, momentum: MomentumNet, config: EngineConfi
     if config.compile:
         # All stages are one piece of code to the compiler, which gives up on it after eight sizes.
         torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
-        for stage in [*stages(online.backbone), *stages(momentum.backbone)]:
-            stage.forward = torch.compile(stage.forward)
+        for net in (online, momentum):
+            for module in net.modules():
+                if isinstance(module, SynchronisedBatchNorm):  # what lies between two is compiled
+                    module.forward = torch.compiler.disable(module.forward)  # pyright: ignore
+            for stage in stages(net.backbone):
+                stage.forward = torch.compile(stage.forward)
     if config.activation_checkpointing:
         for stage in stages(online.backbone):
             stage.forward = partial(

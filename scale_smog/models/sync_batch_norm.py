@@ -191,7 +191,6 @@ class SynchronisedBatchNorm(_BatchNorm):
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
-    @torch.compiler.disable()  # what lies between two of them is compiled
     def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalises its input [B, C] or [B, C, H, W]; a collective in training mode."""
         if not self.training:

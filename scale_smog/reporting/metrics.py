@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from scale_smog import distributed
@@ -44,6 +42,8 @@ class Metrics:
         self.floors = floors or Floors({}, patience=1)
         if not self._is_main:
             return
+        from torch.utils.tensorboard import SummaryWriter  # of rank 0 only
+
         self._has_warned = False
         path = run_dir / "metrics.jsonl"
         _cut_after(path, step)
@@ -98,6 +98,8 @@ class Metrics:
         """Shows the first images of each kind of view [B, 3, H, W]: a row of what the nets see."""
         if not self._is_main:
             return
+        from torchvision.utils import make_grid
+
         rows = [view[:num].cpu().float() * _STD + _MEAN for view in views]
         grids = [make_grid(row.clamp(0, 1), nrow=num) for row in rows]
         with self._disk_may_be_full():

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from scale_smog.config import Recipe
 from scale_smog.errors import UserError
 from scale_smog.recipe import load_recipe
@@ -83,6 +81,8 @@ class BoardEvents:
     """A run's TensorBoard events; `reload` reads what has come since."""
 
     def __init__(self, folder: Path) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
         self._folder = folder
         self._events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1})
 

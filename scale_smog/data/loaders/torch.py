@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
 
 from scale_smog import distributed
 from scale_smog.data.batch import Batch
@@ -97,4 +96,6 @@ class _PlannedBatches(Dataset):
 
 def decode(encoded: np.ndarray) -> Tensor:
     """[3, H, W] uint8 of an encoded image [bytes] uint8."""
+    from torchvision.io import ImageReadMode, decode_image  # half a second, and no other loader's
+
     return decode_image(torch.from_numpy(encoded.copy()), mode=ImageReadMode.RGB)
