@@ -14,7 +14,14 @@ RUN ?= runs/demo
 # DeepSpeed compiles a small op at its first start and looks for ninja on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint clean check-tools
+# Tests that start no processes and train no run: what a change most often breaks, in seconds.
+FAST := $(addprefix tests/,test_import_rules.py test_recipe.py test_explain.py test_schedules.py \
+	test_counter_rng.py test_small_data.py test_errors.py data/test_plan.py data/test_augment.py \
+	data/test_manifest.py data/test_sources.py data/test_archives.py data/test_bad_input.py \
+	grouping models/test_heads.py models/test_resnet.py evaluation/test_paper.py \
+	evaluation/test_splits.py)
+
+.PHONY: demo test check lint clean check-tools
 
 demo: $(VENV)/.installed
 	@echo "== the demo images: 10,000 pictures of ten shapes, as tar shards in demo_data/"
@@ -27,6 +34,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	@echo "== the tests; the last lines say what was skipped and why"
 	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+check: $(VENV)/.installed-test
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+	@$(BIN)/pyright & types=$$!; \
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile $(FAST); tests=$$?; \
+	wait $$types && exit $$tests
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
