@@ -57,6 +57,11 @@ def test_the_site_asks_no_other_host_for_anything(site):
         assert not [url for url in loaded if "canonical" not in url], page.name
 
 
+def test_the_readme_is_of_one_screen_and_says_what_it_is_for():
+    words = (ROOT / "README.md").read_text().split()
+    assert len(words) <= 700 and "Self-supervised" in words[:10]
+
+
 def test_a_link_to_nothing_ends_the_build(pages):
     from mkdocs.exceptions import PluginError
 

@@ -1,5 +1,6 @@
 """Archives as their makers publish them, and columns and keys of many names: labels are right."""
 
+import argparse
 import json
 import tarfile
 import tempfile
@@ -13,6 +14,7 @@ from field_sets import refusal, samples, sharded, write_tar
 from images import jpeg, photo
 from PIL import Image
 
+from scale_smog.cli.data_tools import shard
 from scale_smog.data import TarDataset
 from scale_smog.data.prepare.sources import SourceOptions, open_source
 
@@ -118,6 +120,20 @@ def test_a_tar_of_tars_of_another_name_says_which_layout_to_give(tmp_path):
     assert truth(sharded(other, tmp_path / "out", source_options=about)) == expected
     write_tar(tmp_path / "cats.tar", {"cats.tar": b""})
     assert "is not the tar of a WordNet id" in refusal(open_source, tmp_path / "cats.tar", about)
+
+
+def test_the_program_hands_on_what_is_said_about_a_source(tmp_path, val_tar):
+    tar, expected = val_tar
+    other = tar.rename(tmp_path / "val.tar")
+    lines = [LISTS["in order"](n, NUMBERS[1 + n % 3]) for n in range(1, 7)]
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    words = [str(other), str(tmp_path / "out"), "--split=val", "--layout=imagenet", "--workers=1"]
+    parser = argparse.ArgumentParser()
+    shard.add_arguments(parser)
+    shard.run(parser.parse_args([*words, f"--labels={tmp_path / 'labels.txt'}"]))
+    assert truth(TarDataset(tmp_path / "out", "val")) == expected
+    said = parser.parse_args(["a", "b", "--image-column=x", "--label-column=y", "--label-key=z"])
+    assert (said.image_column, said.label_column, said.label_key) == ("x", "y", "z")
 
 
 # CIFAR-10
