@@ -22,6 +22,8 @@ LONGEST = (
     "test_launchers.py",
     "test_check.py",
     "test_evaluate.py",
+    "test_notebook.py",
+    "test_site.py",
 )
 
 
