@@ -155,7 +155,7 @@ def _tables(model: type[BaseModel]) -> list[str]:
 def _row(setting: Setting) -> str:
     key = setting.key.partition(".")[2]
     cells = [f"`{key}`", setting.values, setting.default, setting.meaning, setting.paper]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
 
 if __name__ == "__main__":
