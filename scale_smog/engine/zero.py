@@ -111,6 +111,8 @@ class Zero3Engine(ZeroEngine):
         "sub_group_size": 10**12,  # the optimizer is called once a step
         "stage3_param_persistence_threshold": 0,  # else small weights miss the momentum update
         "memory_efficient_linear": False,  # it replaces torch's linear, and autocast misses it
+        # Else weights are gathered on a stream that does not wait for the updates of the last step.
+        "overlap_comm": False,
     }
 
     def _prepare(self, micro_batch: int) -> tuple[nn.Module, nn.Module]:
