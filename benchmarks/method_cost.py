@@ -10,7 +10,6 @@ grown by; on a GPU seconds of the clock and the allocator's peak.
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -70,12 +69,18 @@ def peak_mib(method: str, batch: int) -> float:
     """Of a process of its own, over what it had before there were nets."""
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = _status_mib("VmRSS")
     with one_rank():
         Side(method, batch, device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return _status_mib("VmHWM") - before
+
+
+def _status_mib(key: str) -> float:
+    """Of this process: what it has in memory (VmRSS), or had at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 def measure(batch: int, num_turns: int) -> dict[str, dict[str, float]]:

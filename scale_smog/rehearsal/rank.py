@@ -82,6 +82,7 @@ def rehearse_rank(recipe: Recipe, rank: int, ranks: int, ranks_per_node: int) ->
     batch = images_per_rank(recipe.data.global_batch, ranks)
     with Operations() as operations, _without_other_ranks(recipe.engine.kind):
         state = build_state(without_resets(recipe), batch, device)
+        state.step = 1  # a method may begin its first one with k-means
         torch.cuda.reset_peak_memory_stats()
         num_steps = NUM_STEPS.get(recipe.engine.kind, 2)
         if recipe.engine.cuda_graphs:
