@@ -73,7 +73,7 @@ def _row(key: int, sample: TarSample, content: bytes) -> tuple[int, ...]:
 
 
 def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -> SplitManifest:
-    """Makes a dataset of the tars in `out`, a folder or a store's URL, which become its split `split`.
+    """Makes a dataset of the tars in `out`, a folder or a URL, which become its split `split`.
 
     A tar that belongs to another split of the manifest already is left out. Images are read as
     they lie in the tars: those with an EXIF orientation stay turned.
