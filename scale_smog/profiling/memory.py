@@ -62,6 +62,8 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
     if engine.precision == "bf16":  # autocast's copies of the weights, which the pass back needs
         copied = _largest_stage(online) if engine.activation_checkpointing else num_online
         activations += 2 * copied
+        if parts.weights == 1 and not engine.compile:  # a stage's gradients wait for one another
+            activations += 2 * _largest_stage(online)
     if engine.kind == "zero1":  # its gradients come while activations go: they share the room
         activations = max(activations, num_online * value_bytes)
     states = STATES[recipe.optimizer.name] * num_online / parts.optimizer
@@ -223,4 +225,7 @@ class _SavedTensors:
 
 
 def _count(saved: Sequence[dict[int, Tensor]]) -> int:
-    return sum(x.numel() for x in {k: v for each in saved for k, v in each.items()}.values())
+    """Values that are held: tensors may be views of the same memory."""
+    tensors = [x for each in saved for x in each.values()]
+    held = {x.untyped_storage()._cdata: x for x in tensors}
+    return sum(x.untyped_storage().nbytes() // x.element_size() for x in held.values())
