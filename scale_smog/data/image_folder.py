@@ -150,7 +150,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: two folders may be the same split.
     """
-    names = sorted(path.name for path in _sub_folders(folder))
+    names = _sub_folders(folder)
     if not any(_split_kind(name) for name in names):
         return {}
     found: dict[str, Path] = {}
@@ -165,9 +165,11 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return {kind: found[kind] for kind in SPLIT_WORDS if kind in found}
 
 
-def _sub_folders(folder: Path) -> list[Path]:
+def _sub_folders(folder: Path) -> list[str]:
+    """Names in order; of a million files none is asked for its kind."""
     try:
-        return [path for path in folder.iterdir() if path.name[0] != "." and path.is_dir()]
+        with os.scandir(folder) as entries:
+            return sorted(each.name for each in entries if each.name[0] != "." and each.is_dir())
     except OSError as error:
         _raise_unlistable(error)
 
@@ -203,7 +205,7 @@ def _class_names(folder: Path, names: list[str]) -> tuple[str, ...]:
     if loose:
         raise UserError(f"{folder} has images beside its class folders, such as {loose[0]}")
     with_images = {name.split("/")[0] for name in names}
-    folders = sorted(path.name for path in _sub_folders(folder))
+    folders = _sub_folders(folder)
     for name in folders:
         if name not in with_images:
             raise UserError(f"class folder {folder / name} has no images; fill or remove it")
