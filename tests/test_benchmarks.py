@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 NO_PROGRAMS = ("compare", "methods", "run_all")
 PROGRAMS = sorted(p for p in FOLDER.glob("*.py") if p.stem not in NO_PROGRAMS)
 # A GPU; hours of training; what training is compared with.
-NOT_RUN_BY_RUN_ALL = {"gpu_suite", "ablations", "cifar10", "learning", "demo_curve"}
+NOT_RUN_BY_RUN_ALL = {"gpu_suite", "ablations", "cifar10", "figure5", "learning", "demo_curve"}
 
 
 @pytest.fixture(autouse=True)
