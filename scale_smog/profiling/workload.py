@@ -7,7 +7,7 @@ from scale_smog.config import Recipe
 from scale_smog.profiling.flops import Op, StepCost, count_step, roof_s
 from scale_smog.profiling.hardware import MICRO, Hardware
 
-UPDATE_BYTES = 48  # of a weight: norms of w and g; g + decay x w; g x ratio; the fused SGD of w, g and m
+UPDATE_BYTES = 48  # of a weight: norms of w and g 8, g + decay x w 12, g x ratio 8, fused SGD 20
 EMA_BYTES = 12  # reads both nets and writes one
 GROUP_OPS = 40  # operations that assignment, update, loss and their gradients launch
 COUNTED = (2, 4)  # batches from which the cost of all others follows

@@ -20,7 +20,8 @@ from scale_smog.rehearsal.runtime_build import build_runtime, environment, missi
 PROGRAM = Path(__file__).with_name("rehearsed_ranks.py")
 ENGINES = ("ddp", "fsdp")
 H100 = load_hardware("h100")
-MOST_LAUNCHES, MOST_COLLECTIVES = 1700, 200  # of ResNet-50 x1 under any engine
+MOST_LAUNCHES = {"ddp": 1350, "fsdp": 1600}  # of ResNet-50 x1
+MOST_COLLECTIVES = 200
 
 needs_runtime = pytest.mark.skipif(
     missing_requirement() is not None, reason=str(missing_requirement())
@@ -56,7 +57,7 @@ def test_a_step_runs_without_mixed_devices_and_waits_at_most_once(reports, engin
     for rank in ("0", "11", "63"):
         report = reports[engine][rank]
         assert not report.problem and report.num_waits <= 1, (rank, report.problem, report.waits)
-        assert 0 < report.num_launches <= MOST_LAUNCHES
+        assert 0 < report.num_launches <= MOST_LAUNCHES[engine]
         assert 0 < len(report.collectives) <= MOST_COLLECTIVES
         assert report.peak_mib > 0
 
