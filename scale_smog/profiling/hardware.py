@@ -1,5 +1,6 @@
 """The machines that steps are predicted for: small YAML files, to be copied and edited."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -80,8 +81,24 @@ def load_hardware(name: str) -> Hardware:
 
 
 def hardware_name(device: torch.device) -> str | None:
-    """The name of the file that describes a device; None if there is none."""
+    """The name of the file that describes a device; None if there is none.
+
+    The files are of SXM modules: PCIe and NVL cards of the same name have less of everything, an
+    A100 of 80 GB a faster memory than the file's, and a GH200 is no H200.
+    """
     if device.type != "cuda":
         return None
-    kind = torch.cuda.get_device_name(device).lower()
-    return next((p.stem for p in sorted(FOLDER.glob("*.yaml")) if p.stem in kind), None)
+    return _name_of(
+        torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    )
+
+
+def _name_of(card: str, num_bytes: int) -> str | None:
+    words = set(re.split(r"[\s-]+", card.lower()))
+    if words & {"pcie", "nvl"}:
+        return None
+    for name in sorted(p.stem for p in FOLDER.glob("*.yaml")):
+        if name in words:
+            memory_gib = load_hardware(name).memory_gib
+            return name if abs(num_bytes / 2**30 / memory_gib - 1) < 0.15 else None
+    return None

@@ -5,7 +5,7 @@ import pytest
 from scale_smog import UserError
 from scale_smog.config import Recipe
 from scale_smog.profiling.communication_model import exposed_s
-from scale_smog.profiling.hardware import FOLDER, load_hardware
+from scale_smog.profiling.hardware import FOLDER, _name_of, load_hardware
 from scale_smog.profiling.scaling_model import (
     ENGINES,
     Measured,
@@ -144,3 +144,20 @@ def test_a_wrong_hardware_file_is_explained_in_one_line(tmp_path):
     path.write_text((FOLDER / "h200.yaml").read_text() + "colour: red\n")
     with pytest.raises(UserError, match="colour"):
         load_hardware(str(path))
+
+
+@pytest.mark.parametrize(
+    ("card", "memory_gib", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100"),
+        ("NVIDIA H100 PCIe", 79.2, None),
+        ("NVIDIA H100 NVL", 93.1, None),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA GH200 480GB", 94.5, None),
+        ("NVIDIA A100-SXM4-80GB", 79.2, None),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100"),
+        ("NVIDIA A100 80GB PCIe", 79.2, None),
+    ],
+)
+def test_a_card_is_described_by_the_file_of_its_own_kind_or_by_none(card, memory_gib, name):
+    assert _name_of(card, int(memory_gib * 2**30)) == name
