@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import os
 import pickle
 import shlex
 import shutil
@@ -17,16 +16,19 @@ import numpy as np
 import pytest
 import torch
 from images import jpeg
+from s3_store import BUCKET
 from test_bad_input import Canary, write_tar
 
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, SequentialPlan, TarDataset
 from scale_smog.data.augment import CentreView, training_views
+from scale_smog.data.loaders import stream as stream_loader
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.build import build_training_loader
 from scale_smog.data.loaders.stream import StreamLoader, read_tar, shard_urls
 from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.errors import UserError
+from scale_smog.runtime import stores
 
 CPU = torch.device("cpu")
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="webdataset fetches with curl")
@@ -168,20 +170,29 @@ def test_a_program_may_write_more_than_the_tar(tars):
     assert len(samples) == 16
 
 
-def test_s3_is_read_by_the_aws_program_without_a_shell(tars, tmp_path, monkeypatch):
-    """Amazon's program is not here: one in its place answers the very command it is given."""
-    program = tmp_path / "aws"
-    words = '"$1 $2 $3 $4 $5" = "s3 cp --only-show-errors s3://bucket/a;b.tar -"'
-    program.write_text(f"#!/bin/sh\n[ {words} ] && cat {shlex.quote(str(tars))}/train-000000.tar\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (url,) = shard_urls("s3://bucket/a;b.tar", allow_pipe=False)
-    assert len(list(read_tar(url))) == 16
+def test_a_stored_tar_that_breaks_goes_on_at_the_byte_it_had_reached(tars, s3, monkeypatch, capfd):
+    path = tars / "train-000000.tar"
+    monkeypatch.setattr(stream_loader, "RANGE_BYTES", 2**13)
+    stores.Store(f"s3://{BUCKET}/stream").upload(path, path.name)
+    s3.num_bytes = 0
+    s3.fault = lambda x: (
+        "reset half-way" if x.command == "GET" and s3.requests.total() % 3 == 0 else None
+    )
+    (url,) = shard_urls(f"s3://{BUCKET}/stream/train-000000.tar", allow_pipe=False)
+    whole = [TarDataset(tars, "train").read(i) for i in range(16)]
+    assert [sample.encoded for sample in read_tar(url)] == whole
+    assert s3.faults["reset half-way"] > 1 and s3.num_bytes == path.stat().st_size
+    assert "trying again" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "/data/a.tar", "gs://bucket/a.tar"])
+def test_a_stored_tar_that_is_not_there_is_named(s3):
+    with pytest.raises(UserError, match=r"cannot read s3://images/none\.tar: .*has no none\.tar"):
+        list(read_tar(f"s3://{BUCKET}/none.tar"))
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "/data/a.tar", "ftp://host/a.tar"])
 def test_other_schemes_are_refused_by_name(url):
-    with pytest.raises(UserError, match="is none of http, https, s3, pipe"):
+    with pytest.raises(UserError, match="is none of http, https, s3, gs, az, hf, pipe"):
         shard_urls(url, allow_pipe=True)
 
 

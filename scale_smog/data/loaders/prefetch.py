@@ -1,7 +1,7 @@
 """Works ahead of the training loop, a bounded number of batches."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ _Result = TypeVar("_Result")
 
 def prefetch(
     function: Callable[[_Item], _Result], items: Iterable[_Item], depth: int
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """Yields `function(item)` in order; one thread computes up to `depth` results in advance.
 
     What the function raises is raised here, at its item.

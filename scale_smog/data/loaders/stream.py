@@ -1,4 +1,4 @@
-"""Streams tars from https:, s3: or a pipe through webdataset, for sets that no disk here can hold.
+"""Streams tars that have no index, from https:, object stores or a pipe, through webdataset.
 
 It gives up what needs random access. The other loaders keep these promises, this one does not:
 
@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from io import BufferedReader, RawIOBase
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from webdataset.filters import shuffle
-from webdataset.gopen import Pipe, gopen
+from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
@@ -40,9 +41,11 @@ from scale_smog.data.loaders.torch import decode
 from scale_smog.data.pixels import empty_views, make_views, on_device
 from scale_smog.data.tars import LABEL_EXTENSION, reason_to_refuse, split_name
 from scale_smog.errors import UserError
+from scale_smog.runtime.stores import Store
 
 SHUFFLE_BUFFER = 1000  # encoded samples a rank keeps
-SCHEMES = ("http", "https", "s3", "pipe")
+SCHEMES = ("http", "https", "s3", "gs", "az", "hf", "pipe")
+RANGE_BYTES = 4 * 2**20  # of a request to a store
 NUM_TRIES = 3  # to read a tar
 PREFETCH_BATCHES = 2
 LARGEST_BAD_SHARE = 0.05  # of the samples so far, beyond the first hundred bad ones
@@ -247,6 +250,38 @@ def _name(error: Exception) -> bool:
 
 
 def _open(url: str) -> Any:
-    if url.lower().startswith("s3:"):  # webdataset leaves it to a pipe; this one has no shell
-        return Pipe(["aws", "s3", "cp", "--only-show-errors", url, "-"], mode="rb")
-    return gopen(url)
+    """A tar as a stream of bytes; webdataset's own of servers that may know no ranges."""
+    if url.partition(":")[0].lower() in ("http", "https", "pipe"):
+        return gopen(url)
+    folder, _, name = url.rpartition("/")
+    return BufferedReader(_StoredFile(Store(folder), name), RANGE_BYTES)
+
+
+class _StoredFile(RawIOBase):
+    """A file of a store from its start to its end, a range ahead; what breaks is one range."""
+
+    def __init__(self, store: Store, name: str):
+        size = store.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{store} has no {name}")
+
+        def read(start: int) -> bytes:
+            return store.read(name, start, min(start + RANGE_BYTES, size))
+
+        self._blocks = prefetch(read, range(0, size, RANGE_BYTES), 1)
+        self._block = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._block:
+            self._block = memoryview(next(self._blocks, b""))
+        num = min(len(buffer), len(self._block))
+        buffer[:num] = self._block[:num]
+        self._block = self._block[num:]
+        return num
+
+    def close(self) -> None:
+        self._blocks.close()
+        super().close()
