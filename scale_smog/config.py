@@ -187,8 +187,8 @@ class ModelConfig(Section):
     """The nets and the momentum net's coefficient."""
 
     backbone: str = "resnet50"
-    """resnet_tiny, resnet18, resnet50, swin_tiny, or any name that timm knows. Paper: section
-    4.1, Tables 1 to 3."""
+    """resnet_tiny, resnet18, resnet50, swin_tiny, any name that timm knows, or one that an
+    installed package offers. Paper: section 4.1, Tables 1 to 3."""
     width: Positive = 1
     """Factor on all channels of a ResNet. Paper: Table 3."""
     small_images: bool = False

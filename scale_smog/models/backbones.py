@@ -1,6 +1,12 @@
-"""Every backbone by its name: our ResNets and Swin-T, and whatever else timm has."""
+"""Every backbone by its name: our ResNets and Swin-T, those of installed packages, and timm's.
+
+A package offers nets of its own as entry points of the group `scale_smog.backbones`: a name, and a
+function without arguments that builds the net. Recipes name them as any other, and never a module.
+"""
 
 import re
+from collections.abc import Callable
+from importlib.metadata import entry_points
 
 from torch import nn
 
@@ -12,6 +18,7 @@ RESNETS = {
     "resnet18": resnet.resnet18,
     "resnet50": resnet.resnet50,
 }
+ENTRY_POINTS = "scale_smog.backbones"
 STAGE_NAME = re.compile(r"(layer|s)\d+")
 
 
@@ -19,7 +26,8 @@ def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.
     """Builds a backbone with random weights and no classifier.
 
     Args:
-        name: `resnet_tiny`, `resnet18`, `resnet50`, `swin_tiny`, or any name that timm knows.
+        name: `resnet_tiny`, `resnet18`, `resnet50`, `swin_tiny`, a name that an installed package
+            offers, or any that timm knows.
         width: Factor on all channels, for the ResNets only.
         small_images: A stem for images of about 32 px, for the ResNets only.
 
@@ -33,11 +41,16 @@ def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.
         raise UserError(f"width: {width} is not a factor on channels; the smallest is 1")
     if name in RESNETS:
         return RESNETS[name](width, small_images)
-    if name != "swin_tiny":
-        timm_nets.require_timm_name(name, other_names=[*RESNETS, "swin_tiny"])
+    offered = entry_points(group=ENTRY_POINTS)
+    if name != "swin_tiny" and name not in offered.names:
+        others = [*RESNETS, "swin_tiny", *offered.names]
+        timm_nets.require_timm_name(name, other_names=others)
     if width != 1 or small_images:
         option = "width" if width != 1 else "small_images"
         raise UserError(f"{option}: only {', '.join(RESNETS)} have it, {name} does not")
+    if name in offered.names:
+        build: Callable[[], nn.Module] = offered[name].load()
+        return build()
     return timm_nets.swin_tiny() if name == "swin_tiny" else timm_nets.timm_net(name)
 
 

@@ -55,7 +55,8 @@ def save_for_timm(
 
     net = timm.create_model(name, num_classes=0)
     net.load_state_dict(weights)
-    fixed = {"input_size"} if net.pretrained_cfg.get("fixed_input_size") else set()
+    is_fixed = getattr(net, "pretrained_cfg", {}).get("fixed_input_size")
+    fixed = {"input_size"} if is_fixed else set()
     config = {key: value for key, value in preprocessing.items() if key not in fixed}
     save_for_hf(net, str(folder), model_config=about, safe_serialization=True, data_config=config)
 
@@ -69,6 +70,23 @@ def require_timm_name(name: str, other_names: Iterable[str]) -> None:
     close = get_close_matches(name, [*other_names, *timm.list_models()])
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see timm.list_models()"
     raise UserError(f"unknown backbone {name!r}: {hint}")
+
+
+def with_resized_positions(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's weights with its table of absolute positions in the size of the net's.
+
+    A ViT trained on images of another size has another number of patches.
+    """
+    own, given = net.state_dict().get("pos_embed"), weights.get("pos_embed")
+    grid = getattr(getattr(net, "patch_embed", None), "grid_size", None)
+    if own is None or given is None or grid is None or own.shape == given.shape:
+        return weights
+    from timm.layers import resample_abs_pos_embed
+
+    has_prefix = not getattr(net, "no_embed_class", False)
+    num_prefix: int = getattr(net, "num_prefix_tokens", 1) if has_prefix else 0
+    resized = resample_abs_pos_embed(given, list(grid), num_prefix_tokens=num_prefix)
+    return weights | {"pos_embed": resized}
 
 
 def classifier_names(net: nn.Module) -> set[str]:

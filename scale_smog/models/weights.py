@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scale_smog.errors import UserError
 from scale_smog.models.hub import HUB, WEIGHTS_FILE, fetch
-from scale_smog.models.timm_nets import classifier_names
+from scale_smog.models.timm_nets import classifier_names, with_resized_positions
 
 Weights = dict[str, Tensor]
 
@@ -97,7 +97,8 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be read, or holds another net; the first difference is named.
     """
-    weights, own = without_classifier(read_weights(path), net), net.state_dict()
+    weights = with_resized_positions(net, without_classifier(read_weights(path), net))
+    own = net.state_dict()
     # Counters are no weights; torchvision's oldest files lack them.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
     missing, unexpected = sorted(needed - weights.keys()), sorted(weights.keys() - own.keys())
