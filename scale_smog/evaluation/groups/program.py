@@ -138,5 +138,5 @@ def _table(qualities: dict[str, GroupQuality]) -> str:
     lines = []
     for name, quality in qualities.items():
         lines.append(name)
-        lines += [f"  {key:<18}{value:.4g}" for key, value in quality.results.items()]
+        lines += [f"  {key:<20}{value:.4g}" for key, value in quality.results.items()]
     return "\n".join(lines)
