@@ -1,8 +1,8 @@
 """The weighted kNN classifier on frozen features."""
 
+import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,12 +10,12 @@ from torch import Tensor
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import MEAN, STD
-from scale_smog.data.datasets import Images
 from scale_smog.evaluation.accuracy import topk_correct
-from scale_smog.evaluation.features import Encoder, embed_images
+from scale_smog.evaluation.features import Encoder, embed_images, embed_share
 from scale_smog.evaluation.splits import open_labelled_splits, random_subset
 
 CHUNK_ROWS = 512
+NORM_EPS = 1e-12  # of `F.normalize`
 DEFAULTS = EvaluationConfig()  # of k and the temperature
 
 
@@ -26,6 +26,8 @@ def knn_votes(
     *,
     k: int = DEFAULTS.k,
     temperature: float = DEFAULTS.temperature,
+    num_classes: int | None = None,
+    num_train: int | None = None,
 ) -> Tensor:
     """Votes for each class by the k most similar training images.
 
@@ -38,22 +40,33 @@ def knn_votes(
         test_z: features [M, F].
         k: neighbours, at most N.
         temperature: of the votes.
+        num_classes: C; by default those of `train_y`.
+        num_train: of all ranks together: `train_z` is this rank's share, in unit rows, and the test
+            images are the same on all; a collective.
 
     Returns:
         [M, C] float32, on the device of the features; the largest single vote of a row is 1, and
         0 is a class without any.
     """
-    train_z, test_z = F.normalize(train_z.float()), F.normalize(test_z.float())
+    test_z = F.normalize(test_z.float())
+    train_z = F.normalize(train_z.float()) if num_train is None else train_z
     train_y = train_y.to(train_z.device)
-    num_classes = int(train_y.max()) + 1
+    num_classes = num_classes or int(train_y.max()) + 1
+    num_votes = min(k, num_train or len(train_z))
     all_votes = test_z.new_zeros(len(test_z), num_classes)  # [M, C]
     rows_and_votes = zip(test_z.split(CHUNK_ROWS), all_votes.split(CHUNK_ROWS), strict=True)
     for rows, votes in rows_and_votes:
-        similarity, nearest = (rows @ train_z.T).topk(min(k, len(train_z)), dim=1)  # [m, k]
+        similarity, nearest = (rows @ train_z.T).topk(min(num_votes, len(train_z)), dim=1)  # [m, k]
+        classes = train_y[nearest]  # [m, k]
+        if num_train is not None:  # the most similar of all ranks' most similar
+            missing = (0, num_votes - similarity.shape[1])  # of a share of fewer images
+            similarity = distributed.gather_columns(F.pad(similarity, missing, value=-math.inf))
+            similarity, best = similarity.topk(num_votes, dim=1)
+            classes = distributed.gather_columns(F.pad(classes, missing)).gather(1, best)
         # The largest weight is 1 whatever the temperature: no overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         weight.clamp_(min=torch.finfo(weight.dtype).tiny)  # a vote, however small
-        votes.scatter_add_(1, train_y[nearest], weight)
+        votes.scatter_add_(1, classes, weight)
     return all_votes
 
 
@@ -112,16 +125,22 @@ class KnnProbe:
 
     def accuracies(self, encoder: Encoder) -> tuple[float, float]:
         """Top-1 and top-5 accuracy; a collective."""
-        train_z, train_y = self._embed(encoder, *self._train)
-        test_z, test_y = self._embed(encoder, *self._test)
-        part = slice(distributed.rank(), None, distributed.world_size())
-        k, temperature = self._config.k, self._config.temperature
-        votes = knn_votes(train_z, train_y, test_z[part], k=k, temperature=temperature)  # [m, C]
-        scores = votes.log()[:, None]  # [m, 1, C]: a class without a vote is ruled out
-        correct = topk_correct(scores, test_y[part].to(votes.device))  # [1, 2]
-        ((top1, top5),) = (distributed.all_reduce(correct) / len(test_y)).tolist()
+        (train, train_ids), (test, test_ids) = self._train, self._test
+        settings = self._data, self._config
+        train_z, places = embed_share(encoder, *settings, train, train_ids, self._device)
+        test_z = embed_images(encoder, *settings, test, test_ids, self._device)
+        train_z /= train_z.norm(dim=1, keepdim=True).clamp_min_(NORM_EPS)  # too many for a copy
+        train_y = torch.from_numpy(train.labels[train_ids])  # [N]
+        votes = knn_votes(  # [M, C]
+            train_z,
+            train_y[torch.from_numpy(places)],
+            test_z,
+            k=self._config.k,
+            temperature=self._config.temperature,
+            num_classes=int(train_y.max()) + 1,
+            num_train=len(train_y),
+        )
+        test_y = torch.from_numpy(test.labels[test_ids]).to(votes.device)
+        scores = votes.log()[:, None]  # [M, 1, C]: a class without a vote is ruled out
+        ((top1, top5),) = (topk_correct(scores, test_y) / len(test_y)).tolist()
         return top1, top5
-
-    def _embed(self, encoder: Encoder, dataset: Images, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        z = embed_images(encoder, self._data, self._config, dataset, ids, self._device)
-        return z, torch.from_numpy(dataset.labels[ids])

@@ -1,10 +1,15 @@
 """The kNN classifier."""
 
 import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import run_on_ranks
 from sklearn.neighbors import KNeighborsClassifier
 
 from scale_smog.evaluation import knn_accuracy, knn_predict
+from scale_smog.evaluation.knn import knn_votes
 
 
 def clouds(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,3 +36,18 @@ def test_more_neighbours_than_images_are_all_of_them():
     (train_z, train_y), (test_z, _) = clouds(5, 0), clouds(40, 1)
     every = knn_predict(train_z, train_y, test_z, k=200, temperature=0.1)
     assert torch.equal(every, knn_predict(train_z, train_y, test_z, k=5, temperature=0.1))
+
+
+def votes_of_a_share(num_train: int) -> torch.Tensor:
+    (train_z, train_y), (test_z, _) = clouds(num_train, 0), clouds(700, 1)
+    own = slice(dist.get_rank(), None, dist.get_world_size())
+    share = F.normalize(train_z[own])
+    return knn_votes(share, train_y[own], test_z, k=20, num_classes=7, num_train=num_train)
+
+
+@pytest.mark.parametrize("num_train", [300, 1])  # the second rank may hold none
+def test_training_images_spread_over_ranks_vote_as_if_on_one(num_train):
+    (train_z, train_y), (test_z, _) = clouds(num_train, 0), clouds(700, 1)
+    expected = knn_votes(train_z, train_y, test_z, k=20, num_classes=7)
+    for votes in run_on_ranks(2, votes_of_a_share, num_train):
+        torch.testing.assert_close(votes, expected, rtol=1e-4, atol=1e-6)
