@@ -238,3 +238,16 @@ def test_an_unknown_or_missing_library_is_named():
         stores.Store("gs://bucket/a").read("x")
     with pytest.raises(UserError, match="nonsense://a"):
         stores.Store("nonsense://a").read("x")
+
+
+def test_no_room_is_made_by_what_is_read_before(stored):
+    dataset = TarDataset(stored, "train")
+    plan = EpochPlan(dataset.num_samples, 4, seed=1)
+    read_with_plan(dataset)
+    ahead = dataset.remote.read_ahead(plan, range(10), ALONE)
+    ahead.close()
+    ahead._limit_bytes = int(dataset.remote._cache.extents.sum())
+    assert not ahead._make_room(1, range(10, 20))  # an epoch is ten steps: all is read before
+    assert (dataset.remote._cache.states == PRESENT).all()
+    assert ahead._make_room(1, range(1, 2))
+    assert not (dataset.remote._cache.states == PRESENT).all()
