@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ranks import free_port, run_on_ranks
@@ -128,3 +129,24 @@ def test_ranks_with_cores_of_their_own_share_with_nobody():
     a, b, *_ = sorted(os.sched_getaffinity(0))
     assert run_on_ranks(3, sharing, [[a], [a, b], [b]]) == [2, 3, 2]
     assert run_on_ranks(2, sharing, [[a], [b]]) == [1, 1]
+
+
+def asks_rank_0(folder: Path) -> list[str]:
+    """What rank 0 returns, and what it meets, as this rank is told."""
+    told = [distributed.call_on_main(lambda: f"rank {distributed.rank()}")]
+    for function in (lambda: Path(folder / "gone").read_text(), refuse):
+        try:
+            distributed.call_on_main(function)
+        except (OSError, UserError) as error:
+            told.append(f"{type(error).__name__} {error}")
+    return told
+
+
+def refuse() -> None:
+    raise UserError("no such dataset")
+
+
+def test_what_rank_0_reads_or_meets_all_ranks_are_told(tmp_path):
+    first, second = run_on_ranks(2, asks_rank_0, tmp_path)
+    assert first == second and first[0] == "rank 0" and first[2] == "UserError no such dataset"
+    assert first[1].startswith("OSError rank 0 on ") and "gone: No such file" in first[1]
