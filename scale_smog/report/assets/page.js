@@ -26,7 +26,7 @@ function describe(group) {
 
 function card(group) {
   const pictures = group.images.map((image, i) =>
-    element("img", { src: `data:image/webp;base64,${image}`, alt: `group ${group.group}, image ${i + 1}`, loading: "lazy" }));
+    element("img", { src: `data:image/webp;base64,${image}`, alt: `group ${group.group}, image ${i + 1}` }));
   const lines = describe(group).map((text) => element("div", { className: "soft" }, text));
   const hint = element("span", { className: "hint" }, pictures.length > 4 ? `all ${pictures.length}` : "");
   const button = element("button", { type: "button" },
