@@ -102,8 +102,7 @@ def shard_source(
     counts |= {"resize_shorter": resize_shorter, "reencode": reencode}
     _check_arguments(split, seed, counts, max_bad)
     place = open_folder(out)
-    store = place if isinstance(place, Store) else None
-    out = staging_folder(store) if store else Path(out)
+    store, out = (place, staging_folder(place)) if isinstance(place, Store) else (None, place.path)
     work = out / f".sharding-{split}"
     plan = ShardPlan(
         seed=seed,
@@ -118,9 +117,9 @@ def shard_source(
     )
     written = _existing_split(place, split, source.classes, plan)
     if written is None:
-        jobs = [replace(x, store=store) for x in plan_shards(source, plan, split, out, work)]
         if store and not work.exists():
             require_no_tars(store, split)
+        jobs = [replace(x, store=store) for x in plan_shards(source, plan, split, out, work)]
         with work_folder(work, split, plan), says_what_it_cannot_write(out):
             records = _run(jobs, split, workers or num_usable_cores())
             bad = [BadImage.of(*each) for each in source.bad]
