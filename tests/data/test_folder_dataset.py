@@ -163,6 +163,11 @@ def test_only_new_and_changed_images_are_looked_at_again(pictures, decoded):
     (pictures / "d" / "01.jpg").write_bytes(jpeg(41, 31, 1))
     assert split_sha256(pictures, "train") == first  # of names and contents, not of times
     assert len(decoded) == 66
+    path = pictures / "d" / "03.jpg"
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)  # as long as before
+    assert split_sha256(pictures, "train") != first and len(decoded) == 67
 
 
 def test_a_start_that_was_killed_goes_on_with_the_images_it_had_not_seen(
