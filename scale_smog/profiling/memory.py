@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from scale_smog.config import Recipe
+from scale_smog.config import EngineConfig, Recipe
 from scale_smog.models import MomentumNet, OnlineNet, build_nets, stages
 from scale_smog.models.check import batch_norm_images, image_sizes, require_images_fit
 
@@ -57,13 +57,10 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
     num_online, num_momentum = _numel(online), _numel(momentum)
     parts = _parts(engine.kind, world_size, ranks_per_node)
     batch = data.global_batch // world_size
-    weights = _weights_and_gradients(engine.kind, parts, online, momentum)
-    activations = _activation_bytes(online, recipe, batch // engine.accumulate)
-    if engine.precision == "bf16":  # autocast's copies of the weights, which the pass back needs
-        copied = _largest_stage(online) if engine.activation_checkpointing else num_online
-        activations += 2 * copied
-        if parts.weights == 1 and not engine.compile:  # a stage's gradients wait for one another
-            activations += 2 * _largest_stage(online)
+    weights = _weights_and_gradients(engine, parts, online, momentum)
+    activations = _activation_bytes(online, recipe, batch // engine.accumulate, parts)
+    if engine.precision == "bf16" and not engine.activation_checkpointing:
+        activations += 2 * num_online  # autocast's copies of the weights, for the pass back
     if engine.kind == "zero1":  # its gradients come while activations go: they share the room
         activations = max(activations, num_online * value_bytes)
     states = STATES[recipe.optimizer.name] * num_online / parts.optimizer
@@ -81,10 +78,10 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
 
 
 def _weights_and_gradients(
-    kind: str, parts: "_Parts", online: OnlineNet, momentum: MomentumNet
+    engine: EngineConfig, parts: "_Parts", online: OnlineNet, momentum: MomentumNet
 ) -> float:
     """Values that a rank holds of them at the peak, master values and buffers among them."""
-    num_online, num_momentum = _numel(online), _numel(momentum)
+    num_online, num_momentum, kind = _numel(online), _numel(momentum), engine.kind
     values = num_online / parts.weights
     if kind != "zero1":
         values += num_online / parts.gradients
@@ -93,9 +90,22 @@ def _weights_and_gradients(
     if kind == "zero3":  # both nets gathered, and a stage once more while it is on its way
         gathered = min(num_online, ZERO3_LIVE) + min(num_momentum, ZERO3_LIVE)
         return values + gathered + _largest_stage(online)
-    if parts.weights > 1:  # a stage's gathered weights and their gradients
-        values += 2 * _largest_stage(online)
+    if kind in ("fsdp", "hsdp") and engine.accumulate > 1:  # whole until the last micro-batch
+        values += num_online
     return values
+
+
+def _bytes_of_a_live_weight(engine: EngineConfig, parts: "_Parts") -> float:
+    """That a weight of the computing stage takes besides: a copy, gathered values, gradients."""
+    num_bytes = 0.0
+    if engine.precision == "bf16":
+        if engine.activation_checkpointing:
+            num_bytes += 2  # autocast's copy; without checkpointing those of all stages are held
+        if parts.weights == 1 and not engine.compile:  # a stage's gradients wait for one another
+            num_bytes += 2
+    if parts.weights > 1 and engine.kind != "zero3":  # gathered, and its gradient
+        num_bytes += 2 * (8 if engine.precision == "fp64" else 4)
+    return num_bytes
 
 
 def _largest_stage(online: OnlineNet) -> int:
@@ -173,8 +183,11 @@ def _numel(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _activation_bytes(online: OnlineNet, recipe: Recipe, batch: int) -> float:
-    """Bytes that the online net's forward pass keeps for backward: counted for 2 images, scaled."""
+def _activation_bytes(online: OnlineNet, recipe: Recipe, batch: int, parts: "_Parts") -> float:
+    """Bytes that the online net's forward pass keeps for backward, and those of a live stage.
+
+    Counted for 2 images, and scaled.
+    """
     data, num_images = recipe.data, 2
     saved = _SavedTensors(online)
     large = torch.empty(num_images, 3, data.large_px, data.large_px, device="meta")
@@ -183,8 +196,13 @@ def _activation_bytes(online: OnlineNet, recipe: Recipe, batch: int) -> float:
         others = [large] * (recipe.nets.num_online_views - 1) + [small] * data.num_small_crops
         online(large, others)
     value_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.engine.precision]
-    numel = saved.numel(recipe.engine.activation_checkpointing)
-    return numel * value_bytes * batch / num_images
+    of_value = value_bytes * batch / num_images
+    of_weight = _bytes_of_a_live_weight(recipe.engine, parts)
+    if not recipe.engine.activation_checkpointing:
+        return saved.numel() * of_value + of_weight * _largest_stage(online)
+    return max(
+        numel * of_value + of_weight * _numel(stage) for stage, numel in saved.numel_of_stages()
+    )
 
 
 class _SavedTensors:
@@ -196,7 +214,7 @@ class _SavedTensors:
 
     def __init__(self, online: OnlineNet):
         self._outside: dict[int, Tensor] = {}  # a tensor saved by two operations is held once
-        self._passes: list[dict[int, Tensor]] = []
+        self._passes: list[tuple[torch.nn.Module, dict[int, Tensor]]] = []
         self._inputs: dict[int, Tensor] = {}
         self._current = self._outside
         for stage in stages(online.backbone):
@@ -209,16 +227,18 @@ class _SavedTensors:
             self._current[id(x)] = x
         return x
 
-    def numel(self, is_checkpointed: bool) -> int:
-        """Values held at the peak; checkpointed stages keep their inputs, one of them all else."""
-        if not is_checkpointed:
-            return _count([self._outside, *self._passes])
-        return max(_count([self._outside, self._inputs, own]) for own in self._passes)
+    def numel(self) -> int:
+        """Values held at the end of the forward pass."""
+        return _count([self._outside, *(own for _, own in self._passes)])
 
-    def _enter(self, _stage: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def numel_of_stages(self) -> list[tuple[torch.nn.Module, int]]:
+        """Of checkpointed stages, which keep their inputs: values held while one is repeated."""
+        return [(stage, _count([self._outside, self._inputs, own])) for stage, own in self._passes]
+
+    def _enter(self, stage: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._inputs[id(inputs[0])] = inputs[0]
         self._current = {}
-        self._passes.append(self._current)
+        self._passes.append((stage, self._current))
 
     def _leave(self, *_: object) -> None:
         self._current = self._outside
