@@ -146,9 +146,11 @@ class ReadAhead:
     def _advance(self) -> bool:
         """Begins with the next window, if there is room for it and the last one is almost here."""
         lead = self._ahead - self._read
-        if self._num_waiting >= NUM_FETCHERS or lead >= self._most_ahead:
+        num_steps, room = max(FIRST_STEPS, lead // 2), self._most_ahead - lead
+        # At the most ahead it waits for room for a large window: of small ones nothing merges.
+        if self._num_waiting >= NUM_FETCHERS or room < min(num_steps, -(-self._most_ahead // 4)):
             return False
-        num_steps = min(max(FIRST_STEPS, lead // 2), self._most_ahead - lead)
+        num_steps = min(num_steps, room)
         window = range(self._ahead, min(self._ahead + num_steps, self._steps.stop))
         ranges = self._ranges(self._node.ids(self._plan, window))
         num_bytes = sum(int(self._cache.extents[each.sample_ids].sum()) for each in ranges)
