@@ -30,6 +30,7 @@ NEEDS: dict[str, str] = {
     "pipeline": LARGE,
     "loader": LARGE,
     "sharding": SMALL,
+    "store": "",
     "optimizer": "",
     "engine_overhead": "",
     "engine_memory": "",
