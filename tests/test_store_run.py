@@ -1,0 +1,30 @@
+"""A run whose images and checkpoints are in a store is the run on a disk."""
+
+import json
+import shutil
+
+import pytest
+from s3_store import BUCKET, copy_to
+from small_recipe import small_recipe
+
+from scale_smog.pretrain import pretrain
+
+
+def losses(folder):
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return {x["step"]: x["loss"] for x in map(json.loads, lines) if "loss" in x}
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_lost_machine_costs_no_digit_of_the_losses(tars, tmp_path):
+    url = f"s3://{BUCKET}/{tmp_path.name}"
+    copy_to(tars, f"{url}/images")
+    pretrain(small_recipe(tmp_path / "disk", tars))
+    stored = tmp_path / "stored"
+    there = [f"run.mirror={url}/run", f"data.cache_dir={tmp_path}/cache"]
+    pretrain(small_recipe(stored, f"{url}/images", *there, "run.checkpoint_every=4"))
+    assert losses(stored) == losses(tmp_path / "disk")
+    shutil.rmtree(stored)
+    shutil.rmtree(tmp_path / "cache")
+    pretrain(small_recipe(stored, f"{url}/images", *there))  # the last copy is of its end
+    assert (stored / "run" / "checkpoints" / "step-00000008").is_dir()
