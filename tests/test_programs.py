@@ -30,7 +30,7 @@ def run_program(name: str, *arguments: str, monkeypatch) -> int:
     ("overrides", "words"),
     [
         (["data.path=nowhere"], "nowhere"),
-        (["data.path=."], "data_tools/shard.py"),
+        (["data.path=empty"], "no images in empty"),
         (["grouping.num_groops=3"], "did you mean 'grouping.num_groups'"),
         (["data.device=gpu"], "data.device=gpu"),
         (["model.backbone=resnet51"], "resnet51"),
@@ -47,6 +47,8 @@ def test_bad_input_gets_one_line_exit_code_2_and_leaves_nothing(
 
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
     recipe = str(write_small_recipe(tmp_path, tars))
     assert run_program("pretrain.py", recipe, *overrides, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err

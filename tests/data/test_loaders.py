@@ -83,7 +83,7 @@ def test_a_restart_at_any_step_gives_the_same_pixels(tars, loader):
 
 SIGNALLED = """
 import os, signal, sys
-sys.path.insert(0, "tests/data")
+sys.path[:0] = "tests/data", "tests/helpers"
 from test_loaders import load_one_by_one
 
 if __name__ == "__main__":

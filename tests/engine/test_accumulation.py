@@ -45,7 +45,7 @@ def test_without_batch_norm_micro_batches_equal_one_large_batch_exactly(
 ):
     build = runs.build_tiny_nets
     monkeypatch.setattr(
-        runs, "build_tiny_nets", lambda seed: [without_batch_statistics(x) for x in build(seed)]
+        runs, "build_tiny_nets", lambda *x: [without_batch_statistics(net) for net in build(*x)]
     )
     for accumulate in (1, 4):
         recipe = runs.recipe_of(tmp_path / str(accumulate), accumulate=accumulate, precision="fp64")
