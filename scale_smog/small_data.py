@@ -77,8 +77,12 @@ def _derived(recipe: Recipe, num_images: int) -> list[tuple[str, Any, str]]:
         epochs = round(WARMUP_SHARE * num_steps * batch / num_images, 3)
         rows += [
             ("optimizer.name", "adamw", "few steps"),
-            ("optimizer.base_lr", 2e-3, "for 256 images"),
             ("optimizer.weight_decay", 0.01, "adamw's"),
             ("optimizer.warmup_epochs", epochs, f"{WARMUP_SHARE:.0%} of the run"),
         ]
+        if "base_lr" not in recipe.optimizer.model_fields_set:
+            rows += [
+                ("optimizer.base_lr", 2e-3, "adamw's"),
+                ("optimizer.lr_batch", batch, "the rate does not grow with the batch"),
+            ]
     return rows

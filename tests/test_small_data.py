@@ -21,6 +21,7 @@ def test_cifar10_in_600_steps_gets_the_measured_settings():
     model = recipe.model
     assert (model.ema, model.head_width, model.identity_predictor) == (0.9, 2048, True)
     assert recipe.optimizer.name == "adamw"
+    assert recipe.optimizer.base_lr == 2e-3 and recipe.optimizer.lr_batch == 256
     assert recipe.optimizer.warmup_epochs * 50_000 / 256 == pytest.approx(30, abs=0.1)
     assert "small data: grouping.num_groups=2000 (50000 images)" in lines
     assert any(line.startswith("small data: model.head_width=2048 ") for line in lines)
