@@ -31,6 +31,7 @@ def run_program(name: str, *arguments: str, monkeypatch) -> int:
     [
         (["data.path=nowhere"], "nowhere"),
         (["data.path=empty"], "no images in empty"),
+        (["data.path="], "data.path is empty"),
         (["grouping.num_groops=3"], "did you mean 'grouping.num_groups'"),
         (["data.device=gpu"], "data.device=gpu"),
         (["model.backbone=resnet51"], "resnet51"),

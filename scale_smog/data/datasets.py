@@ -20,6 +20,8 @@ def open_split(path: str | Path, split: str) -> Images:
     Raises:
         UserError: there is no such dataset or split.
     """
+    if not str(path):  # which would be the current folder
+        raise UserError("data.path is empty: name a folder of images, of tars, or a store's URL")
     if is_tars(path):
         return TarDataset(path, split)
     return FolderDataset(path, _sub_folder(path, split))
