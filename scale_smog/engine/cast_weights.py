@@ -58,15 +58,17 @@ class CastWeights:
         finally:
             self._copies = None
 
-    def _run(self, part: "_Part", forward: Callable[..., Any], *inputs: Any) -> Any:
+    def _run(
+        self, part: "_Part", forward: Callable[..., Any], *inputs: Any, **keywords: Any
+    ) -> Any:
         if self._copies is None:  # a part of the net is called by itself, or computed again
-            return forward(*inputs)
+            return forward(*inputs, **keywords)
         # Once for views of all sizes, and not before the part is entered: autograd takes first what
         # was made last, so a part's gradients are ready, and sent, before earlier parts' are.
         if part.module not in self._copies:
             self._copies[part.module] = _Cast.apply(part, *part.parameters)
         with part.holding(self._copies[part.module]):
-            return forward(*inputs)
+            return forward(*inputs, **keywords)
 
 
 class _Part:

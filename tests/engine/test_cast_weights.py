@@ -10,11 +10,11 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from torch import Tensor
 
-from scale_smog.config import EngineConfig, OptimizerConfig
+from scale_smog.config import EngineConfig, ModelConfig, OptimizerConfig
 from scale_smog.engine import Engine, build_engine
 from scale_smog.engine.cast_weights import CastWeights
 from scale_smog.engine.stages import prepare_stages
-from scale_smog.models import OnlineNet
+from scale_smog.models import OnlineNet, build_nets
 
 NUM_STEPS = 4
 
@@ -52,6 +52,18 @@ def test_loss_and_gradients_are_autocasts_bit_by_bit(is_checkpointed):
     for name, grad in gradients(plain).items():
         assert torch.equal(grad, gradients(cast)[name]), name
     assert isinstance(cast.projector.get_submodule("fc1").weight, torch.nn.Parameter)
+
+
+def test_a_net_that_calls_its_stages_with_keywords_trains():
+    """timm's EVA and BEiT hand their blocks positions by keyword."""
+    backbone = "eva02_tiny_patch14_224"
+    online, _ = build_nets(ModelConfig(backbone=backbone, head_width=16, dim=8))
+    CastWeights(online)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, _, _ = online(torch.rand(2, 3, 224, 224), [])
+    z.sum().backward()
+    found = gradients(online)
+    assert any("attn" in name for name in found) and all(x.isfinite().all() for x in found.values())
 
 
 def test_kept_gradients_are_overwritten_by_a_new_step_and_added_to_within_one():
