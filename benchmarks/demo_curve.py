@@ -42,8 +42,8 @@ BREAKS = {
 
 
 def demo_recipe(data: str | Path, *overrides: str) -> Recipe:
-    """The demo for one rank."""
-    own = [f"data.path={data}", "engine.kind=ddp"]
+    """The demo for one rank, at the rate that the record was made with."""
+    own = [f"data.path={data}", "engine.kind=ddp", "optimizer.base_lr=2e-3"]
     return load_recipe(ROOT / "recipes" / "demo.yaml", [*own, *overrides])
 
 
