@@ -87,7 +87,8 @@ class ForkedRanks:
             counted: the others reach rank 0's store through `self.store`, which counts.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._free_gib, self._start, self._group = free_gib(), time.monotonic(), 0
+        self._free_gib, self._start = free_gib(), time.monotonic()
+        self._start_guard()
         port = free_port()
         self.store = CountingProxy(port)
         proxy_port = self.store.start() if counted else port
@@ -96,13 +97,29 @@ class ForkedRanks:
         for rank in range(self.world_size):
             pid = os.fork()
             if pid == 0:
-                os.setpgid(0, self._group)
-                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives us
+                os.setpgid(0, self._guard)
+                os.close(self._alive)
                 self._run_rank(rank, port if rank == 0 else proxy_port)
-            self._group = self._group or pid
             with suppress(PermissionError, ProcessLookupError):
-                os.setpgid(pid, self._group)  # whoever is first
+                os.setpgid(pid, self._guard)  # whoever is first
             self.pids[rank] = pid
+
+    def _start_guard(self) -> None:
+        """Forks the leader of the ranks' process group, which kills the group when we are gone.
+
+        A rank's own processes are in the group too: its forkserver does not hear SIGTERM, and the
+        forkserver's workers do not notice that the rank has been killed.
+        """
+        gone, self._alive = os.pipe()
+        self._guard = os.fork()
+        if self._guard == 0:
+            os.setpgid(0, 0)
+            os.close(self._alive)
+            os.read(gone, 1)  # returns when nobody holds the other end any more
+            os.killpg(0, signal.SIGKILL)
+        os.close(gone)
+        with suppress(PermissionError):
+            os.setpgid(self._guard, self._guard)  # whoever is first
 
     def _run_rank(self, rank: int, port: int) -> None:
         code = 1
@@ -185,10 +202,14 @@ class ForkedRanks:
     def end(self) -> None:
         """Kills what is left of the ranks and of their own processes."""
         self.store.end()
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._group, signal.SIGKILL)
+        if not self._guard:
+            return
+        os.killpg(self._guard, signal.SIGKILL)
         for rank, pid in list(self.pids.items()):
             self._note(rank, os.waitpid(pid, 0)[1])
+        os.waitpid(self._guard, 0)
+        os.close(self._alive)
+        self._guard = 0
 
     def _note(self, rank: int, status: int) -> None:
         self.codes[rank] = os.waitstatus_to_exitcode(status)
