@@ -1,5 +1,6 @@
 """Tells torch.distributed.checkpoint which ranges of which flat tensors a rank writes and reads."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,26 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from scale_smog.distributed import Partition, call_on_main
+from scale_smog.distributed import Partition, call_on_main, rank
 
 # One process without a process group is no reason for a warning.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
-def writer(folder: Path) -> HuggingFaceStorageWriter:
-    """Every rank writes one safetensors file, which says what range each of its tensors is."""
-    return HuggingFaceStorageWriter(str(folder), save_distributed=True)
+class Writer(HuggingFaceStorageWriter):
+    """Writes a safetensors file of this rank, which says what range each of its tensors is.
+
+    Args:
+        folder: of all ranks' files.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder), save_distributed=True)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Numbers the file by the rank, who plans alone."""
+        facts = {"shard_index": rank() + 1}
+        return [dataclasses.replace(plan, storage_data=facts) for plan in plans]
 
 
 class Reader(HuggingFaceStorageReader):
@@ -60,14 +72,12 @@ class Reader(HuggingFaceStorageReader):
 
 
 def own_files(folder: Path, rank: int) -> list[Path]:
-    """What `writer` wrote on a rank."""
+    """What `Writer` wrote on a rank."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*"))
 
 
 class SavePlanner(DefaultSavePlanner):
     """Plans the partitions of a rank; the values to write are their flat tensors.
-
-    The plan of all ranks is checked: together they must hold every element, and none twice.
 
     Args:
         partitions: with flat values on the CPU.
@@ -80,6 +90,10 @@ class SavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([_write_item(name, x) for name, x in self._partitions.items()])
         return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Of this rank alone; its ranges are checked with all others' when they are written."""
+        return all_plans, Metadata({})
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         return self._partitions[index.fqn].values

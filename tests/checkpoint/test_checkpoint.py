@@ -324,6 +324,46 @@ def test_a_few_ranks_share_the_writing_of_what_several_hold(tmp_path, max_writer
     assert sum(map(len, shares)) == len(set.union(*shares)) == 22
 
 
+def save_wrong_ranges(folder: Path) -> list[tuple[str, list[str]]]:
+    """What is said, and which checkpoints are there, where the ranks' ranges do not fit."""
+    number, outcomes = distributed.rank(), []
+    for start in (6 * number, 4 * number, number, 5 * number + 1):  # of 5 values each, of 10
+        whole = Partition(torch.ones(3), 0, torch.Size([3]), is_replicated=True)
+        part = Partition(torch.ones(5), start, torch.Size([10]), is_replicated=False)
+        checkpoints = Checkpoints(RunConfig(dir=str(folder), steps=1), {})
+        checkpoints.save(1, {"online.w": whole, "bank.ring": part})
+        with pytest.raises(RuntimeError) as raised:
+            checkpoints.wait()
+        outcomes.append((str(raised.value), names(folder)))
+    return outcomes
+
+
+def test_ranges_with_a_gap_or_an_overlap_are_no_checkpoint(tmp_path):
+    for outcomes in run_on_ranks(2, save_wrong_ranges, tmp_path):
+        said = "the ranks' ranges are not the whole of bank.ring, each element once"
+        assert outcomes[:3] == [(said, [])] * 3
+        assert outcomes[3] == (said.replace("bank.ring", "a tensor without a beginning"), [])
+
+
+def fail_on_rank_1(folder: Path) -> str:
+    """What this rank hears when rank 1 cannot write, for a reason that is not the disk's."""
+    checkpoints = Checkpoints(RunConfig(dir=str(folder), steps=1), {})
+    find = (
+        saving.SavePlanner.lookup_object
+        if distributed.is_main()
+        else mock.Mock(side_effect=KeyError)
+    )
+    with mock.patch.object(saving.SavePlanner, "lookup_object", find):
+        checkpoints.save(1, pieces_of(1.0))
+        with pytest.raises(RuntimeError) as raised:
+            checkpoints.wait()
+    return str(raised.value)
+
+
+def test_all_ranks_hear_why_one_could_not_write(tmp_path):
+    assert run_on_ranks(2, fail_on_rank_1, tmp_path) == ["rank 1: KeyError()"] * 2
+
+
 def num_header_reads(folder: Path) -> int:
     """How often loading makes this rank read the headers of all files."""
     run = RunConfig(dir=str(folder), steps=1)
