@@ -27,6 +27,7 @@ from scale_smog.distributed.process_group import (
     ranks_per_node,
     world_size,
 )
+from scale_smog.distributed.rendezvous import leave_rendezvous
 
 __all__ = [
     "Partition",
@@ -45,6 +46,7 @@ __all__ = [
     "gather_objects",
     "init_process_group",
     "is_main",
+    "leave_rendezvous",
     "num_sharing_ranks",
     "peak_memory_mib",
     "process_group",

@@ -3,8 +3,10 @@
 import os
 import socket
 import threading
+import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 from queue import SimpleQueue
 
@@ -14,6 +16,8 @@ from scale_smog.errors import RankError, UserError
 
 MAX_NAMED = 8
 EXTRA_WAIT_S = 10.0  # of the other ranks, so that rank 0 says first who is missing
+LEAVING_S, HEARING_S = 3.0, 1.0  # to tell the others that a rank leaves, and for them to hear it
+COMPLETE, LEFT = b"complete", b"left by "
 
 
 def rendezvous(rank: int, world_size: int, timeout_s: float) -> dist.Store:
@@ -26,6 +30,7 @@ def rendezvous(rank: int, world_size: int, timeout_s: float) -> dist.Store:
 
     Raises:
         UserError: ranks are missing; names them and the hosts of those that came.
+        SystemExit: with status 0; a rank has left, as it was told to.
     """
     if world_size == 1:
         return dist.HashStore()
@@ -35,10 +40,26 @@ def rendezvous(rank: int, world_size: int, timeout_s: float) -> dist.Store:
     return _join_round(server, rank, world_size, timeout_s)
 
 
+def leave_rendezvous() -> None:
+    """Tells ranks that wait for others that this one will not wait: the job ends with it.
+
+    May be called from any thread; does nothing where all have met. torchrun's agents end and
+    restart ranks by signals, and keep the store: there nothing is said.
+    """
+    if _is_served_by_agent() or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    address, timeout = _address(), timedelta(seconds=LEAVING_S)
+    with suppress(RuntimeError, OSError):  # rank 0 has yet to come, or has gone
+        store = _round(dist.TCPStore(*address, timeout=timeout, wait_for_workers=False), 1)
+        word = LEFT + f"rank {os.environ['RANK']} on {socket.gethostname()}".encode()
+        if store.compare_set("outcome", "", word.decode()) == word:
+            store.set("all", "")
+            time.sleep(HEARING_S)  # the store may be this process's
+
+
 def _connect(rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
-    is_server = rank == 0 and not is_served
+    host, port = _address()
+    is_server = rank == 0 and not _is_served_by_agent()
     timeout = timedelta(seconds=timeout_s)
     try:
         return dist.TCPStore(host, port, world_size, is_server, timeout, wait_for_workers=False)
@@ -46,6 +67,15 @@ def _connect(rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
         is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
         kind = RankError if is_first_here else UserError
         raise kind(_unreachable(host, port, is_server, timeout_s)) from error
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def _is_served_by_agent() -> bool:
+    """Whether the store is torchrun's own."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 # torchrun's store outlives the ranks, and each of its agents counts restarts for itself. What all
@@ -62,7 +92,13 @@ def _open_round(server: dist.Store, world_size: int, timeout_s: float) -> dist.S
     _arrive(store, 0, world_size)
     if not _has_come(store, "all", timeout_s):
         raise UserError(_missing(store, world_size, timeout_s))
-    store.set("outcome", "complete")
+    outcome = store.compare_set("outcome", "", COMPLETE.decode())
+    if outcome.startswith(LEFT):
+        mate = outcome.removeprefix(LEFT).decode()
+        said = "stopped before all ranks had met, as was"
+        print(f"{said} {mate}; the same command goes on from there", flush=True)
+        time.sleep(HEARING_S)
+        raise SystemExit(0)
     return store
 
 
@@ -74,8 +110,11 @@ def _join_round(server: dist.Store, rank: int, world_size: int, timeout_s: float
         _await(store, "open", rank, timeout_s)
         if _arrive(store, rank, world_size):
             _await(store, "outcome", rank, timeout_s)
-            if store.get("outcome") == b"complete":
+            outcome = store.get("outcome")
+            if outcome == COMPLETE:
                 return store
+            if outcome.startswith(LEFT):
+                raise SystemExit(0)  # rank 0 says it
         number += 1
 
 

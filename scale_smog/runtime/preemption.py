@@ -68,6 +68,7 @@ class Preemption:
                 if os.environ.get("LOCAL_RANK", "0") == "0":
                     said = "stopped before all ranks had met; the same command goes on from there"
                     print(f"{said} ({socket.gethostname()})", flush=True)
+                distributed.leave_rendezvous()
                 os._exit(0)
             signals.close()
 

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from hosts import free_port
 
-from scale_smog.distributed.rendezvous import rendezvous
+from scale_smog.distributed.rendezvous import leave_rendezvous, rendezvous
 from scale_smog.errors import RankError, UserError
 
 
@@ -95,3 +95,18 @@ def test_ranks_that_find_a_round_of_the_dead_wait_for_the_next(agent_store):
 def test_a_round_with_fewer_ranks_meets(agent_store):
     come([0, 1, 2, 3], 4)
     assert have_met(come([1, 0], 2))
+
+
+def test_who_leaves_when_all_have_met_stops_nobody(port, monkeypatch):
+    stores = come([0, 1], 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    leave_rendezvous()
+    assert stores[1].get("outcome") == b"complete"
+
+
+def test_a_rank_that_an_agent_restarts_stops_nobody(agent_store, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    leave_rendezvous()
+    assert have_met(come([0, 1], 2))

@@ -57,23 +57,42 @@ with preemption.Preemption() as asked:
 """
 
 
+def come_to_meet(rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
+    """A rank that waits for others, or is about to."""
+    names, sizes = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    environment = dict.fromkeys(names, str(rank)) | dict.fromkeys(sizes, str(world_size))
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", MEETING]
+    return subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def stop_and_hear(ranks: list[subprocess.Popen[str]], signals: dict[int, int]) -> list[str]:
+    """What ranks say that wait for others, when some of them get a signal."""
+    for process in ranks:
+        assert process.stdout and process.stdout.readline() == "waiting\n"
+    for rank, number in signals.items():
+        ranks[rank].send_signal(number)
+    said = [process.communicate(timeout=120)[0] for process in ranks]  # they would wait for 600 s
+    assert {process.returncode for process in ranks} == {0}
+    assert said[0].startswith("stopped before all ranks had met")
+    return said
+
+
 def test_ranks_whose_mates_do_not_come_end_at_a_signal():
     # Rank 0 waits in Python, rank 1 in a call of torch's that hears no signal.
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, "-c", MEETING]
-        process = subprocess.Popen(
-            command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
-        )
-        ranks.append(process)
-    for process, number in zip(ranks, (signal.SIGTERM, signal.SIGUSR1), strict=True):
-        assert process.stdout.readline() == "waiting\n"
-        process.send_signal(number)
-    said = [process.communicate(timeout=120)[0] for process in ranks]  # they would wait for 600 s
-    assert [process.returncode for process in ranks] == [0, 0]
-    assert said[0].startswith("stopped before all ranks had met") and not said[1]
+    ranks = [come_to_meet(rank, 2, free_port()) for rank in (0, 1)]
+    said = stop_and_hear(ranks, {0: signal.SIGTERM, 1: signal.SIGUSR1})
+    assert not said[1]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_is_stopped_while_ranks_meet_stops_those_that_wait(number):
+    port = free_port()
+    ranks = [come_to_meet(rank, 3, port) for rank in (0, 1)]  # the last does not come
+    said = stop_and_hear(ranks, {number: signal.SIGTERM})
+    assert not said[1] and (number == 0 or "as was rank 1 on " in said[0])
 
 
 def test_what_a_step_has_noted_is_read_once():
