@@ -1,6 +1,7 @@
 """Checkpoints in a store: whole ones come back, and a store that fails stops nothing."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,36 +77,44 @@ def test_checkpoints_of_the_run_folder_come_before_copies(run):
     assert newest(run) == 20
 
 
-def test_an_upload_that_ends_anywhere_never_leaves_a_copy_that_loads_wrong(run, s3, impatient):
+def copy_until(num_requests: int, run: RunConfig, s3) -> bool:
+    """Copies the checkpoint until so many requests were answered; whether these were all."""
+    before = sum(s3.requests.values())
+    s3.fault = lambda _: "reset" if sum(s3.requests.values()) - before > num_requests else None
+    mirror = Mirror(run)
+    with suppress(OSError):
+        mirror._copy(list_checkpoints(Path(run.dir))[-1])
+        mirror._tidy(20)
+    s3.fault = lambda _: None
+    return sum(s3.requests.values()) - before <= num_requests
+
+
+@pytest.mark.parametrize(("step", "value"), [(10, 10.0), (20, -1.0)])
+def test_a_copy_that_ends_anywhere_leaves_only_copies_that_load_right(
+    run, s3, impatient, step, value
+):
+    run = run.model_copy(update={"keep_checkpoints": 1})
+    older = Checkpoints(elsewhere := run.model_copy(update={"dir": run.dir + "-elsewhere"}), {})
+    assert older.save(step, state_of(value)) is None
+    assert older.wait() is None and older.wait_for_mirror(60) is None
+    store = Store(run.mirror)
+    before = {name: store.read(name) for name in store.sizes()}
     save(run.model_copy(update={"mirror": ""}), 20)
-    (folder,) = list_checkpoints(Path(run.dir))
-    for first_failure in range(20):
-        s3.fault = lambda *_: None
-        older = run.model_copy(update={"dir": run.dir + "-older"})
-        lose_machine(older)
-        save(older, 10)
-        num_requests = 0
-
-        def fault(*_, first_failure=first_failure):
-            nonlocal num_requests
-            num_requests += 1
-            return "reset" if num_requests > first_failure else None
-
-        s3.fault = fault
-        mirror = Mirror(run)
-        try:
-            mirror._copy(folder)
-            done = True
-        except OSError:
-            done = False
-        s3.fault = lambda *_: None
-        elsewhere = run.model_copy(update={"dir": run.dir + "-elsewhere"})
+    found, is_whole = [], False
+    while not is_whole:
+        is_whole = copy_until(len(found), run, s3)
         lose_machine(elsewhere)
-        assert newest(elsewhere) == (20 if done else 10)
-        if done:
-            break
-        Store(run.mirror).remove("step-00000020/manifest.json")
-    assert first_failure > 2
+        restored = Checkpoints(elsewhere, {}).load_newest(state_of(0.0))
+        found.append(restored and (restored.step, *set(restored.values["online.w"].tolist())))
+        if not is_whole:
+            for name in store.sizes():
+                store.remove(name)
+            for name, content in before.items():
+                store.write(name, content)
+    assert found[0] == (step, value) and found[-1] == (20, 20.0)
+    assert len(found) > 4 and set(found) <= {(step, value), None, (20, 20.0)}
+    assert None not in found or step == 20  # the copy of that step is removed before it is replaced
+    assert {name.partition("/")[0] for name in store.sizes()} == {"step-00000020"}
 
 
 def test_a_damaged_copy_is_passed_over(run):
