@@ -9,6 +9,7 @@ from s3_store import BUCKET, copy_to
 
 from scale_smog.data import EpochPlan, TarDataset, load_manifest
 from scale_smog.data.remote import read_ahead
+from scale_smog.data.remote import tars as remote_tars
 from scale_smog.data.remote.cache import COMING, PRESENT
 from scale_smog.data.remote.read_ahead import Node
 from scale_smog.data.remote.space import cache_space, use_cache
@@ -148,10 +149,18 @@ def test_what_lies_damaged_in_the_cache_is_fetched_again(tars, stored, s3):
     assert read_all(dataset) == read_all(TarDataset(tars, "train"))
 
 
-def test_images_that_a_killed_process_was_fetching_are_fetched_by_the_next(tars, stored):
+def test_images_that_a_killed_process_was_fetching_are_fetched_by_the_next(
+    tars, stored, monkeypatch
+):
+    monkeypatch.setattr(remote_tars, "GIVE_UP_S", 0.0)  # else it is waited for, not failed
     dataset = TarDataset(stored, "train")
     dataset.remote._cache.states[:] = COMING
-    assert read_with_plan(TarDataset(stored, "train")) == read_all(TarDataset(tars, "train"))
+    plan = EpochPlan(dataset.num_samples, 4, seed=1)
+    ahead = TarDataset(stored, "train").remote.read_ahead(plan, range(10), ALONE)
+    ahead._pool.shutdown()
+    assert ahead.num_requests == dataset.num_samples
+    assert read_all(dataset) == read_all(TarDataset(tars, "train"))
+    assert (dataset.remote._cache.states == PRESENT).all()
 
 
 def test_a_small_cache_stays_small_and_nothing_goes_that_is_read_next(tars, stored, s3):
