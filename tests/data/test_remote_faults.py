@@ -2,10 +2,11 @@
 
 import pickle
 import re
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from s3_store import BUCKET, copy_to
+from s3_store import BUCKET, copy_to, proxy_of
 
 from scale_smog.data import EpochPlan, TarDataset, load_manifest
 from scale_smog.data.remote import read_ahead
@@ -76,11 +77,27 @@ def test_nothing_is_lost_or_wrong_and_each_fault_is_named(tars, stored, s3, capf
     assert re.search(words, said) and f"{URL}/train-00000" in said
 
 
-def test_a_server_that_is_away_is_waited_for(tars, stored, s3, capfd):
+def test_a_server_that_is_stopped_is_waited_for(tars, stored, s3, s3_port, monkeypatch, capfd):
     dataset = TarDataset(stored, "train")
-    s3.fault = lambda _: "reset" if s3.faults["reset"] < 60 else None
-    assert read_with_plan(dataset) == read_all(TarDataset(tars, "train"))
-    assert "requests tried again so far" in capfd.readouterr().err
+    say = stores.Store._say
+
+    def stop(handler):
+        if s3.socket.fileno() >= 0 and handler.path.endswith(".tar"):
+            s3.shutdown()
+            s3.server_close()  # from here on nobody listens
+        return "reset"
+
+    def say_and_start(store, *args):
+        say(store, *args)
+        if store._num_repeated == 60:
+            again.enter_context(proxy_of(s3_port, s3.server_port))
+
+    monkeypatch.setattr(stores.Store, "_say", say_and_start)
+    s3.fault = stop
+    with ExitStack() as again:
+        assert read_with_plan(dataset) == read_all(TarDataset(tars, "train"))
+    said = capfd.readouterr().err
+    assert "Could not connect" in said and "60 requests tried again so far" in said
 
 
 def test_credentials_that_expire_are_looked_up_again_and_no_message_shows_them(

@@ -29,8 +29,8 @@ class Proxy(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int, own_port: int = 0):
+        super().__init__(("127.0.0.1", own_port), Handler)
         self.to, self.latency_s = port, 0.0
         self.fault: Fault = lambda *_: None
         self.requests: Counter[tuple[str, str]] = Counter()  # by method and file name
@@ -142,9 +142,9 @@ def s3_server() -> Iterator[int]:
 
 
 @contextmanager
-def proxy_of(port: int) -> Iterator[Proxy]:
-    """A proxy before the server of a port."""
-    proxy = Proxy(port)
+def proxy_of(port: int, own_port: int = 0) -> Iterator[Proxy]:
+    """A proxy before the server of a port, at a port of its own."""
+    proxy = Proxy(port, own_port)
     threading.Thread(target=proxy.serve_forever, args=[0.02], daemon=True).start()
     yield proxy
     proxy.shutdown()
