@@ -81,7 +81,7 @@ def test_a_dry_run_imports_only_what_it_needs(tmp_path) -> None:
     )
     run_in = {"cwd": tmp_path, "capture_output": True, "text": True, "check": True}
     *_, last = subprocess.run([sys.executable, "-c", code], **run_in).stdout.splitlines()
-    unused = {"torchvision", "deepspeed", "matplotlib", "tensorboard", "nvidia", "timm"}
+    unused = {"torchvision", "deepspeed", "matplotlib", "PIL", "tensorboard", "nvidia", "timm"}
     assert "torch" in last.split() and not unused & set(last.split())
 
 

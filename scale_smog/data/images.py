@@ -5,14 +5,17 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:  # a plan or a listing decodes nothing
+    from PIL import Image
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 SMALLEST_DEEP_RANGE = 2**14  # of the brightest pixel of 16 bits: below lie sensors' 10 to 14 bits
 _JPEG_QUALITY = 95
+_ORIENTATION = 0x0112  # EXIF's tag
 _PASS_THROUGH = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format: extension
 
 
@@ -60,13 +63,15 @@ class Preprocessing:
 AS_STORED = Preprocessing(full_check=False)  # only what readers disagree about is changed
 
 
-def decode(content: bytes, pixels: bool = True) -> Image.Image:
+def decode(content: bytes, pixels: bool = True) -> "Image.Image":
     """Decodes an image in full, or its header only.
 
     Raises:
         BadImageError: the bytes are empty, truncated, damaged, not an image, or more than 178
             million pixels.
     """
+    from PIL import Image, UnidentifiedImageError
+
     if not content:
         raise BadImageError("empty file")
     try:
@@ -98,6 +103,8 @@ def preprocess(content: bytes, options: Preprocessing = Preprocessing()) -> Enco
     Raises:
         BadImageError: the image cannot be decoded or encoded.
     """
+    from PIL import ImageOps
+
     image = decode(content, pixels=options.full_check)
     exif_is_readable = _has_readable_exif(image)
     shorter = options.resize_shorter or min(image.size)
@@ -121,34 +128,34 @@ def preprocess(content: bytes, options: Preprocessing = Preprocessing()) -> Enco
     return EncodedImage(encoded.getvalue(), "jpg", *image.size)
 
 
-def _reads_alike_everywhere(image: Image.Image, content: bytes) -> bool:
+def _reads_alike_everywhere(image: "Image.Image", content: bytes) -> bool:
     if image.format not in _PASS_THROUGH or image.mode not in ("RGB", "L"):
         return False
     if getattr(image, "is_animated", False):
         return False
     if has_deep_pixels(image, content):
         return False
-    return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return image.getexif().get(_ORIENTATION, 1) == 1
 
 
-def _has_readable_exif(image: Image.Image) -> bool:
+def _has_readable_exif(image: "Image.Image") -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image.getexif().get(ExifTags.Base.Orientation)
+            image.getexif().get(_ORIENTATION)
     except Exception:  # on damaged metadata Pillow raises nearly anything
         return False
     return True
 
 
-def has_deep_pixels(image: Image.Image, content: bytes) -> bool:
+def has_deep_pixels(image: "Image.Image", content: bytes) -> bool:
     """Whether an image has 16 bits a channel, which Pillow does not tell of an RGB PNG."""
     if image.format == "PNG":
         return content[24] > 8  # the depth, in the header chunk
     return image.mode.startswith("I;16")
 
 
-def _require_full_range(image: Image.Image) -> None:
+def _require_full_range(image: "Image.Image") -> None:
     """Refuses 16-bit pixels of fewer bits: 12 of them would keep 16 of 256 grey levels."""
     pixels = np.asarray(image)  # [H, W] uint16, or [H, W, C] uint8: their upper halves
     colours = pixels[..., :-1] if "A" in image.getbands() else pixels
@@ -161,7 +168,9 @@ def _require_full_range(image: Image.Image) -> None:
         )
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
     if image.mode.startswith("I;16"):  # Pillow's convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -169,7 +178,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _shrink(image: Image.Image, shorter: int) -> Image.Image:
+def _shrink(image: "Image.Image", shorter: int) -> "Image.Image":
+    from PIL import Image
+
     scale = shorter / min(image.size)
     width, height = (max(shorter, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from scale_smog.reporting.run_record import Curve, RunRecord
+
+if TYPE_CHECKING:  # only the rank that draws imports matplotlib
+    from matplotlib.axes import Axes
 
 CURVES_FILE = "curves.png"
 ACCURACIES = {"knn": "kNN", "online_knn": "kNN, online", "online_linear": "linear, online"}
@@ -37,6 +38,8 @@ def draw_curves(
         accuracies: name -> steps and values, 0 to 1.
         resets: steps at which k-means found the groups anew.
     """
+    from matplotlib.figure import Figure
+
     num_panels = 3 if accuracies else 2
     figure = Figure(figsize=(8, 2.3 * num_panels), dpi=110)
     panels = figure.subplots(num_panels, sharex=True, squeeze=False)[:, 0]
@@ -54,21 +57,21 @@ def draw_curves(
     figure.savefig(path, bbox_inches="tight", facecolor="white")
 
 
-def _draw_loss(axes: Axes, logged: Sequence[Mapping[str, float]]) -> None:
+def _draw_loss(axes: "Axes", logged: Sequence[Mapping[str, float]]) -> None:
     axes.plot(*_column(logged, "loss"), color=ACCENT, lw=1.4, label="loss")
     axes.plot(*_column(logged, "chance_loss"), color=INK, lw=1, ls=(0, (4, 3)), label="chance")
     axes.set_ylabel("loss")
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
 
 
-def _draw_perplexity(axes: Axes, logged: Sequence[Mapping[str, float]]) -> None:
+def _draw_perplexity(axes: "Axes", logged: Sequence[Mapping[str, float]]) -> None:
     axes.plot(*_column(logged, "group_perplexity"), color=ACCENT, lw=1.4, label="perplexity")
     axes.plot(*_column(logged, "groups_in_use"), color=INK, lw=1, label="groups in use")
     axes.set(ylabel="groups", ylim=(0, None))
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right")
 
 
-def _draw_accuracies(axes: Axes, accuracies: dict[str, Curve]) -> None:
+def _draw_accuracies(axes: "Axes", accuracies: dict[str, Curve]) -> None:
     for number, (name, curve) in enumerate(accuracies.items()):
         axes.plot(*curve, f"C{number}", marker=".", lw=1.4, label=name)
     axes.set(ylabel="top-1 accuracy", ylim=(0, 1))

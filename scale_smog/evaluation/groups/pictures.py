@@ -3,18 +3,21 @@
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpecFromSubplotSpec, SubplotSpec
-from PIL import Image
 from torch import Tensor
 
 from scale_smog.data.datasets import Images
 from scale_smog.evaluation.groups.quality import GroupQuality
 from scale_smog.grouping import perplexity
+
+if TYPE_CHECKING:  # only the rank that draws imports them
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
+    from PIL import Image
 
 GROUPS_PICTURE = "groups.png"
 NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
@@ -37,6 +40,8 @@ def draw_groups(
         groups: [K, D].
         usage: features a group over the last steps [K].
     """
+    from matplotlib.figure import Figure
+
     similarity = (z.to(groups.dtype) @ groups.T).cpu()  # [N, K]
     nearest = similarity.argmax(dim=1)  # [N]
     best = torch.where(nearest[:, None] == torch.arange(len(groups)), similarity, -torch.inf)
@@ -59,14 +64,14 @@ def draw_groups(
 
 
 def _draw_members(
-    figure: Figure,
-    place: SubplotSpec,
+    figure: "Figure",
+    place: "SubplotSpec",
     dataset: Images,
     kind: str,
     members: Mapping[int, Sequence[int]],
 ) -> None:
     """A row a group: the sample ids closest to it."""
-    grid = GridSpecFromSubplotSpec(len(members), NUM_IMAGES_SHOWN, place, wspace=0.05, hspace=0.05)
+    grid = place.subgridspec(len(members), NUM_IMAGES_SHOWN, wspace=0.05, hspace=0.05)
     for row, (group, samples) in enumerate(members.items()):
         for column, sample_id in enumerate(samples):
             axes = figure.add_subplot(grid[row, column])
@@ -87,6 +92,8 @@ def draw_group_entropy(path: Path, curves: Mapping[str, GroupQuality]) -> None:
         path: PNG to write.
         curves: a name for each grouping.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), dpi=110)
     axes = figure.add_subplot()
     top = max(float(quality.entropy.max()) for quality in curves.values())
@@ -113,7 +120,7 @@ def _density(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     return kernels.sum(axis=1) / (len(values) * width * np.sqrt(2 * np.pi))
 
 
-def _draw_usage(axes: Axes, usage: Tensor) -> None:
+def _draw_usage(axes: "Axes", usage: Tensor) -> None:
     """Sorted usage as a curve, even usage as a line."""
     share = usage.double() / usage.sum().clamp(min=1) * len(usage)  # 1 is even usage
     axes.fill_between(
@@ -134,8 +141,10 @@ def _draw_usage(axes: Axes, usage: Tensor) -> None:
     axes.tick_params(colors=INK)
 
 
-def thumbnail(dataset: Images, sample_id: int, px: int) -> Image.Image:
+def thumbnail(dataset: Images, sample_id: int, px: int) -> "Image.Image":
     """The middle of an image, small: a sheet of whole photographs weighs tens of megabytes."""
+    from PIL import Image
+
     image = Image.open(BytesIO(dataset.read(sample_id))).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
