@@ -196,6 +196,10 @@ class ModelConfig(Section):
     weights: str = ""
     """What to start the backbone from: a file of timm or torchvision, an exported folder, or
     hf-hub:USER/NAME; empty: random weights."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that an image leaves out a residual branch of the online net's last block in
+    training; it grows with depth from 0, as timm's drop_path_rate. For timm's ViT, Swin, ConvNeXt
+    and their kin; the paper names none."""
     dim: Positive = 128
     """Size D of the projected features: 128 for ResNets, 256 for transformers. Paper: section
     4.1."""

@@ -64,7 +64,8 @@ def build_state(
     for net in (online, momentum):  # a group each: they may be passed at the same time
         scope = process_group_for(model.batch_norm, ranks_per_node)
         synchronise_batch_norm(net.to(device), scope, is_even=True)
-    engine = build_engine(online, momentum, recipe.optimizer, recipe.engine, batch)
+    seed = recipe.run.seed
+    engine = build_engine(online, momentum, recipe.optimizer, recipe.engine, batch, seed)
     method = build_method(recipe, engine, batch, num_images or recipe.data.num_images)
     return TrainState(engine, method)
 

@@ -13,9 +13,10 @@ def build_engine(
     optimizer: OptimizerConfig,
     config: EngineConfig,
     batch: int,
+    seed: int = 0,
 ) -> Engine:
     """The engine that the recipe names; see `Engine` for the arguments."""
-    return _engine_class(config.kind)(online, momentum, optimizer, config, batch)
+    return _engine_class(config.kind)(online, momentum, optimizer, config, batch, seed)
 
 
 def _engine_class(kind: str) -> type[Engine]:

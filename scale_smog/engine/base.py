@@ -23,6 +23,7 @@ from scale_smog.models import (
     MomentumNet,
     OnlineNet,
     average_running_stats,
+    draw_factors,
     frozen_running_stats,
     unsynchronised_running_stats,
 )
@@ -31,13 +32,14 @@ from scale_smog.optim import (
     ParameterPartition,
     build_optimizer,
     clip_gradients,
+    follow,
     is_excluded,
     layer_norms,
     set_rates,
 )
 from scale_smog.runtime import phases
 
-# Shapes: B images per rank, D feature size, V views of the online net.
+# Shapes: B images per rank, D feature size, V views of the online net, L branches with drop path.
 
 STATE_KEYS = {  # of torch's optimizers and of Lars, beside AdamW's step count
     "lars": ("momentum_buffer",),
@@ -60,6 +62,7 @@ class MicroBatch(NamedTuple):
 
     view: Tensor  # [b, 3, H, W]
     small: list[Tensor]  # each [b, 3, h, w]
+    factors: Tensor | None  # of drop path [L, V, b]
 
 
 class Engine(ABC):
@@ -84,6 +87,7 @@ class Engine(ABC):
         optimizer: the recipe's section.
         config: the recipe's section.
         batch: images of a rank at a step.
+        seed: of the run, for drop path.
 
     Raises:
         UserError: the batch does not split into the micro-batches.
@@ -102,11 +106,13 @@ class Engine(ABC):
         optimizer: OptimizerConfig,
         config: EngineConfig,
         batch: int,
+        seed: int = 0,
     ):
         if batch % config.accumulate:
             raise UserError(
                 f"engine.accumulate={config.accumulate} does not split the {batch} images of a rank"
             )
+        self._seed, self._batch = seed, batch
         self.device = next(online.parameters()).device
         self.dtype = DTYPES[config.precision]
         self.config = config
@@ -175,11 +181,16 @@ class Engine(ABC):
         """Has `_update` run where the partitions' gradients are, and shares the result."""
 
     def forward_online(self, view: Tensor, small: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """z [B, D] of the large view and p [V, B, D] of all views, with their graph."""
+        """z [B, D] of the large view and p [V, B, D] of all views, with their graph.
+
+        Drop path is at work in passes that are trained: those with gradients.
+        """
+        factors = None
         if torch.is_grad_enabled():
             self._buffers.take()
             self._momentum_stream.may_start_now()
-        micro_batches = self._split(view, small)
+            factors = self._drop_factors(num_views=1 + len(small))
+        micro_batches = self._split(view, small, factors)
         if len(micro_batches) == 1:
             z, p, self.features = self._forward_online(*micro_batches[0])
             return z, p
@@ -256,7 +267,7 @@ class Engine(ABC):
     def update_ema(self, alpha: float) -> None:
         """Momentum parameters <- alpha x momentum + (1 - alpha) x online (SMoG section 3.3)."""
         momentum, online = self._parameter_pairs()
-        torch._foreach_lerp_(momentum, online, 1 - alpha)
+        follow(momentum, online, 1 - alpha)
 
     @torch.no_grad()
     def reset_momentum(self) -> None:
@@ -371,13 +382,29 @@ class Engine(ABC):
         rows = [read[i : i + num_layers] for i in range(0, len(read), num_layers)]
         return math.isfinite(total_of_all), rows
 
-    def _split(self, view: Tensor, small: Sequence[Tensor] = ()) -> list[MicroBatch]:
+    def _drop_factors(self, num_views: int) -> Tensor | None:
+        """Of drop path at this step [L, V, B]; None: the net has none."""
+        if not self.online.drop_paths:
+            return None
+        rates = [path.rate for path in self.online.drop_paths]
+        first = distributed.rank() * self._batch
+        images = range(first, first + self._batch)
+        factors = draw_factors(rates, self._seed, self._num_steps, images, num_views)
+        return factors.to(self.device, self.dtype, non_blocking=True)
+
+    def _split(
+        self, view: Tensor, small: Sequence[Tensor] = (), factors: Tensor | None = None
+    ) -> list[MicroBatch]:
         """The views in micro-batches, in the nets' precision and the convolutions' layout."""
         num = self.config.accumulate
         views = [
             x.to(self.dtype, memory_format=torch.channels_last).chunk(num) for x in (view, *small)
         ]
-        return [MicroBatch(large, list(crops)) for large, *crops in zip(*views, strict=True)]
+        of_images = [None] * num if factors is None else factors.chunk(num, dim=2)
+        return [
+            MicroBatch(large, list(crops), own)
+            for large, *crops, own in zip(*views, of_images, strict=True)
+        ]
 
     @property
     def _state_keys(self) -> tuple[str, ...]:

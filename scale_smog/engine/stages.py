@@ -1,6 +1,7 @@
 """What is done to each stage of a net, whatever the engine: checkpointing and compilation."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -8,7 +9,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scale_smog.config import EngineConfig
-from scale_smog.models import MomentumNet, OnlineNet, frozen_running_stats, stages
+from scale_smog.models import (
+    MomentumNet,
+    OnlineNet,
+    dropped_as_now,
+    frozen_running_stats,
+    stages,
+)
 from scale_smog.models.sync_batch_norm import SynchronisedBatchNorm
 
 MOST_COMPILATIONS = 64  # of a stage's code: stages of two nets, two sizes of views, two modes
@@ -35,7 +42,7 @@ def prepare_stages(online: OnlineNet, momentum: MomentumNet, config: EngineConfi
                 checkpoint,
                 stage.forward,
                 use_reentrant=False,
-                preserve_rng_state=False,  # nothing in the nets is random
+                preserve_rng_state=False,  # what is dropped is no draw of torch's
                 context_fn=partial(_contexts, stage),
             )
 
@@ -43,5 +50,14 @@ def prepare_stages(online: OnlineNet, momentum: MomentumNet, config: EngineConfi
 def _contexts(
     stage: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the forward pass and around its repetition, which must not count a batch twice."""
-    return nullcontext(), frozen_running_stats(stage)
+    """Around the forward pass and around its repetition, which must not count a batch twice.
+
+    The repetition drops the paths of the pass that is repeated; other views may have passed since.
+    """
+    return nullcontext(), _repeated(stage, dropped_as_now(stage))
+
+
+@contextmanager
+def _repeated(stage: nn.Module, paths: AbstractContextManager[None]) -> Iterator[None]:
+    with frozen_running_stats(stage), paths:
+        yield

@@ -1,6 +1,7 @@
 """The nets of SMoG: backbones, heads, synchronised batch norm, and the two nets made of them."""
 
 from scale_smog.models.backbones import build_backbone, stages
+from scale_smog.models.drop_path import draw_factors, dropped_as_now
 from scale_smog.models.siamese import MomentumNet, OnlineNet, build_nets
 from scale_smog.models.sync_batch_norm import (
     average_running_stats,
@@ -16,6 +17,8 @@ __all__ = [
     "average_running_stats",
     "build_backbone",
     "build_nets",
+    "draw_factors",
+    "dropped_as_now",
     "frozen_running_stats",
     "process_group_for",
     "stages",

@@ -19,10 +19,13 @@ RESNETS = {
     "resnet50": resnet.resnet50,
 }
 ENTRY_POINTS = "scale_smog.backbones"
+SWIN_TINY = "swin_tiny_patch4_window7_224"  # Swin-T (Liu et al. 2021): 768 features
 STAGE_NAME = re.compile(r"(layer|s)\d+")
 
 
-def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.Module:
+def build_backbone(
+    name: str, width: int = 1, small_images: bool = False, drop_path: float = 0.0
+) -> nn.Module:
     """Builds a backbone with random weights and no classifier.
 
     Args:
@@ -30,18 +33,21 @@ def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.
             offers, or any that timm knows.
         width: Factor on all channels, for the ResNets only.
         small_images: A stem for images of about 32 px, for the ResNets only.
+        drop_path: Largest rate of drop path, for timm's nets that have it.
 
     Returns:
         A net from images [B, 3, H, W] to features [B, d]; its attribute `num_features` is d.
 
     Raises:
-        UserError: There is no such net, or it has no such width or stem.
+        UserError: There is no such net, or it has no such width or stem, or no drop path.
     """
     if width < 1:
         raise UserError(f"width: {width} is not a factor on channels; the smallest is 1")
-    if name in RESNETS:
+    if name in RESNETS and not drop_path:
         return RESNETS[name](width, small_images)
     offered = entry_points(group=ENTRY_POINTS)
+    if drop_path and name in {*RESNETS, *offered.names}:
+        raise UserError(f"drop_path: {name} has none: take 0, or a net of timm's")
     if name != "swin_tiny" and name not in offered.names:
         others = [*RESNETS, "swin_tiny", *offered.names]
         timm_nets.require_timm_name(name, other_names=others)
@@ -51,7 +57,7 @@ def build_backbone(name: str, width: int = 1, small_images: bool = False) -> nn.
     if name in offered.names:
         build: Callable[[], nn.Module] = offered[name].load()
         return build()
-    return timm_nets.swin_tiny() if name == "swin_tiny" else timm_nets.timm_net(name)
+    return timm_nets.timm_net(SWIN_TINY if name == "swin_tiny" else name, drop_path)
 
 
 def stages(backbone: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_smog.config import DataConfig, EvaluationConfig, ModelConfig
 from scale_smog.errors import UserError
+from scale_smog.models.drop_path import dropped
 from scale_smog.models.siamese import build_nets
 from scale_smog.models.timm_nets import own_size_px
 
@@ -48,7 +49,9 @@ def require_images_fit(model: ModelConfig, sizes_px: Mapping[str, int], batch: i
         random = _RandomOperators()
         try:
             with torch.device("meta"), random:
-                features = online.backbone.train()(torch.empty(batch, 3, px, px))
+                factors = [torch.empty(batch)] * len(online.drop_paths)
+                with dropped(online.drop_paths, factors):
+                    features = online.backbone.train()(torch.empty(batch, 3, px, px))
                 _require_features(features, online.backbone, model.backbone)
                 online.predictor(online.projector(features))
         except UserError:

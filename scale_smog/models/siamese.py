@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from scale_smog.config import DEFAULT_NETS, ModelConfig, NetPlan
 from scale_smog.models import heads
 from scale_smog.models.backbones import build_backbone
+from scale_smog.models.drop_path import drop_paths, dropped
 
 # Shapes: B images per rank, F size of the backbone's features, D of the projections,
-# V = 1 + n views of the online net.
+# V = 1 + n views of the online net, L residual branches with drop path.
 
 
 def unit(x: Tensor) -> Tensor:
@@ -29,25 +30,32 @@ class OnlineNet(nn.Module):
         self.backbone = backbone
         self.projector = projector
         self.predictor = predictor
+        self.drop_paths = drop_paths(backbone)
 
-    def forward(self, view: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, view: Tensor, others: Sequence[Tensor] = (), factors: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Projects one view, which feeds the groups, and predicts from every view.
 
         Args:
             view: The first view [B, 3, H, W].
             others: n more views, each [B, 3, h, w]; those of one size in a row pass through the
                 net together.
+            factors: Of drop path [L, V, B]; None: nothing is dropped.
 
         Returns:
             z [B, D], the unit projections of the first view, and p [V, B, D], the unit predictions
             of the first view (`p[0]`) and of the others in order; both at least float32. And
             the backbone's features [B, F] of the first view, without gradient.
         """
-        features = self.backbone(view)  # [B, F]
+        features = self._backbone(view, factors, slice(1))  # [B, F]
         projected = self.projector(features)  # [B, D]
         predicted = [self._predict(projected).unsqueeze(0)]  # [1, B, D]
-        for _, alike in groupby(others, key=lambda x: x.shape[2:]):
-            predicted.append(self._predict_together(list(alike)))
+        first = 1
+        for _, group in groupby(others, key=lambda x: x.shape[2:]):
+            alike = list(group)
+            predicted.append(self._predict_together(alike, factors, first))
+            first += len(alike)
         return unit(projected), torch.cat(predicted), features.detach()
 
     def features(self, view: Tensor) -> Tensor:
@@ -57,10 +65,20 @@ class OnlineNet(nn.Module):
     def _predict(self, projected: Tensor) -> Tensor:
         return unit(self.predictor(projected))
 
-    def _predict_together(self, views: Sequence[Tensor]) -> Tensor:
+    def _predict_together(
+        self, views: Sequence[Tensor], factors: Tensor | None, first: int
+    ) -> Tensor:
         images = torch.cat(list(views))  # [n·B, 3, h, w]
-        predicted = self._predict(self.projector(self.backbone(images)))  # [n·B, D]
+        features = self._backbone(images, factors, slice(first, first + len(views)))
+        predicted = self._predict(self.projector(features))  # [n·B, D]
         return predicted.unflatten(0, (len(views), -1))  # [n, B, D]
+
+    def _backbone(self, images: Tensor, factors: Tensor | None, views: slice) -> Tensor:
+        """Features [n·B, F] of the images of some of the views [n·B, 3, h, w]."""
+        if factors is None:
+            return self.backbone(images)
+        with dropped(self.drop_paths, factors[:, views].flatten(1).unbind()):
+            return self.backbone(images)
 
 
 class PrototypeNet(OnlineNet):
@@ -101,7 +119,7 @@ def build_nets(model: ModelConfig, plan: NetPlan = DEFAULT_NETS) -> tuple[Online
     Raises:
         UserError: There is no such backbone.
     """
-    backbone = build_backbone(model.backbone, model.width, model.small_images)
+    backbone = build_backbone(model.backbone, model.width, model.small_images, model.drop_path)
     return build_nets_around(backbone, model, plan, heads.head_activation(backbone))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scale_smog.errors import UserError
+from scale_smog.models.drop_path import DropPath, drop_paths
 
 # How timm's constructors are asked for images of other sizes: ViT and its kin, Swin and its kin.
 ANY_SIZE_ARGUMENTS: tuple[dict[str, Any], ...] = (
@@ -18,17 +19,19 @@ ANY_SIZE_ARGUMENTS: tuple[dict[str, Any], ...] = (
 COORDINATE_NOISE = ("shift_coords", "jitter_coords", "rescale_coords")
 
 
-def swin_tiny() -> nn.Module:
-    """Swin-T (Liu et al. 2021) with 768 features, for views of any size, such as 224 and 96 px."""
-    return timm_net("swin_tiny_patch4_window7_224")
-
-
-def timm_net(name: str) -> nn.Module:
+def timm_net(name: str, drop_path: float = 0.0) -> nn.Module:
     """The timm net `name`, with random weights and no classifier.
 
     It takes images of any size if the architecture can, else of its own size only.
+
+    Args:
+        name: of timm's.
+        drop_path: largest rate of drop path, that of the last block.
+
+    Raises:
+        UserError: the net has no drop path.
     """
-    net = _create(name)
+    net = _create_with_drop_path(name, drop_path) if drop_path else _create(name)
     # MobileNetV3 and its kin keep a layer behind the pooling: their output has another size.
     net.num_features = getattr(net, "head_hidden_size", None) or net.num_features
     return _without_randomness(net)
@@ -95,19 +98,42 @@ def classifier_names(net: nn.Module) -> set[str]:
     return {names} if isinstance(names, str) else set(names)
 
 
-def _create(name: str) -> nn.Module:
+def replace_drop_paths(net: nn.Module) -> None:
+    """Puts our drop path in the place of timm's, with the same rates."""
+    from timm.layers import DropPath as TimmDropPath
+
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, TimmDropPath):
+                setattr(parent, name, DropPath(child.drop_prob))
+
+
+def _create_with_drop_path(name: str, rate: float) -> nn.Module:
+    try:
+        net = _create(name, drop_path_rate=rate)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        net = nn.Identity()
+    replace_drop_paths(net)
+    if not drop_paths(net):
+        raise UserError(f"drop_path: {name} has none: take 0, or another backbone")
+    return net
+
+
+def _create(name: str, **own: Any) -> nn.Module:
     import timm
 
     for arguments in ANY_SIZE_ARGUMENTS:
         try:
-            net = timm.create_model(name, num_classes=0, **arguments)
+            net = timm.create_model(name, num_classes=0, **arguments, **own)
         except TypeError as error:
             if not any(argument in str(error) for argument in arguments):
                 raise
         else:
             if _is_whole_in_patches(net):
                 return net
-    return timm.create_model(name, num_classes=0)
+    return timm.create_model(name, num_classes=0, **own)
 
 
 def _is_whole_in_patches(net: nn.Module) -> bool:
