@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from s3_store import BUCKET, copy_to
@@ -12,6 +13,7 @@ from scale_smog.data.augment import training_views
 from scale_smog.data.loaders import build
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.build import build_plan
+from scale_smog.data.remote import read_ahead
 from scale_smog.data.remote.read_ahead import Node
 from scale_smog.data.remote.space import cache_space, use_cache
 
@@ -46,6 +48,23 @@ def test_images_are_there_before_they_are_read_and_neighbours_come_together(tars
     ahead.close()
     assert sum(s3.requests.values()) == ahead.num_requests == 3  # a tar each
     assert read_all(remote) and sum(s3.requests.values()) == 3
+
+
+def test_wider_gaps_are_read_where_the_cache_keeps_what_lies_between(tars, stored, monkeypatch):
+    remote = TarDataset(stored, "train")
+    cache, plan = remote.remote._cache, EpochPlan(remote.num_samples, 8, seed=1)
+    wanted = np.arange(0, remote.num_samples, 3)
+    monkeypatch.setattr(read_ahead, "MERGED_GAP_BYTES", int(2 * cache.extents.max()) // 3)
+    all_bytes = int(cache.extents.sum())
+
+    def num_requests(limit_bytes):
+        remote.remote._limit_bytes = limit_bytes
+        ahead = remote.remote.read_ahead(plan, range(0), Node.of_rank(0, 1, 1))
+        ahead.close()
+        return len(ahead._ranges(wanted))
+
+    assert num_requests(all_bytes) == 3  # a tar each
+    assert num_requests(all_bytes - 1) == len(wanted)
 
 
 VIEWS = training_views(

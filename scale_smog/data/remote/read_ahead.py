@@ -22,8 +22,10 @@ T = TypeVar("T")
 
 NUM_FETCHERS = 32  # requests at a time: at 20 ms and 110 KB an image 1,500 images a second
 # A request takes about as long as reading this much more: 20 ms at 100 MB/s would be 2 MB, but what
-# lies between the images that are wanted costs the store's and the machine's network.
+# lies between the images that are wanted costs the store's and the machine's network. A cache that
+# holds all keeps it for later, and a request costs as much of a core as reading 1 MB.
 MERGED_GAP_BYTES = 256 * 2**10
+GAP_FACTOR_OF_FULL_CACHE = 4
 FIRST_STEPS = 16  # of a window beside the reader: loaders work up to that far ahead
 IDLE_S = 0.05
 
@@ -103,6 +105,8 @@ class ReadAhead:
         self._own = cache.stripes % node.num_processes == node.process
         cache.forget_unfinished(self._own)
         self._limit_bytes = limit_bytes // node.num_processes
+        holds_all = cache.extents.sum() <= limit_bytes
+        self._gap_bytes = MERGED_GAP_BYTES * (GAP_FACTOR_OF_FULL_CACHE if holds_all else 1)
         self._read, self._ahead = steps.start, steps.start
         step_bytes = cache.extents.mean() * len(node.ids(plan, steps[:1]))
         self._most_ahead = max(1, int(limit_bytes / 2 / max(1, step_bytes)))
@@ -175,7 +179,7 @@ class ReadAhead:
         offsets, sizes = self._index.rows["offset"][wanted], self._index.rows["size"][wanted]
         stripes = self._cache.stripes[wanted]
         ends = offsets + sizes
-        is_cut = (np.diff(stripes) != 0) | (offsets[1:] - ends[:-1] > MERGED_GAP_BYTES)
+        is_cut = (np.diff(stripes) != 0) | (offsets[1:] - ends[:-1] > self._gap_bytes)
         is_cut |= np.diff(offsets) < 0
         parts = np.split(np.arange(len(wanted)), np.flatnonzero(is_cut) + 1)
         ranges = []

@@ -11,7 +11,7 @@ from scale_smog.data.tar_files import TarIndex
 from scale_smog.runtime.stores import Store
 
 NUM_REREADS = 3
-POLL_S = 0.002
+POLL_S, LONGEST_POLL_S = 0.002, 0.02  # of many readers that wait together
 SAY_AFTER_S = 10.0
 GIVE_UP_S = 120.0  # waiting for another process of this machine
 
@@ -80,8 +80,10 @@ class RemoteTars:
     def _is_here(self, cache: ShardCache, sample_id: int) -> bool:
         """Waits for a sample that another thread or process of this machine is fetching."""
         began = said = time.monotonic()
+        poll_s = POLL_S
         while cache.states[sample_id] == COMING:
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
+            poll_s = min(1.5 * poll_s, LONGEST_POLL_S)
             now = time.monotonic()
             if now - said > SAY_AFTER_S:
                 said = now
