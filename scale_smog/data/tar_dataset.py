@@ -86,7 +86,7 @@ class TarDataset:
             _check_tar_sizes(place.path, shards)
         self._sha256 = split_sha256(manifest, split)
         self._index = TarIndex(shards, [load_sidecar(described, entry) for entry in shards])
-        self._open(path)
+        self._open(place)
 
         rows = self._index.rows
         self.num_samples = len(rows)
@@ -97,14 +97,14 @@ class TarDataset:
         self.widths = np.ascontiguousarray(rows["width"])
         self.heights = np.ascontiguousarray(rows["height"])
 
-    def _open(self, path: str | Path) -> None:
-        self._place = open_folder(path)
-        if isinstance(self._place, Store):
+    def _open(self, place: Folder | Store) -> None:
+        self._place = place
+        if isinstance(place, Store):
             space, name = cache_space(), f"{self._split}-{self._sha256[:16]}"
-            folder = space.of_dataset(self._place.url) / name
-            self._tars = RemoteTars(self._place, self._index, folder, space.limit_bytes)
+            folder = space.of_dataset(place.url) / name
+            self._tars = RemoteTars(place, self._index, folder, space.limit_bytes)
         else:
-            self._place = Folder(self._place.path.absolute())
+            self._place = Folder(place.path.absolute())
             self._tars = LocalTars(self._place.path, self._index)
 
     @property
@@ -120,7 +120,7 @@ class TarDataset:
     def at(self, path: str | Path) -> Self:
         """The same split in another copy of the dataset folder, such as another host's."""
         other = copy(self)
-        other._open(path)
+        other._open(open_folder(path))
         return other
 
     def read(self, sample_id: int) -> bytes:
