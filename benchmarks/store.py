@@ -3,10 +3,12 @@
     python benchmarks/store.py [--quick] [--latencies 0 5 20 50] [--mosaic FOLDER] [--price]
 
 A server on this machine stands for the store: it speaks as much of S3 as reading needs, sends
-100 MB/s a connection, and lets every request wait for a latency. Loader, views and threads are the
-same everywhere. Peers read the same images with the same decoding: webdataset from URLs, and
-MosaicML's streaming (installed into FOLDER, with `pip install --target`) from its own format.
-With `--price` it counts what an epoch of ImageNet-1k would cost in requests instead.
+100 MB/s a connection, and lets every request wait for a latency. It has a core of its own, and what
+reads has the others, from the disk too. Views and workers are the same everywhere. The time that
+cores worked for an image stands beside the rate, for machines that do other things meanwhile.
+Peers read the same images, decoded as by our torch loader: webdataset from URLs, and MosaicML's
+streaming (installed into FOLDER, with `pip install --target`) from its own format. `reading alone`
+decodes nothing. With `--price` it counts what an epoch of ImageNet-1k would cost instead.
 """
 
 import argparse
@@ -16,8 +18,8 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -36,6 +38,7 @@ from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import training_views
 from scale_smog.data.images import ImageEntry
+from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.build import build_plan, build_training_loader
 from scale_smog.data.loaders.torch import decode
 from scale_smog.data.manifest import ShardEntry
@@ -51,7 +54,10 @@ from scale_smog.data.tar_files import TarIndex
 from scale_smog.runtime.stores import Store as StoreClient
 
 CPU = torch.device("cpu")
-BATCH, WORKERS = 32, 2
+BATCH = 32
+CORES = sorted(os.sched_getaffinity(0))
+OURS, OF_SERVER = CORES[:-1] or CORES, CORES[-1:]
+WORKERS = len(OURS)
 BUCKET = "bucket"
 BYTES_PER_S = 100e6  # of a connection
 VIEWS = training_views(DataConfig(path=""), AugmentConfig())
@@ -93,6 +99,7 @@ class Store(multiprocessing.Process):
             return tuple(json.load(answer))
 
     def run(self) -> None:
+        os.sched_setaffinity(0, OF_SERVER)
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
@@ -185,27 +192,39 @@ class Rate(NamedTuple):
     """What an epoch took."""
 
     images_per_s: float
+    core_ms: float = 0.0  # an image
     num_requests: int = 0
     num_mb: float = 0.0
 
 
-def measure(batches: Iterable[object], num_images: int, store: Store | None = None) -> Rate:
-    """Images a second from the first request on, workers' start included."""
+def core_seconds() -> float:
+    """Of this process and the workers that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def measure(
+    batches: Iterable[object], num_images: int, store: Store | None = None, start: bool = True
+) -> Rate:
+    """Images a second from the first request on, or without the start: after the first batch."""
     if store:
         store.counts()
-    began = time.monotonic()
-    num = sum(1 for _ in batches)
-    seconds = time.monotonic() - began
-    assert num * BATCH >= num_images - BATCH, num
+    began, used_s, num = time.monotonic(), core_seconds(), 0
+    for num, _ in enumerate(batches, start):
+        if not start and not num:
+            began, used_s = time.monotonic(), core_seconds()
+    num *= BATCH
+    seconds, used_s = time.monotonic() - began, core_seconds() - used_s
+    assert num >= num_images - 2 * BATCH, num
     requests, num_bytes = store.counts() if store else (0, 0)
-    return Rate(num * BATCH / seconds, requests, num_bytes / 1e6)
+    return Rate(num / seconds, 1000 * used_s / num, requests, num_bytes / 1e6)
 
 
-def ours(dataset: TarDataset, order: str) -> Iterator[object]:
+def ours(dataset: TarDataset, order: str, loader: str = "dali") -> Iterator[object]:
     """An epoch."""
     data = DataConfig(
         path="",
-        loader="dali",
+        loader=loader,  # pyright: ignore[reportArgumentType]
         device="cpu",
         workers=WORKERS,
         global_batch=BATCH,
@@ -215,6 +234,17 @@ def ours(dataset: TarDataset, order: str) -> Iterator[object]:
     plan = build_plan(data, dataset, 0)
     steps = range(dataset.num_samples // BATCH)
     yield from build_training_loader(data, VIEWS, dataset, plan, steps, CPU)
+
+
+def reading(dataset: TarDataset) -> Iterator[object]:
+    """An epoch of encoded images, behind the plan."""
+    plan = EpochPlan(dataset.num_samples, BATCH, 0)
+    steps = range(dataset.num_samples // BATCH)
+    source = BatchSource(dataset, plan, VIEWS, 0, 0, 1)
+    batches = (source.encoded(source.ids(step)) for step in steps)
+    assert dataset.remote
+    ahead = dataset.remote.read_ahead(plan, steps, Node.of_rank(0, 1, 1))
+    yield from ahead.followed(batches) if ahead else batches
 
 
 class _Views:
@@ -229,13 +259,13 @@ class _Views:
         return outputs
 
 
-def of_webdataset(store: Store, tars: Path) -> Iterator[object]:
+def of_webdataset(store: Store, tars: Path, decoded: bool = True) -> Iterator[object]:
     """An epoch of webdataset over URLs, in worker processes."""
     import webdataset
 
     urls = [f"{store.url}/{BUCKET}/tars/{path.name}" for path in sorted(tars.glob("*.tar"))]
     samples = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000)  # pyright: ignore
-    samples = samples.to_tuple("jpg").map_tuple(_Views())
+    samples = samples.to_tuple("jpg").map_tuple(_Views() if decoded else len)
     yield from torch.utils.data.DataLoader(samples.batched(BATCH), None, num_workers=WORKERS)
 
 
@@ -264,14 +294,11 @@ def write_mds(tars: Path, folder: Path) -> None:
             out.write({"jpg": dataset.read(i)})
 
 
-def say(name: str, rates: list[Rate], base: float) -> None:
+def say(name: str, rate: Rate, base: Rate) -> None:
     """A row."""
-    rate = statistics.median(r.images_per_s for r in rates)
-    last = rates[-1]
-    print(
-        f"| {name} | {rate:.0f} | {rate / base:.2f} | {last.num_requests} | {last.num_mb:.0f} |",
-        flush=True,
-    )
+    share, work = rate.images_per_s / base.images_per_s, f"{rate.core_ms:.1f}"
+    counts = f"{rate.num_requests} | {rate.num_mb:.0f}"
+    print(f"| {name} | {rate.images_per_s:.0f} | {share:.2f} | {work} | {counts} |", flush=True)
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:
@@ -282,42 +309,55 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     if options.mosaic:
         sys.path.insert(0, options.mosaic)
         write_mds(tars, folder / "mds")
+    os.sched_setaffinity(0, OURS)
+    torch.set_num_threads(1)
     on_disk = TarDataset(tars, "train")
     list(ours(on_disk, "global"))  # libraries and page cache
-    print("| | images/s | of the disk | requests | MB |\n|---|---|---|---|---|")
-    base = {}
+    print("| | images/s | of the disk | core ms an image | requests | MB |")
+    print("|---|---|---|---|---|---|")
     for latency_ms in options.latencies:
         with Store(folder, latency_ms / 1000) as store:
             for order in options.orders:
                 cache = folder / f"cache-{latency_ms}-{order}"
                 use_cache(str(cache), 10.0)
                 disk = measure(ours(on_disk, order), num)  # just before: the machine changes
-                base[order] = disk.images_per_s
-                say(f"disk, {order}", [disk], disk.images_per_s)
-                began = time.monotonic()
+                say(f"disk, {order}", disk, disk)
                 dataset = TarDataset(url, "train")
-                opening_s = time.monotonic() - began
                 cold = measure(ours(dataset, order), num, store)
-                say(f"{latency_ms} ms, {order}, cold", [cold], base[order])
+                say(f"{latency_ms} ms, {order}, cold", cold, disk)
+                warm = measure(ours(dataset, order), num, store)
+                say(f"{latency_ms} ms, {order}, warm", warm, disk)
                 claim(
                     f"images/s, {order} order, cold, {latency_ms} ms, against the disk",
                     cold.images_per_s,
-                    base[order],
+                    disk.images_per_s,
                     higher_is_better=True,
                 )
-                print(f"opened in {opening_s:.1f} s", file=sys.stderr)
-                if latency_ms == 20:
-                    warm = measure(ours(dataset, order), num, store)
-                    say(f"{latency_ms} ms, {order}, warm", [warm], base[order])
                 shutil.rmtree(cache)
-            peers: dict[str, Callable[[], Iterator[object]]] = {
-                "webdataset": lambda: of_webdataset(store, tars)
-            }
-            if options.mosaic:
-                peers["MosaicML"] = lambda: of_mosaic(folder / f"mosaic-{latency_ms}")  # noqa: B023
-            for name, peer in peers.items() if latency_ms == 20 else ():
-                rate = measure(peer(), num, store)
-                say(f"{latency_ms} ms, {name}", [rate], base[options.orders[0]])
+            if latency_ms == 20:
+                compare_with_peers(store, folder, num, bool(options.mosaic))
+
+
+def compare_with_peers(store: Store, folder: Path, num: int, has_mosaic: bool) -> None:
+    """Rows of others in these conditions, with our torch loader beside them.
+
+    Where images are decoded it is without the start: our workers import torch, theirs are forked.
+    """
+    tars, url = folder / "tars", f"s3://{BUCKET}/tars"
+    disk = measure(ours(TarDataset(tars, "train"), "global", "torch"), num, start=False)
+    say("torch loader, disk", disk, disk)
+    cases: dict[str, Callable[[], Iterator[object]]] = {
+        "torch loader": lambda: ours(TarDataset(url, "train"), "global", "torch"),
+        "webdataset": lambda: of_webdataset(store, tars),
+    }
+    if has_mosaic:
+        cases["MosaicML streaming"] = lambda: of_mosaic(folder / "mosaic")
+    cases["reading alone"] = lambda: reading(TarDataset(url, "train"))
+    cases["webdataset, reading alone"] = lambda: of_webdataset(store, tars, decoded=False)
+    for name, case in cases.items():
+        use_cache(str(folder / f"cache of {name}"), 10.0)
+        rate = measure(case(), num, store, start="alone" in name)
+        say(f"{name}, cold", rate, disk)
 
 
 class Counted(ReadAhead):
