@@ -39,7 +39,7 @@ class Hardware(Section):
     memory_gib: Amount = 80.0  # of a GPU
     memory_gb_per_s: Amount
     roofline_fraction: Range  # of the eager roof that a step's passes reach
-    op_us: Range  # of the host to launch one operation
+    op_us: Range  # of the host, a kernel or copy that it launches
     loader_images_per_s: Range  # that one GPU's loader makes
     node: Link
     network: Link

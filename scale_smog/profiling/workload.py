@@ -10,6 +10,7 @@ from scale_smog.profiling.hardware import MICRO, Hardware
 UPDATE_BYTES = 48  # of a weight: norms of w and g 8, g + decay x w 12, g x ratio 8, fused SGD 20
 EMA_BYTES = 12  # reads both nets and writes one
 GROUP_OPS = 40  # operations that assignment, update, loss and their gradients launch
+LAUNCHES_AN_OP = 2  # x1 on an H100: 1,410 kernels and copies for 690 counted operations
 COUNTED = (2, 4)  # batches from which the cost of all others follows
 Parts = Mapping[str, float]  # seconds of a step's parts
 _costs: dict[tuple[str, int], StepCost] = {}
@@ -71,7 +72,7 @@ def estimate_parts(work: Workload, machine: Hardware, estimate: int) -> dict[str
     at, recipe = machine.at(estimate), work.recipe
     peak, bandwidth = machine.flops_per_s(recipe.engine.precision), machine.bytes_per_s
     launch, fraction = at(machine.op_us) * MICRO, at(machine.roofline_fraction)
-    launches = recipe.engine.accumulate * launch
+    launches = recipe.engine.accumulate * LAUNCHES_AN_OP * launch
     parts = {
         name: max(roof_s(ops, peak, bandwidth) / fraction, len(ops) * launches)
         for name, ops in (

@@ -15,7 +15,7 @@ from scale_smog.profiling.scaling_model import (
     weak_scaling,
     whole_parts,
 )
-from scale_smog.profiling.workload import Workload, estimate_parts
+from scale_smog.profiling.workload import Parts, Workload, estimate_parts
 
 H200 = load_hardware("h200")
 
@@ -81,11 +81,13 @@ def test_the_hosts_idle_time_is_part_of_a_prediction(work):
 
 
 def test_passes_that_save_memory_cost_time(work):
-    def online_s(**engine) -> float:
-        parts = estimate_parts(Workload.of(recipe_of(engine=engine), 64), H200, 1)
-        return parts["online_forward"] + parts["backward"]
+    def of_x4(**engine) -> Parts:  # which the GPU limits, not the host
+        return estimate_parts(Workload.of(recipe_of(4, engine=engine), 64), H200, 1)
 
-    forward = estimate_parts(work, H200, 1)["online_forward"]
+    def online_s(**engine) -> float:
+        return of_x4(**engine)["online_forward"] + of_x4(**engine)["backward"]
+
+    forward = of_x4()["online_forward"]
     for engine in ({"accumulate": 2}, {"activation_checkpointing": True}):
         assert online_s(**engine) == pytest.approx(online_s() + forward, rel=0.01), engine
     waits = [
@@ -102,7 +104,7 @@ def test_batch_norm_over_all_ranks_is_what_limits_x1_on_many_gpus():
     at_node = predict(recipe_of(), H200, 1024, "ddp", "node", 64)
     at_all = predict(recipe_of(), H200, 1024, "ddp", "global", 64)
     wide = predict(recipe_of(4), H200, 1024, "ddp", "global", 64)
-    assert at_all.efficiency < 0.7 < at_node.efficiency and wide.efficiency > at_all.efficiency
+    assert at_all.efficiency + 0.1 < at_node.efficiency and wide.efficiency > at_all.efficiency
 
 
 def test_strong_scaling_keeps_the_global_batch_and_loses_to_launches():
