@@ -1,5 +1,7 @@
 """LARS against a plain reference, whole and in parts."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from scale_smog.optim import (
     ParameterPartition,
     build_optimizer,
     clip_gradients,
+    follow,
     layer_norms,
     set_rates,
 )
@@ -150,3 +153,22 @@ def test_gradients_are_clipped_as_torch_clips_them(length):
     for value, other in zip(values, theirs, strict=True):
         assert value.grad is not None and other.grad is not None
         torch.testing.assert_close(value.grad, other.grad)
+
+
+LAYOUTS = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rate", [0.001, 0.1])
+@pytest.mark.parametrize("layouts", itertools.product(LAYOUTS, LAYOUTS), ids=str)
+def test_the_momentum_update_is_lerp_to_the_bit_in_any_layout(dtype, rate, layouts):
+    shapes = [(7, 5, 3, 3), (1, 130, 1, 1), (64, 3, 7, 7)]
+    followers, leaders = (
+        [torch.randn(shape, dtype=dtype).to(memory_format=layout) for shape in shapes]
+        for layout in layouts
+    )
+    kept = [x.clone() for x in leaders]
+    wanted = [x.lerp(y, rate) for x, y in zip(followers, leaders, strict=True)]
+    follow(followers, leaders, rate)
+    assert all(torch.equal(x, y) for x, y in zip(followers, wanted, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(leaders, kept, strict=True))
