@@ -151,7 +151,7 @@ class Campaign:
 def train(campaign: Campaign) -> bool:
     """To the end, with everything written."""
     # `equal` looks at statistics of all ranks: their many small sums, each of 126 messages in a
-    # row among 64 ranks, would take nine tenths of the run.
+    # row among 64 ranks, would be more than half of the run.
     is_good = campaign.train("model.batch_norm=node") and campaign.is_complete()
     num_resets = (STEPS - 1) // RESET_EVERY
     campaign.facts.append(f"{STEPS} steps, {num_resets} resets")
