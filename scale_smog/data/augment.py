@@ -44,7 +44,11 @@ class AugmentationParams:
 
     def row(self, index: int) -> "AugmentationParams":
         """The parameters of one image, still with a batch dimension of 1."""
-        return AugmentationParams(**{name: v[index : index + 1] for name, v in vars(self).items()})
+        return self.rows(slice(index, index + 1))
+
+    def rows(self, which: slice) -> "AugmentationParams":
+        """The parameters of some of the images."""
+        return AugmentationParams(**{name: v[which] for name, v in vars(self).items()})
 
 
 def blur_window(px: int) -> int:

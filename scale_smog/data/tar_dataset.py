@@ -132,13 +132,13 @@ class TarDataset:
         """
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample id {sample_id} is outside 0..{self.num_samples - 1}")
-        tar = self._index.place(sample_id).tar
         try:
             content = self._tars.read(sample_id)
         except OSError as error:
+            tar = self._index.place(sample_id).tar
             raise UserError(f"cannot read {self._place}/{tar}: {error.strerror}") from error
         if not self._index.is_whole(sample_id, content):
-            key = self._index.rows["key"][sample_id]
+            key, tar = self._index.rows["key"][sample_id], self._index.place(sample_id).tar
             raise UserError(
                 f"{tar}: sample {key:012d} (id {sample_id}) is damaged; "
                 f"run data_tools/verify.py {self._place}"

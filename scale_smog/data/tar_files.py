@@ -5,7 +5,7 @@ import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import _lru_cache_wrapper, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class LocalTars:
 
     def __init__(self, folder: Path, index: TarIndex):
         self._folder, self._index = folder, index
-        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(_OpenFile)
+        self._open = _file_cache(folder)
 
     def read(self, sample_id: int) -> bytes:
         """A sample's bytes, as they lie there.
@@ -69,23 +69,27 @@ class LocalTars:
             OSError: the tar cannot be read.
         """
         place = self._index.place(sample_id)
-        path = self._folder / place.tar
 
         def read() -> bytes:
             try:
-                return self._open(path).read(place.size, place.offset)
+                return self._open(place.tar).read(place.size, place.offset)
             except OSError:
                 self._open.cache_clear()  # its descriptor may be of no use any more
                 raise
 
-        return retry_transient_errors(read, path)
+        return retry_transient_errors(read, f"{self._folder}/{place.tar}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_open"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(_OpenFile)
+        self._open = _file_cache(self._folder)
+
+
+def _file_cache(folder: Path) -> "_lru_cache_wrapper[_OpenFile]":
+    """Opens a tar by its name: to join a path at every image would cost more than to read it."""
+    return lru_cache(maxsize=MAX_OPEN_FILES)(lambda name: _OpenFile(folder / name))
 
 
 class _OpenFile:

@@ -1,5 +1,8 @@
 """Views as parameters: what is sampled, and how it is distributed."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,9 @@ from scipy.stats import ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
 
 from scale_smog.config import AugmentConfig, DataConfig
+from scale_smog.data import EpochPlan
 from scale_smog.data.augment import CentreView, RandomView, blur_window, training_views
+from scale_smog.data.loaders.batch_source import BatchSource
 
 NUM = 20_000
 
@@ -154,3 +159,15 @@ def test_the_evaluation_crop_is_the_centre():
     n = params(CentreView(224, 0.875), 1, width=500, height=400)
     assert n.box.tolist() == [[75, 25, 350, 350]]
     assert not n.flip.any() and not n.solarize.any() and not n.sigma.any()
+
+
+def test_parameters_drawn_for_many_steps_are_those_of_each_alone():
+    sizes = np.random.default_rng(0).integers(40, 400, (2, 3000))
+    images: Any = SimpleNamespace(widths=sizes[0], heights=sizes[1])
+    views = [large(), large(stream=1, blur=0.1, solarize=0.2)]
+    source = BatchSource(images, EpochPlan(3000, 600), views, seed=5, rank=1, world_size=3)
+    together = source.params_from(3)  # five steps a draw, over the end of an epoch
+    for step in range(3, 16):
+        for ours, alone in zip(next(together), source.augmentation_params(step), strict=True):
+            for name, value in vars(alone).items():
+                np.testing.assert_array_equal(getattr(ours, name), value)

@@ -101,7 +101,7 @@ if __name__ == "__main__":
 
 def test_signals_to_a_rank_leave_its_worker_processes_alive(tars):
     program = [sys.executable, "-c", SIGNALLED, str(tars)]
-    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.stdout.split() == ["39"], ended.stderr
 
 

@@ -176,13 +176,12 @@ class _ExternalSource:
     def __init__(self, source: BatchSource, start: int):
         self.source = source
         self.start = start
+        self._params = source.params_from(start)
 
     def __call__(self, iteration: int) -> list[list[np.ndarray] | np.ndarray]:
-        step = self.start + iteration
+        step = self.start + iteration  # DALI asks for one after the other
         outputs: list[list[np.ndarray] | np.ndarray] = [self.source.encoded(self.source.ids(step))]
-        for view, params in zip(
-            self.source.views, self.source.augmentation_params(step), strict=True
-        ):
+        for view, params in zip(self.source.views, next(self._params), strict=True):
             outputs += [params.box, *(getattr(params, name) for name in needed_params(view))]
         return outputs
 

@@ -45,11 +45,11 @@ class MemoryLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         source = self._source
-        for step in self._steps:
+        for step, drawn in zip(self._steps, source.params_from(self._steps.start), strict=False):
             ids = source.ids(step)
             images = self._images[on_device(ids, self._device)].float()  # [B, 3, H, W]
             views = []
-            for view, params in zip(source.views, source.augmentation_params(step), strict=True):
+            for view, params in zip(source.views, drawn, strict=True):
                 cropped = crop_batch(images, params, view.px)
                 made = augment_crops(cropped, view, params)
                 views.append(made.contiguous(memory_format=torch.channels_last))
