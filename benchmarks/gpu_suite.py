@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 CLUSTERED, GROUPS, ITERATIONS, RESET_EVERY, CLUSTER_GPUS = 1_228_800, 3000, 10, 300, 64
 PHOTO_SIZE, NUM_PHOTOS = (500, 375), 2048
 NUM_EXACT_STEPS = 4
+DALI_THREADS = (12, 4)
 
 
 class Claim(NamedTuple):
@@ -262,7 +264,7 @@ class Suite:
         yield _share("zero1 on one GPU against ddp, x1", zero1, ddp, 0.90)
 
     def loading(self) -> Iterator[Claim]:
-        """End to end with DALI against random views."""
+        """End to end with DALI, by many threads and by few, against random views."""
         import nvidia.dali  # noqa: F401  # what it lacks is said before pictures are made
 
         from scale_smog.data.prepare.shard import shard_folder
@@ -274,14 +276,17 @@ class Suite:
             for width, target in zip(self.widths, (0.80, 0.95, 0.98), strict=False):
                 ours = Ours(self.recipe(width), DEVICE)
                 streams = {
-                    name: lambda ours=ours, path=path: self._train(ours, path)
-                    for name, path in ((f"x{width}, DALI", tars), (f"x{width}, random views", None))
+                    f"x{width}, DALI with {n} threads": partial(self._train, ours, tars, "dali", n)
+                    for n in DALI_THREADS
                 }
-                rounds = min(3, self.rounds)
-                dali_s, synthetic_s = interleaved_streams(streams, 4, 12, rounds).values()
-                rate = self.batch / dali_s
-                text = f"end to end with DALI against random views, x{width}"
-                yield _share(text, rate, self.batch / synthetic_s, target)
+                streams["random views"] = partial(self._train, ours, None)
+                seconds = interleaved_streams(streams, 4, 12, min(3, self.rounds))
+                *with_dali, synthetic_s = seconds.values()
+                for num_threads, dali_s in zip(DALI_THREADS, with_dali, strict=True):
+                    text = (
+                        f"end to end, DALI ({num_threads} threads) against random views, x{width}"
+                    )
+                    yield _share(text, self.batch / dali_s, self.batch / synthetic_s, target)
 
     def lightly(self) -> Iterator[Claim]:
         """The whole framework against lightly's example."""
@@ -371,8 +376,10 @@ class Suite:
                     train_step(ours.state, ours.batch, FIXED_VALUES)
         return StepProfile.of(timeline.durations())
 
-    def _train(self, ours: Ours, tars: Path | None, loader: str = "dali") -> Iterator[None]:
-        changes: dict[str, Any] = {"path": str(tars or ""), "loader": loader, "workers": 12}
+    def _train(
+        self, ours: Ours, tars: Path | None, loader: str = "dali", workers: int = 12
+    ) -> Iterator[None]:
+        changes: dict[str, Any] = {"path": str(tars or ""), "loader": loader, "workers": workers}
         data = ours.recipe.data.model_copy(update=changes)
         recipe = ours.recipe.model_copy(update={"data": data})
         for batch in build_batches(recipe, self.batch, 16, tars is None, DEVICE):
