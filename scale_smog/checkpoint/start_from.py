@@ -43,6 +43,8 @@ class Start(NamedTuple):
 def read_start(source: str, sha256: str = "") -> Start:
     """Reads a run, a checkpoint, an exported folder, a file of weights or hf-hub:USER/NAME.
 
+    A collective: rank 0 reads, and sends the others what no thousand of them should read or fetch.
+
     Args:
         source: which.
         sha256: that it should have; "": any.
@@ -50,7 +52,7 @@ def read_start(source: str, sha256: str = "") -> Start:
     Raises:
         UserError: it is none of these, or has another hash.
     """
-    start = _read(source)
+    start = distributed.call_on_main(lambda: _read(source))
     if sha256 not in ("", start.sha256):
         raise UserError(
             f"run.start_from={source} holds other weights than run.start_sha256 says: "
@@ -65,7 +67,7 @@ def _read(source: str) -> Start:
         with suppress(UserError):  # most have the backbone only
             return Start(load_file(fetch(source, STATE_FILE)), None)
     elif is_checkpoint(path):
-        folder, run_dir = distributed.call_on_main(lambda: find_checkpoint(path))
+        folder, run_dir = find_checkpoint(path)
         tensors = {k: v for part in PARTS for k, v in load(folder, part)[0].items()}
         return Start(tensors, run_dir)
     elif (path / STATE_FILE).is_file():

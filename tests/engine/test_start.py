@@ -1,13 +1,17 @@
 """Every engine begins with the weights of another run, also where each rank holds a part."""
 
+import os
 from pathlib import Path
 
 import engine_runs as runs
 import pytest
 import torch
 from ranks import run_on_ranks
+from safetensors.torch import save_file
 
-from scale_smog.checkpoint.start_from import Start, fitting
+from scale_smog import distributed
+from scale_smog.checkpoint.start_from import Start, fitting, read_start
+from scale_smog.errors import UserError
 
 PARTS = ("backbone", "heads", "momentum", "groups")
 
@@ -40,3 +44,22 @@ def errors_after_start(kind: str, folder: Path) -> dict[str, float]:
 def test_nets_of_another_run_are_put_into_every_engine(kind, tmp_path):
     for errors in run_on_ranks(2, errors_after_start, kind, tmp_path):
         assert max(errors.values()) < 1e-5
+
+
+def sha256_of_start(folder: Path) -> tuple[str, str]:
+    """Of a file that rank 0 alone can see, and what is said of one that nobody can."""
+    os.chdir(folder / str(distributed.rank()))
+    try:
+        read_start("none.safetensors")
+    except UserError as error:
+        return read_start("net.safetensors").sha256, str(error)
+    return "", ""
+
+
+def test_one_rank_reads_what_all_begin_with(tmp_path):
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    save_file({"layer1.weight": torch.randn(3, 2)}, tmp_path / "0" / "net.safetensors")
+    (first, said), second = run_on_ranks(2, sha256_of_start, tmp_path)
+    assert len(first) == 64 and "no such file" in said
+    assert second == (first, said)
