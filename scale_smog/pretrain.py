@@ -125,6 +125,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
                     recipe, state, batches, schedules, progress, checkpoints, evaluate, online
                 ):
                     raise phases.StopRequested
+            del batches  # the loader's threads and buffers: the evaluation has its own
         with phases.during(phases.EVALUATION):
             conclude(recipe, state, dataset, knn, metrics)
         await_mirror(checkpoints, metrics, MIRROR_S)
