@@ -390,6 +390,8 @@ class Engine(ABC):
         first = distributed.rank() * self._batch
         images = range(first, first + self._batch)
         factors = draw_factors(rates, self._seed, self._num_steps, images, num_views)
+        if self.device.type == "cuda":
+            factors = factors.pin_memory()  # the host does not wait for the copy
         return factors.to(self.device, self.dtype, non_blocking=True)
 
     def _split(
