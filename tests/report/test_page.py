@@ -45,6 +45,9 @@ def page(run_dir: Path) -> Path:
     return write_report(run_dir)
 
 
+PATIENCE_MS = 300_000  # a busy machine draws a page in more than the 30 s of the default
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -59,6 +62,7 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any, page: Path, width: int = 1280) -> tuple[Any, list[str]]:
     """The page in a browser without a network, and all that it complains of or asks for."""
     tab = browser.new_context(viewport={"width": width, "height": 800}, offline=True).new_page()
+    tab.set_default_timeout(PATIENCE_MS)
     complaints: list[str] = []
     tab.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
