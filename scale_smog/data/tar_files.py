@@ -5,7 +5,7 @@ import weakref
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import _lru_cache_wrapper, lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class LocalTars:
 
     def __init__(self, folder: Path, index: TarIndex):
         self._folder, self._index = folder, index
-        self._open = _file_cache(folder)
+        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(partial(_OpenFile, folder))
 
     def read(self, sample_id: int) -> bytes:
         """A sample's bytes, as they lie there.
@@ -84,19 +84,17 @@ class LocalTars:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open = _file_cache(self._folder)
-
-
-def _file_cache(folder: Path) -> "_lru_cache_wrapper[_OpenFile]":
-    """Opens a tar by its name: to join a path at every image would cost more than to read it."""
-    return lru_cache(maxsize=MAX_OPEN_FILES)(lambda name: _OpenFile(folder / name))
+        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(partial(_OpenFile, self._folder))
 
 
 class _OpenFile:
-    """A file that closes when its last user lets go: an eviction cannot close it under a reader."""
+    """A file that closes when its last user lets go: an eviction cannot close it under a reader.
 
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
+    It is found by its name: to join a path at every image would cost more than to read the image.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._descriptor = os.open(folder / name, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, size: int, offset: int) -> bytes:
