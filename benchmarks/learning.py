@@ -17,8 +17,8 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -148,8 +148,7 @@ def train(run: Run) -> dict[str, Any]:
     from scale_smog.small_data import fit_to_data
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    torch.set_num_threads(1 if device.type == "cpu" else 8)
-    recipe = recipe_of(run, device)
+    recipe = recipe_of(run)
     dataset = TarDataset(run.tars, "train")
     num_train = dataset.num_samples * 9 // 10
     recipe, _ = fit_to_data(recipe, num_train)
@@ -159,7 +158,7 @@ def train(run: Run) -> dict[str, Any]:
     views = training_views(recipe.data, recipe.augment)
     source = BatchSource(dataset, plan, views, run.seed, 0, 1)
     loader = MemoryLoader(source, range(schedules.num_steps), device)
-    judge = build_judge(recipe, dataset, num_train)
+    judge = build_judge(recipe, num_train)
     with one_rank():
         contestant = METHODS[run.method](recipe, loader, num_train, device)
         curve, losses, begin, judging = [], [], time.perf_counter(), 0.0
@@ -183,7 +182,7 @@ def point(step: int, losses: Sequence[Tensor], accuracy: dict[str, float]) -> di
     return {"step": step, "loss": loss, "test": accuracy["test"]}
 
 
-def recipe_of(run: Run, device: torch.device) -> Any:
+def recipe_of(run: Run) -> Any:
     """Its settings; in bf16 where the device computes in it, the same for all methods."""
     from scale_smog.config import Recipe
     from scale_smog.recipe import validate
@@ -191,31 +190,40 @@ def recipe_of(run: Run, device: torch.device) -> Any:
     tree = run.tree()
     tree["run"]["seed"] = run.seed
     tree["data"]["path"] = run.tars
-    has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    has_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     tree["engine"] = {"precision": "bf16" if has_bf16 else "fp32"}
     return validate(Recipe, tree)
 
 
-def build_judge(recipe: Any, dataset: Any, num_train: int) -> Judge:
+def build_judge(recipe: Any, num_train: int) -> Judge:
     """Centre crops of the first training images, of those held out, and of the test split."""
+    config = recipe.evaluation
+    images, labels = crops(recipe.data.path, "train", config.image_px, config.crop_share)
+    of_bank, held_out = slice(min(NUM_BANK, num_train)), slice(num_train, None)
+    sets = {
+        "selection": (images[held_out], labels[held_out]),
+        "test": crops(recipe.data.path, "test", config.image_px, config.crop_share),
+    }
+    return Judge((images[of_bank], labels[of_bank]), sets, config.k, config.temperature)
+
+
+@cache
+def crops(tars: str, split: str, px: int, share: float) -> tuple[Tensor, Tensor]:
+    """Centre crops [N, 3, px, px] of all images of a split, and their labels [N]."""
+    from step import one_rank
+
+    from scale_smog.config import DataConfig, EvaluationConfig
     from scale_smog.data.datasets import open_split
     from scale_smog.evaluation import embed_images
     from scale_smog.evaluation.splits import test_split
 
-    def crops(images: Any, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        px, cpu = recipe.evaluation.image_px, torch.device("cpu")
-        flat = embed_images(
-            lambda x: x.flatten(1), recipe.data, recipe.evaluation, images, ids, cpu
-        )
-        return flat.view(-1, 3, px, px), torch.from_numpy(images.labels[ids])
-
-    test = open_split(recipe.data.path, test_split(recipe.data.path))
-    bank = crops(dataset, np.arange(min(NUM_BANK, num_train)))
-    sets = {
-        "selection": crops(dataset, np.arange(num_train, dataset.num_samples)),
-        "test": crops(test, np.arange(test.num_samples)),
-    }
-    return Judge(bank, sets, recipe.evaluation.k, recipe.evaluation.temperature)
+    images = open_split(tars, test_split(tars) if split == "test" else split)
+    ids, cpu = np.arange(images.num_samples), torch.device("cpu")
+    config = EvaluationConfig(image_px=px, crop_share=share)
+    data = DataConfig(path=tars, loader="torch", workers=0)
+    with one_rank():
+        flat = embed_images(lambda x: x.flatten(1), data, config, images, ids, cpu)
+    return flat.view(-1, 3, px, px), torch.from_numpy(images.labels[ids])
 
 
 def campaign(runs: Sequence[Run], results: Path, jobs: int) -> list[dict[str, Any]]:
@@ -233,7 +241,8 @@ def campaign(runs: Sequence[Run], results: Path, jobs: int) -> list[dict[str, An
         for run, identity in zip(runs, identities, strict=True)
         if not any(is_of(line, identity) for line in done)
     ]
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # A look for GPUs through the driver would leave forked processes without them.
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     for line in _trained(missing, jobs):
         done.append(line)
         with results.open("a") as file:
@@ -248,10 +257,18 @@ def campaign(runs: Sequence[Run], results: Path, jobs: int) -> list[dict[str, An
 
 
 def _trained(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
+    """Each in a process forked from this one, which has imported and decoded for all."""
     if not runs:
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        yield from pool.map(train, runs)
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    import methods  # noqa: F401  what takes seconds to import
+
+    for run in runs:
+        config = recipe_of(run).evaluation
+        for split in ("train", "test"):
+            crops(run.tars, split, config.image_px, config.crop_share)
+    with get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        yield from pool.imap(train, runs, chunksize=1)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -296,9 +313,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--quick", action="store_true", help="two steps of each")
-    parser.add_argument(
-        "--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count()
-    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     where = (arguments.setting, arguments.tars)
     runs = [

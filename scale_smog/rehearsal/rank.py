@@ -110,6 +110,7 @@ def _join(rank: int, ranks: int, ranks_per_node: int) -> torch.device:
     device = torch.device("cuda", local["LOCAL_RANK"])
     torch.cuda.set_device(device)
     torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     return device
 

@@ -225,6 +225,8 @@ def stop(campaign: Campaign) -> bool:
     found = re.search(r"deadlines\.(\w+)=\d+ has passed: no heartbeat from THE VICTIM", said)
     campaign.facts.append(f"named by {found and found.group(1)}, all ended {seconds:.0f} s later")
     is_good = found is not None and codes.count(3) == campaign.ranks - 1
+    if not is_good:
+        print(f"exit codes {codes}\n{said[-6000:]}", flush=True)
     return is_good and campaign.train(*SHORT) and campaign.is_complete()
 
 

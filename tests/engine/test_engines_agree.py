@@ -88,21 +88,24 @@ def save_and_go_on(folder: Path, engine: str) -> None:
     runs.run(runs.recipe_of(folder / f"{engine} whole", kind=engine), state, LAST_STEP)
 
 
-def load_and_go_on(folder: Path, saved: str, engine: str) -> None:
-    """From the checkpoint of `saved` to the end, under `engine` on this number of ranks."""
+def load_and_go_on(folder: Path, engine: str, *saved: str) -> None:
+    """From each checkpoint to the end, one after the other in the same nets of `engine`."""
     size = distributed.world_size()
-    recipe = runs.recipe_of(folder / f"{saved} to {engine} on {size}", kind=engine)
-    state = runs.build_state(recipe, ranks_per_node(engine))
-    saved_run = runs.recipe_of(folder / f"{saved} saved").run
-    restored = Checkpoints(saved_run, {}).load_newest(state.state_dict())
-    assert restored and restored.step == SAVED_STEP
-    state.load_state_dict(restored.values, restored.step)
-    runs.run(recipe, state, LAST_STEP)
+    recipes = [
+        runs.recipe_of(folder / f"{name} to {engine} on {size}", kind=engine) for name in saved
+    ]
+    state = runs.build_state(recipes[0], ranks_per_node(engine))
+    for name, recipe in zip(saved, recipes, strict=True):
+        saved_run = runs.recipe_of(folder / f"{name} saved").run
+        restored = Checkpoints(saved_run, {}).load_newest(state.state_dict())
+        assert restored and restored.step == SAVED_STEP
+        state.load_state_dict(restored.values, restored.step)
+        runs.run(recipe, state, LAST_STEP)
 
 
 def load_each_under_another(folder: Path) -> None:
     for saved, engine in NEIGHBOURS.items():
-        load_and_go_on(folder, saved, engine)
+        load_and_go_on(folder, engine, saved)
 
 
 def on_one_rank(folder: Path) -> dict[str, Ratios]:
@@ -117,8 +120,8 @@ def on_two_ranks(folder: Path) -> dict[str, Ratios]:
             for precision in ("fp32", "bf16"):
                 train_named(folder, engine, optimizer, precision)
         save_and_go_on(folder, engine)
-    for saved, engine in product(ENGINES, ENGINES):
-        load_and_go_on(folder, saved, engine)
+    for engine in ENGINES:
+        load_and_go_on(folder, engine, *ENGINES)
     for engine in ("ddp", "fsdp"):
         train_named(folder, engine, "lars", "fp64")
     for engine in FAULTY_ENGINES:
