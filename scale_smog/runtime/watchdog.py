@@ -27,6 +27,7 @@ HEARTBEAT_S = 0.5  # between two heartbeats, of a few ranks
 MAX_PER_S = 200  # heartbeats of all ranks together, which rank 0's host hears
 MIN_SHARE = 0.2  # of the time between two heartbeats, where phases change quickly
 STALLED = 4  # times between two heartbeats: a rank without a new one is stalled
+LOOK_S, LOOK_SHARE = 8.0, 0.125  # before a timeout: ranks that share cores are slow, not stalled
 STORE_TIMEOUT_S = 3.0
 WARN_AFTER_S = 15.0  # without a heartbeat: long before the timeout of the phase
 SILENCE_S = 60.0  # after a warning
@@ -98,7 +99,7 @@ class Watchdog:
         """Says which ranks are gone, where a collective has failed; takes a moment."""
         if self._store is not None:
             flight_recorder.publish(self._store, distributed.rank())
-            diagnosis, speaks = self._diagnose()
+            diagnosis, speaks = self._diagnose(self._stalled_s)
             is_news = NO_HEARTBEAT in diagnosis or flight_recorder.DIFFERENCE in diagnosis
             if speaks and is_news:
                 print(f"error: {diagnosis}; {ADVICE}", file=rank_logs.console(), flush=True)
@@ -139,16 +140,17 @@ class Watchdog:
             with suppress(Exception):  # it is the timeouts that must not fail
                 self._warn_of_stalled()
             key, timeout_s = self._timeout()
-            margin_s = MARGIN_S + self._stalled_s
+            look_s = max(self._stalled_s, min(LOOK_S, LOOK_SHARE * timeout_s))
+            margin_s = MARGIN_S + look_s
             if time.monotonic() - self._since < timeout_s - min(margin_s, timeout_s / 2):
                 continue
             watched = self._num_phases
             if self._store is not None:  # all ranks come here at about the same time
                 flight_recorder.publish(self._store, distributed.rank())
-            diagnosis, speaks = self._diagnose()
+            diagnosis, speaks = self._diagnose(look_s)
             if self._num_phases != watched or self._is_over.is_set():
                 continue  # it went on in time after all
-            self._abort(f"deadlines.{key}={timeout_s} has passed: {diagnosis}", speaks)
+            self._abort(f"deadlines.{key}={timeout_s} has passed: {diagnosis}", speaks, look_s)
 
     def _warn_of_stalled(self) -> None:
         """A monitor says it when a rank's heartbeat stops; it may come back."""
@@ -181,13 +183,17 @@ class Watchdog:
         stalled = set(_stalled(previous, newest)) & set(running)
         return stalled, [r for r in running if r not in stalled], newest
 
-    def _diagnose(self) -> tuple[str, bool]:
-        """Who holds up the others, and whether this rank is the one to say it."""
+    def _diagnose(self, look_s: float) -> tuple[str, bool]:
+        """Who holds up the others, and whether this rank is the one to say it.
+
+        Args:
+            look_s: seconds in which every rank must send a heartbeat.
+        """
         if self._store is None:
-            time.sleep(self._stalled_s)
+            time.sleep(look_s)
             return f"{self._host} is still in phase '{self._phase}'", True
         previous = self._heartbeats()
-        time.sleep(self._stalled_s)
+        time.sleep(look_s)
         newest = self._heartbeats()
         if previous is None or newest is None:
             return self._rank_0_lost(), os.environ.get("LOCAL_RANK", "0") == "0"
@@ -227,14 +233,15 @@ class Watchdog:
             return None
         return None if values is None else [Heartbeat(*json.loads(value)) for value in values]
 
-    def _abort(self, text: str, speaks: bool) -> None:
+    def _abort(self, text: str, speaks: bool, look_s: float) -> None:
         if speaks:
             main = sys._current_frames()[threading.main_thread().ident or 0]
             stack = "".join(traceback.format_stack(main))
             with suppress(Exception):  # with the launcher the console may be gone
                 print(f"error: {text}; {ADVICE}\n{stack}", file=rank_logs.console(), flush=True)
         flight_recorder.dump(distributed.rank())
-        time.sleep(2 * HEARTBEAT_S)  # on rank 0 the others may still be reading the store
+        # On rank 0 others may be reading the store: who has many ranks a core begins seconds later.
+        time.sleep(look_s if distributed.is_main() else 2 * HEARTBEAT_S)
         os._exit(TIMEOUT_EXIT_CODE)
 
 

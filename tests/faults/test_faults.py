@@ -25,7 +25,7 @@ def test_a_signal_to_one_rank_saves_the_step_and_ends_well(tmp_path):
     assert len(outcomes) == 3 and [o for o in outcomes if not o.is_good] == []
 
 
-DEADLINE_S = 10
+DEADLINE_S = 24
 WARNED_DEADLINE_S = 20  # leaves time for two looks at the heartbeats before it
 
 
@@ -58,7 +58,8 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
 
 
 def hang_in_the_loader(rank: int) -> None:
-    """Rank 0's third batch never comes, though the rank is alive."""
+    """Rank 0's third batch never comes, though the rank is alive; no rank has much of a core."""
+    watchdog.MIN_SHARE = 4.0  # heartbeats come every 2.5 s
     from scale_smog.reporting.progress import StepClock
 
     real_next, num_calls = StepClock.next, 0
