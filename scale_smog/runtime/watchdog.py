@@ -33,6 +33,8 @@ WARN_AFTER_S = 15.0  # without a heartbeat: long before the timeout of the phase
 SILENCE_S = 60.0  # after a warning
 NUM_MONITORS = 2  # ranks that watch all others; the second, should the first be lost
 MARGIN_S = 10.0  # to abort and for the launcher, so that the job ends within the timeout
+OUTLAST_S = 15.0  # that rank 0, who has the store, waits at most for the others to end
+WORD = "who-speaks"  # the first rank to know what is wrong says it; the others end silently
 NO_HEARTBEAT = "no heartbeat from"
 ADVICE = "the same command goes on from the newest checkpoint, also with fewer hosts"
 ENDED = "ended"  # in place of a phase, when there is nothing to watch any more
@@ -103,6 +105,9 @@ class Watchdog:
             is_news = NO_HEARTBEAT in diagnosis or flight_recorder.DIFFERENCE in diagnosis
             if speaks and is_news:
                 print(f"error: {diagnosis}; {ADVICE}", file=rank_logs.console(), flush=True)
+            elif speaks:
+                self._leave_the_word()
+            self._outlast_others()
 
     def _enter(self, phase: str) -> None:
         self._num_steps += self._phase == phases.STEP and phase != phases.KMEANS
@@ -149,8 +154,10 @@ class Watchdog:
                 flight_recorder.publish(self._store, distributed.rank())
             diagnosis, speaks = self._diagnose(look_s)
             if self._num_phases != watched or self._is_over.is_set():
+                if speaks:
+                    self._leave_the_word()
                 continue  # it went on in time after all
-            self._abort(f"deadlines.{key}={timeout_s} has passed: {diagnosis}", speaks, look_s)
+            self._abort(f"deadlines.{key}={timeout_s} has passed: {diagnosis}", speaks)
 
     def _warn_of_stalled(self) -> None:
         """A monitor says it when a rank's heartbeat stops; it may come back."""
@@ -198,10 +205,9 @@ class Watchdog:
         if previous is None or newest is None:
             return self._rank_0_lost(), os.environ.get("LOCAL_RANK", "0") == "0"
         stalled = _stalled(previous, newest)
-        alive = [r for r in range(len(newest)) if r not in stalled]
         # Who has ended by itself, for lack of another, has said so.
         stalled = [r for r in stalled if newest[r].phase != ENDED] or stalled
-        speaks = distributed.rank() in alive[:1]
+        speaks = self._takes_the_word()
         difference = ""
         if speaks:
             hosts = [heartbeat.host for heartbeat in newest]
@@ -233,15 +239,39 @@ class Watchdog:
             return None
         return None if values is None else [Heartbeat(*json.loads(value)) for value in values]
 
-    def _abort(self, text: str, speaks: bool, look_s: float) -> None:
+    def _takes_the_word(self) -> bool:
+        """Whether this is the first rank that asks: timeouts of ranks end seconds apart."""
+        assert self._store is not None
+        try:
+            return self._store.add(WORD, 1) == 1
+        except RuntimeError:  # rank 0 has just ended: rather twice than never
+            return True
+
+    def _leave_the_word(self) -> None:
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set(WORD, "0")
+
+    def _outlast_others(self) -> None:
+        """On rank 0: without its store others would take it for the one that is lost."""
+        if self._store is None or not distributed.is_main():
+            return
+        end, newest = time.monotonic() + OUTLAST_S, self._heartbeats() or []
+        while time.monotonic() < end:
+            time.sleep(self._stalled_s)
+            previous, newest = newest, self._heartbeats() or []
+            running = [r for r in range(1, len(newest)) if newest[r].phase != ENDED]
+            if set(running) <= set(_stalled(previous, newest)):
+                return
+
+    def _abort(self, text: str, speaks: bool) -> None:
         if speaks:
             main = sys._current_frames()[threading.main_thread().ident or 0]
             stack = "".join(traceback.format_stack(main))
             with suppress(Exception):  # with the launcher the console may be gone
                 print(f"error: {text}; {ADVICE}\n{stack}", file=rank_logs.console(), flush=True)
         flight_recorder.dump(distributed.rank())
-        # On rank 0 others may be reading the store: who has many ranks a core begins seconds later.
-        time.sleep(look_s if distributed.is_main() else 2 * HEARTBEAT_S)
+        self._outlast_others()
         os._exit(TIMEOUT_EXIT_CODE)
 
 

@@ -229,7 +229,8 @@ def stop(campaign: Campaign) -> bool:
     codes, said, seconds = strike(campaign, signal.SIGSTOP)
     found = re.search(r"deadlines\.(\w+)=\d+ has passed: no heartbeat from THE VICTIM", said)
     campaign.facts.append(f"named by {found and found.group(1)}, all ended {seconds:.0f} s later")
-    is_good = found is not None and codes.count(3) == campaign.ranks - 1
+    # Ranks time out seconds apart: where the end of the first breaks a collective, the status is 1.
+    is_good = found is not None and 3 in codes and all(codes)
     if not is_good:
         errors = [line for line in said.splitlines() if line.startswith(("error", "warning"))]
         print(f"exit codes {codes}", *errors, sep="\n", flush=True)

@@ -58,11 +58,12 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
 
 
 def hang_in_the_loader(rank: int) -> None:
-    """Rank 0's third batch never comes, though the rank is alive; no rank has much of a core."""
-    watchdog.MIN_SHARE = 4.0  # heartbeats come every 2.5 s
+    """Rank 0's third batch never comes, though the rank is alive; rank 1 has the least patience."""
     from scale_smog.reporting.progress import StepClock
 
+    watchdog.MIN_SHARE = 4.0  # no rank has much of a core: heartbeats come every 2.5 s
     real_next, num_calls = StepClock.next, 0
+    timeout = watchdog.Watchdog._timeout
 
     def next_or_hang(clock: StepClock, batches: object) -> object:
         nonlocal num_calls
@@ -71,11 +72,16 @@ def hang_in_the_loader(rank: int) -> None:
             time.sleep(1)
         return real_next(clock, batches)
 
+    def timeout_of_rank(dog: watchdog.Watchdog) -> tuple[str, int]:
+        key, seconds = timeout(dog)
+        return key, DEADLINE_S if rank == 1 and num_calls == 3 else seconds
+
     StepClock.next = next_or_hang  # pyright: ignore
+    watchdog.Watchdog._timeout = timeout_of_rank
 
 
-def test_a_rank_that_hangs_alive_is_named_with_its_phase(tmp_path, tars):
-    limits = [f"deadlines.{key}={DEADLINE_S}" for key in ("data_s", "step_s")]
+def test_the_first_rank_to_time_out_names_one_that_hangs_alive(tmp_path, tars):
+    limits = [f"deadlines.{key}={10 * DEADLINE_S}" for key in ("data_s", "step_s")]
     job = Job(tmp_path, tars, (*OVERRIDES, *limits), hook=hang_in_the_loader)
     assert 3 in job.run()
     assert re.search(r"the others wait for rank 0 on \S+ in phase 'data'", job.console())
