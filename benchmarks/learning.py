@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ import numpy as np
 import torch
 from compare import claim
 from torch import Tensor, nn
+
+# A look for GPUs through the driver would leave forked processes without them.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 QUICK = ("run.steps=2", "data.global_batch=32", "model.head_width=256", "grouping.num_groups=20")
 NUM_BANK, EMBEDDED_AT_ONCE, CURVE_POINTS = 10_000, 500, 3
@@ -210,8 +214,6 @@ def build_judge(recipe: Any, num_train: int) -> Judge:
 @cache
 def crops(tars: str, split: str, px: int, share: float) -> tuple[Tensor, Tensor]:
     """Centre crops [N, 3, px, px] of all images of a split, and their labels [N]."""
-    from step import one_rank
-
     from scale_smog.config import DataConfig, EvaluationConfig
     from scale_smog.data.datasets import open_split
     from scale_smog.evaluation import embed_images
@@ -221,8 +223,7 @@ def crops(tars: str, split: str, px: int, share: float) -> tuple[Tensor, Tensor]
     ids, cpu = np.arange(images.num_samples), torch.device("cpu")
     config = EvaluationConfig(image_px=px, crop_share=share)
     data = DataConfig(path=tars, loader="torch", workers=0)
-    with one_rank():
-        flat = embed_images(lambda x: x.flatten(1), data, config, images, ids, cpu)
+    flat = embed_images(lambda x: x.flatten(1), data, config, images, ids, cpu)
     return flat.view(-1, 3, px, px), torch.from_numpy(images.labels[ids])
 
 
@@ -241,8 +242,7 @@ def campaign(runs: Sequence[Run], results: Path, jobs: int) -> list[dict[str, An
         for run, identity in zip(runs, identities, strict=True)
         if not any(is_of(line, identity) for line in done)
     ]
-    # A look for GPUs through the driver would leave forked processes without them.
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     for line in _trained(missing, jobs):
         done.append(line)
         with results.open("a") as file:
@@ -267,8 +267,29 @@ def _trained(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
         config = recipe_of(run).evaluation
         for split in ("train", "test"):
             crops(run.tars, split, config.image_px, config.crop_share)
-    with get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        yield from pool.imap(train, runs, chunksize=1)
+    context, waiting, running = get_context("fork"), list(runs), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(_start(context, waiting.pop(0)))
+        ready = wait(running)
+        for receiver in [one for one in running if one in ready]:
+            running.remove(receiver)
+            try:
+                yield receiver.recv()
+            except EOFError:
+                raise SystemExit("a run has ended without a result: see above") from None
+
+
+def _start(context: Any, run: Run) -> Connection:
+    """A process that trains; what comes out of the connection is its result."""
+    receiver, sender = context.Pipe(duplex=False)
+    context.Process(target=_train_and_send, args=(run, sender), daemon=True).start()
+    sender.close()  # else the end of the process would not be noticed
+    return receiver
+
+
+def _train_and_send(run: Run, sender: Connection) -> None:
+    sender.send(train(run))
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -313,7 +334,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--quick", action="store_true", help="two steps of each")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count()
+    )
     arguments = parser.parse_args()
     where = (arguments.setting, arguments.tars)
     runs = [

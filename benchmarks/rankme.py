@@ -10,6 +10,7 @@ figures took, and draws RUNS/rankme.png.
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def row(name: str, found: dict[str, list[float]]) -> str:
     knn, bank = found["knn"], found["rankme_bank"]
     at = " ".join(f"{knn[i]:.3f}".lstrip("0") for i in (0, len(knn) // 2, -1))
     cells = [name, at, f"{bank[0]:.0f} to {bank[-1]:.0f}"]
-    cells += [f"{spearmanr(found[figure], knn).statistic:.2f}" for figure in FIGURES]
+    cells += [f"{spearmanr(found[figure], knn)[0]:.2f}" for figure in FIGURES]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -116,8 +117,11 @@ def main() -> None:
     overrides += QUICK if arguments.quick else ()
     folders = {f"seed {seed}": arguments.runs / f"seed-{seed}" for seed in arguments.seeds}
     tasks = zip(arguments.seeds, folders.values(), strict=True)
-    with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
-        pool.starmap(train, [(s, arguments.data, f, overrides) for s, f in tasks], chunksize=1)
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, spawn, max_tasks_per_child=1) as pool:
+        trained = [pool.submit(train, s, arguments.data, f, overrides) for s, f in tasks]
+        for run in trained:
+            run.result()
     courses = {name: course(folder) for name, folder in folders.items()}
     print("| run | kNN | RankMe of the bank | " + " | ".join(FIGURES) + " |")
     for name, found in courses.items():

@@ -85,11 +85,13 @@ def compare_published(store: dist.Store, hosts: Sequence[str]) -> str:
         hosts: of all ranks.
 
     Returns:
-        Text to append to a sentence; "" where the histories are the same, or missing.
+        Text to append to a sentence; "" where the histories are the same, or half of them missing.
     """
     with suppress(RuntimeError):
         keys = {rank: _key(rank) for rank in range(len(hosts))}
         there = [rank for rank, key in keys.items() if store.check([key])]
+        if 2 * len(there) <= len(hosts):
+            return ""
         values = store.multi_get([keys[rank] for rank in there])
         histories = {rank: _unpack(value) for rank, value in zip(there, values, strict=True)}
         if difference := first_difference(histories):

@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from queue import Empty, SimpleQueue
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import torch.distributed as dist
 
@@ -22,6 +23,8 @@ from scale_smog import distributed
 from scale_smog.config import DeadlinesConfig
 from scale_smog.distributed.process_group import TIMEOUT_EXIT_CODE
 from scale_smog.runtime import flight_recorder, phases, rank_logs
+
+T = TypeVar("T")
 
 HEARTBEAT_S = 0.5  # between two heartbeats, of a few ranks
 MAX_PER_S = 200  # heartbeats of all ranks together, which rank 0's host hears
@@ -34,7 +37,8 @@ SILENCE_S = 60.0  # after a warning
 NUM_MONITORS = 2  # ranks that watch all others; the second, should the first be lost
 MARGIN_S = 10.0  # to abort and for the launcher, so that the job ends within the timeout
 OUTLAST_S = 15.0  # that rank 0, who has the store, waits at most for the others to end
-WORD = "who-speaks"  # the first rank to know what is wrong says it; the others end silently
+WORD = "who-speaks"  # the first rank to know what is wrong says it on the console
+COMPARE_TIMEOUT_S = 6.0
 NO_HEARTBEAT = "no heartbeat from"
 ADVICE = "the same command goes on from the newest checkpoint, also with fewer hosts"
 ENDED = "ended"  # in place of a phase, when there is nothing to watch any more
@@ -57,6 +61,20 @@ class Heartbeat(NamedTuple):
     number: int  # of this heartbeat
 
 
+class Diagnosis(NamedTuple):
+    """Who holds up the others.
+
+    Attributes:
+        text: of a message.
+        hosts: of all ranks; none where rank 0's store does not answer.
+        is_first: whether this rank is the first that is alive, or of its host without a store.
+    """
+
+    text: str
+    hosts: list[str]
+    is_first: bool
+
+
 class Watchdog:
     """Watches this rank from beginning to end (`with`); to begin is a collective.
 
@@ -71,6 +89,7 @@ class Watchdog:
         self._since = time.monotonic()
         self._host = socket.gethostname()
         self._is_over, self._has_news = threading.Event(), threading.Event()
+        self._is_aborting = threading.Event()
         self._heartbeat_s = max(HEARTBEAT_S, distributed.world_size() / MAX_PER_S)
         self._stalled_s = STALLED * self._heartbeat_s
         self._previous: list[Heartbeat] = []  # of all ranks, as a monitor saw them last
@@ -99,14 +118,17 @@ class Watchdog:
 
     def report_lost_ranks(self) -> None:
         """Says which ranks are gone, where a collective has failed; takes a moment."""
-        if self._store is not None:
-            flight_recorder.publish(self._store, distributed.rank())
-            diagnosis, speaks = self._diagnose(self._stalled_s)
-            is_news = NO_HEARTBEAT in diagnosis or flight_recorder.DIFFERENCE in diagnosis
-            if speaks and is_news:
-                print(f"error: {diagnosis}; {ADVICE}", file=rank_logs.console(), flush=True)
-            elif speaks:
-                self._leave_the_word()
+        if self._is_aborting.is_set():  # its thread says what there is to say, and ends the process
+            time.sleep(2 * OUTLAST_S)
+        if self._store is None:
+            return
+        self._publish()
+        found = self._diagnose(self._stalled_s)
+        difference = self._difference(found) if found.is_first else ""
+        if NO_HEARTBEAT in found.text or difference:
+            if self._takes_the_word(found):
+                text = found.text + (difference or self._difference(found))
+                print(f"error: {text}; {ADVICE}", file=rank_logs.console(), flush=True)
             self._outlast_others()
 
     def _enter(self, phase: str) -> None:
@@ -150,14 +172,11 @@ class Watchdog:
             if time.monotonic() - self._since < timeout_s - min(margin_s, timeout_s / 2):
                 continue
             watched = self._num_phases
-            if self._store is not None:  # all ranks come here at about the same time
-                flight_recorder.publish(self._store, distributed.rank())
-            diagnosis, speaks = self._diagnose(look_s)
+            self._publish()  # all ranks come here at about the same time
+            found = self._diagnose(look_s)
             if self._num_phases != watched or self._is_over.is_set():
-                if speaks:
-                    self._leave_the_word()
                 continue  # it went on in time after all
-            self._abort(f"deadlines.{key}={timeout_s} has passed: {diagnosis}", speaks)
+            self._abort(f"deadlines.{key}={timeout_s} has passed: {found.text}", found)
 
     def _warn_of_stalled(self) -> None:
         """A monitor says it when a rank's heartbeat stops; it may come back."""
@@ -190,29 +209,41 @@ class Watchdog:
         stalled = set(_stalled(previous, newest)) & set(running)
         return stalled, [r for r in running if r not in stalled], newest
 
-    def _diagnose(self, look_s: float) -> tuple[str, bool]:
-        """Who holds up the others, and whether this rank is the one to say it.
-
-        Args:
-            look_s: seconds in which every rank must send a heartbeat.
-        """
+    def _diagnose(self, look_s: float) -> Diagnosis:
+        """Looks at the heartbeats for so many seconds, in which every rank must send one."""
         if self._store is None:
             time.sleep(look_s)
-            return f"{self._host} is still in phase '{self._phase}'", True
+            return Diagnosis(f"{self._host} is still in phase '{self._phase}'", [], True)
         previous = self._heartbeats()
-        time.sleep(look_s)
-        newest = self._heartbeats()
+        if previous is not None:
+            time.sleep(look_s)
+        newest = self._heartbeats() if previous is not None else None
         if previous is None or newest is None:
-            return self._rank_0_lost(), os.environ.get("LOCAL_RANK", "0") == "0"
+            return Diagnosis(self._rank_0_lost(), [], os.environ.get("LOCAL_RANK", "0") == "0")
         stalled = _stalled(previous, newest)
+        alive = [r for r in range(len(newest)) if r not in stalled]
         # Who has ended by itself, for lack of another, has said so.
         stalled = [r for r in stalled if newest[r].phase != ENDED] or stalled
-        speaks = self._takes_the_word()
-        difference = ""
-        if speaks:
-            hosts = [heartbeat.host for heartbeat in newest]
-            difference = flight_recorder.compare_published(self._store, hosts)
-        return diagnose(newest, stalled) + difference, speaks
+        hosts = [heartbeat.host for heartbeat in newest]
+        return Diagnosis(diagnose(newest, stalled), hosts, distributed.rank() in alive[:1])
+
+    def _publish(self) -> None:
+        self._ask(lambda store: flight_recorder.publish(store, distributed.rank()))
+
+    def _difference(self, found: Diagnosis) -> str:
+        """Which collectives of which ranks differ, among those that have published theirs."""
+        hosts = found.hosts
+        compared = self._ask(
+            lambda store: flight_recorder.compare_published(store, hosts), COMPARE_TIMEOUT_S
+        )
+        return compared or ""
+
+    def _takes_the_word(self, found: Diagnosis) -> bool:
+        """Whether this rank is to speak: the first that asks, as timeouts end seconds apart."""
+        if not found.hosts:
+            return found.is_first
+        place = self._ask(lambda store: store.add(WORD, 1))
+        return place in (1, None)  # rather twice than never
 
     def _rank_0_lost(self) -> str:
         master = os.environ.get("MASTER_ADDR", "its host")
@@ -220,59 +251,62 @@ class Watchdog:
 
     def _heartbeats(self) -> list[Heartbeat] | None:
         """The last one of every rank; None if the store does not answer."""
-        store = self._store
-        assert store is not None
         keys = [_key(r) for r in range(distributed.world_size())]
-        answers: SimpleQueue[list[bytes] | None] = SimpleQueue()
+        values = self._ask(lambda store: store.multi_get(keys))
+        return None if values is None else [Heartbeat(*json.loads(value)) for value in values]
+
+    def _ask(
+        self, request: Callable[[dist.Store], T], timeout_s: float = STORE_TIMEOUT_S
+    ) -> T | None:
+        """What the store answers; None if it does not in time."""
+        store = self._store
+        if store is None:
+            return None
+        answers: SimpleQueue[T | None] = SimpleQueue()
 
         def ask() -> None:
             try:
-                answers.put(store.multi_get(keys))
+                answers.put(request(store))
             except RuntimeError:
                 answers.put(None)
 
         # A daemon: the process must be able to end while a host that is gone does not answer.
         threading.Thread(target=ask, daemon=True).start()
         try:
-            values = answers.get(timeout=STORE_TIMEOUT_S)
+            return answers.get(timeout=timeout_s)
         except Empty:
             return None
-        return None if values is None else [Heartbeat(*json.loads(value)) for value in values]
-
-    def _takes_the_word(self) -> bool:
-        """Whether this is the first rank that asks: timeouts of ranks end seconds apart."""
-        assert self._store is not None
-        try:
-            return self._store.add(WORD, 1) == 1
-        except RuntimeError:  # rank 0 has just ended: rather twice than never
-            return True
-
-    def _leave_the_word(self) -> None:
-        if self._store is not None:
-            with suppress(RuntimeError):
-                self._store.set(WORD, "0")
 
     def _outlast_others(self) -> None:
         """On rank 0: without its store others would take it for the one that is lost."""
         if self._store is None or not distributed.is_main():
             return
-        end, newest = time.monotonic() + OUTLAST_S, self._heartbeats() or []
-        while time.monotonic() < end:
-            time.sleep(self._stalled_s)
-            previous, newest = newest, self._heartbeats() or []
-            running = [r for r in range(1, len(newest)) if newest[r].phase != ENDED]
-            if set(running) <= set(_stalled(previous, newest)):
-                return
+        end, previous = time.monotonic() + OUTLAST_S, None
+        while (left_s := end - time.monotonic()) > 0 and not phases.is_stop_requested:
+            newest = self._heartbeats()
+            if previous is not None and newest is not None:
+                running = {r for r in range(1, len(newest)) if newest[r].phase != ENDED}
+                if running <= set(_stalled(previous, newest)):
+                    return
+            previous = newest
+            time.sleep(min(self._stalled_s, left_s))
 
-    def _abort(self, text: str, speaks: bool) -> None:
-        if speaks:
+    def _abort(self, text: str, found: Diagnosis) -> None:
+        self._is_aborting.set()
+        try:
+            speaks = self._takes_the_word(found)
+            text += self._difference(found) if speaks else ""
             main = sys._current_frames()[threading.main_thread().ident or 0]
             stack = "".join(traceback.format_stack(main))
             with suppress(Exception):  # with the launcher the console may be gone
-                print(f"error: {text}; {ADVICE}\n{stack}", file=rank_logs.console(), flush=True)
-        flight_recorder.dump(distributed.rank())
-        self._outlast_others()
-        os._exit(TIMEOUT_EXIT_CODE)
+                if speaks:
+                    print(f"error: {text}; {ADVICE}\n{stack}", file=rank_logs.console(), flush=True)
+                elif not distributed.is_main():  # whose stderr is the console
+                    print(f"{text}\n{stack}", file=sys.stderr, flush=True)  # this rank's log
+            flight_recorder.dump(distributed.rank())
+            self._outlast_others()
+        finally:
+            os._exit(TIMEOUT_EXIT_CODE)
 
 
 def diagnose(heartbeats: list[Heartbeat], stalled: list[int]) -> str:

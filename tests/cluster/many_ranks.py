@@ -230,7 +230,8 @@ def stop(campaign: Campaign) -> bool:
     found = re.search(r"deadlines\.(\w+)=\d+ has passed: no heartbeat from THE VICTIM", said)
     campaign.facts.append(f"named by {found and found.group(1)}, all ended {seconds:.0f} s later")
     # Ranks time out seconds apart: where the end of the first breaks a collective, the status is 1.
-    is_good = found is not None and 3 in codes and all(codes)
+    is_named = found is not None and seconds < DEADLINE_S + 10
+    is_good = is_named and 3 in codes and sum(code in (1, 3) for code in codes) == len(codes) - 1
     if not is_good:
         errors = [line for line in said.splitlines() if line.startswith(("error", "warning"))]
         print(f"exit codes {codes}", *errors, sep="\n", flush=True)

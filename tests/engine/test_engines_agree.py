@@ -121,7 +121,8 @@ def on_two_ranks(folder: Path) -> dict[str, Ratios]:
                 train_named(folder, engine, optimizer, precision)
         save_and_go_on(folder, engine)
     for engine in ENGINES:
-        load_and_go_on(folder, engine, *ENGINES)
+        others = [saved for saved in ENGINES if saved != engine]
+        load_and_go_on(folder, engine, engine, *others)  # its own into fresh nets
     for engine in ("ddp", "fsdp"):
         train_named(folder, engine, "lars", "fp64")
     for engine in FAULTY_ENGINES:
