@@ -85,16 +85,14 @@ def compare_published(store: dist.Store, hosts: Sequence[str]) -> str:
         hosts: of all ranks.
 
     Returns:
-        Text to append to a sentence; "" where the histories are the same, or half of them missing.
+        Text to append to a sentence; "" where the histories are the same, or too few to tell.
     """
     with suppress(RuntimeError):
         keys = {rank: _key(rank) for rank in range(len(hosts))}
         there = [rank for rank, key in keys.items() if store.check([key])]
-        if 2 * len(there) <= len(hosts):
-            return ""
         values = store.multi_get([keys[rank] for rank in there])
         histories = {rank: _unpack(value) for rank, value in zip(there, values, strict=True)}
-        if difference := first_difference(histories):
+        if difference := first_difference(histories, is_complete=len(there) == len(hosts)):
             ranks, what = difference
             names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:MAX_NAMED])
             return f"; {names} {what}"
@@ -110,11 +108,14 @@ def _key(rank: int) -> str:
     return f"collectives-of-rank-{rank}"
 
 
-def first_difference(histories: Mapping[int, History]) -> tuple[list[int], str] | None:
+def first_difference(
+    histories: Mapping[int, History], is_complete: bool = True
+) -> tuple[list[int], str] | None:
     """The ranks that began another collective than most of their group, or have yet to begin it.
 
     Args:
         histories: by rank; of some ranks or all.
+        is_complete: whether of all; else only fewer than half of them are told from the rest.
 
     Returns:
         The ranks and what they did; None where they have done the same.
@@ -126,7 +127,8 @@ def first_difference(histories: Mapping[int, History]) -> tuple[list[int], str] 
             for rank, collectives in histories.items()
         }
         begun = {rank: numbers for rank, numbers in begun.items() if numbers}
-        if found := _difference_in_group(begun):
+        found = _difference_in_group(begun)
+        if found and (is_complete or 2 * len(found[0]) < len(begun)):
             return found
     return None
 

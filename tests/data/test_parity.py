@@ -100,7 +100,7 @@ def test_views_of_a_set_in_memory_are_torchs_within_the_same_tolerance(photos, n
 
 
 @pytest.mark.real_images
-@pytest.mark.skipif("SCALE_SMOG_TEST_DATA" not in os.environ, reason="no SCALE_SMOG_TEST_DATA")
+@pytest.mark.skipif(not os.environ.get("SCALE_SMOG_TEST_DATA"), reason="no SCALE_SMOG_TEST_DATA")
 @pytest.mark.parametrize("scale", [(0.2, 1.0), (0.05, 0.2)])
 def test_crops_of_photographs_agree_to_two_grey_levels_but_for_their_rims(tmp_path, scale):
     """PNG copies of sixteen photographs, so that only the crops are compared.

@@ -33,6 +33,14 @@ def test_a_rank_that_has_yet_to_come_is_named_also_by_one_other():
     )
 
 
+def test_of_two_histories_of_more_ranks_neither_is_said_to_be_wrong():
+    both = {1: begun("a", "c"), 5: begun("a", "b", "c")}
+    assert first_difference(both, is_complete=False) is None
+    three = both | {6: begun("a", "b", "c")}
+    found = first_difference(three, is_complete=False)
+    assert found and found[0] == [1]
+
+
 def test_ranks_that_do_the_same_differ_in_nothing_though_some_have_forgotten_more():
     assert first_difference({0: begun("a", "b", "c"), 1: begun("b", "c", first=2)}) is None
     assert first_difference({}) is None
