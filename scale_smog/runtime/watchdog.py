@@ -36,7 +36,7 @@ WARN_AFTER_S = 15.0  # without a heartbeat: long before the timeout of the phase
 SILENCE_S = 60.0  # after a warning
 NUM_MONITORS = 2  # ranks that watch all others; the second, should the first be lost
 MARGIN_S = 10.0  # to abort and for the launcher, so that the job ends within the timeout
-OUTLAST_S = 15.0  # that rank 0, who has the store, waits at most for the others to end
+OUTLAST_S = 60.0  # that rank 0, who has the store, waits at most for the others' own timeouts
 WORD = "who-speaks"  # the first rank to know what is wrong says it on the console
 COMPARE_TIMEOUT_S = 6.0
 NO_HEARTBEAT = "no heartbeat from"
@@ -119,17 +119,20 @@ class Watchdog:
     def report_lost_ranks(self) -> None:
         """Says which ranks are gone, where a collective has failed; takes a moment."""
         if self._is_aborting.is_set():  # its thread says what there is to say, and ends the process
-            time.sleep(2 * OUTLAST_S)
+            time.sleep(OUTLAST_S)
         if self._store is None:
             return
         self._publish()
         found = self._diagnose(self._stalled_s)
-        difference = self._difference(found) if found.is_first else ""
-        if NO_HEARTBEAT in found.text or difference:
-            if self._takes_the_word(found):
-                text = found.text + (difference or self._difference(found))
-                print(f"error: {text}; {ADVICE}", file=rank_logs.console(), flush=True)
-            self._outlast_others()
+        if not found.is_first:  # the others end one after the other, and the first knows least
+            return
+        difference = self._difference(found)
+        is_news = NO_HEARTBEAT in found.text or difference
+        if is_news and self._takes_the_word(found):
+            text = f"error: {found.text}{difference}; {ADVICE}"
+            print(text, file=rank_logs.console(), flush=True)
+        if is_news:
+            self._outlast_others(MARGIN_S)
 
     def _enter(self, phase: str) -> None:
         self._num_steps += self._phase == phases.STEP and phase != phases.KMEANS
@@ -277,11 +280,11 @@ class Watchdog:
         except Empty:
             return None
 
-    def _outlast_others(self) -> None:
+    def _outlast_others(self, most_s: float) -> None:
         """On rank 0: without its store others would take it for the one that is lost."""
         if self._store is None or not distributed.is_main():
             return
-        end, previous = time.monotonic() + OUTLAST_S, None
+        end, previous = time.monotonic() + most_s, None
         while (left_s := end - time.monotonic()) > 0 and not phases.is_stop_requested:
             newest = self._heartbeats()
             if previous is not None and newest is not None:
@@ -304,7 +307,7 @@ class Watchdog:
                 elif not distributed.is_main():  # whose stderr is the console
                     print(f"{text}\n{stack}", file=sys.stderr, flush=True)  # this rank's log
             flight_recorder.dump(distributed.rank())
-            self._outlast_others()
+            self._outlast_others(OUTLAST_S)
         finally:
             os._exit(TIMEOUT_EXIT_CODE)
 
