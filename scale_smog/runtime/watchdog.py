@@ -37,7 +37,7 @@ SILENCE_S = 60.0  # after a warning
 NUM_MONITORS = 2  # ranks that watch all others; the second, should the first be lost
 MARGIN_S = 10.0  # to abort and for the launcher, so that the job ends within the timeout
 OUTLAST_S = 60.0  # that rank 0, who has the store, waits at most for the others' own timeouts
-WORD = "who-speaks"  # the first rank to know what is wrong says it on the console
+REPORTER_KEY = "reporter"  # the first rank to know what is wrong says it on the console
 COMPARE_TIMEOUT_S = 6.0
 NO_HEARTBEAT = "no heartbeat from"
 ADVICE = "the same command goes on from the newest checkpoint, also with fewer hosts"
@@ -128,7 +128,7 @@ class Watchdog:
             return
         difference = self._difference(found)
         is_news = NO_HEARTBEAT in found.text or difference
-        if is_news and self._takes_the_word(found):
+        if is_news and self._is_reporter(found):
             text = f"error: {found.text}{difference}; {ADVICE}"
             print(text, file=rank_logs.console(), flush=True)
         if is_news:
@@ -218,9 +218,8 @@ class Watchdog:
             time.sleep(look_s)
             return Diagnosis(f"{self._host} is still in phase '{self._phase}'", [], True)
         previous = self._heartbeats()
-        if previous is not None:
-            time.sleep(look_s)
-        newest = self._heartbeats() if previous is not None else None
+        time.sleep(look_s if previous else 0)
+        newest = self._heartbeats() if previous else None
         if previous is None or newest is None:
             return Diagnosis(self._rank_0_lost(), [], os.environ.get("LOCAL_RANK", "0") == "0")
         stalled = _stalled(previous, newest)
@@ -241,11 +240,11 @@ class Watchdog:
         )
         return compared or ""
 
-    def _takes_the_word(self, found: Diagnosis) -> bool:
-        """Whether this rank is to speak: the first that asks, as timeouts end seconds apart."""
+    def _is_reporter(self, found: Diagnosis) -> bool:
+        """Whether this rank is to report: the first that asks, as timeouts end seconds apart."""
         if not found.hosts:
             return found.is_first
-        place = self._ask(lambda store: store.add(WORD, 1))
+        place = self._ask(lambda store: store.add(REPORTER_KEY, 1))
         return place in (1, None)  # rather twice than never
 
     def _rank_0_lost(self) -> str:
@@ -297,7 +296,7 @@ class Watchdog:
     def _abort(self, text: str, found: Diagnosis) -> None:
         self._is_aborting.set()
         try:
-            speaks = self._takes_the_word(found)
+            speaks = self._is_reporter(found)
             text += self._difference(found) if speaks else ""
             main = sys._current_frames()[threading.main_thread().ident or 0]
             stack = "".join(traceback.format_stack(main))
