@@ -1,6 +1,6 @@
 """SMoG's Figure 5 at a small budget: the classes' entropy in the groups of three methods.
 
-    python benchmarks/figure5.py TARS RUNS [--seeds 0 1] [--steps 400] [--quick] [key=value …]
+    python benchmarks/figure5.py TARS RUNS [key=value …] [--seeds 0 1] [--steps 400] [--quick]
 
 TARS is a dataset of `data_tools/shard.py` with labels and a test split. The methods get the same
 net, views, images, steps, K and rates, each run a folder in RUNS; the same command goes on after a
@@ -26,9 +26,9 @@ METHODS = {  # the queue and the prototypes' rest are shorter, as the run is
     "deepcluster_v2": (),
 }
 COMMON = (
-    "model.backbone=resnet_tiny", "data.global_batch=128", "data.workers=0", "run.evaluate_every=0",
-    "run.checkpoint_every=100", "evaluation.k=20", "evaluation.num_test_images=5000",
-    "evaluation.baselines=false",
+    "model.backbone=resnet_tiny", "model.small_images=false", "data.global_batch=128",
+    "data.workers=0", "run.evaluate_every=0", "run.checkpoint_every=100", "evaluation.k=20",
+    "evaluation.num_test_images=5000", "evaluation.baselines=false",
 )  # fmt: skip
 QUICK = ("data.global_batch=32", "model.head_width=256", "grouping.num_groups=20")
 

@@ -21,6 +21,7 @@ from scale_smog.grouping import perplexity
 from scale_smog.loop import train_step
 from scale_smog.methods import METHODS as scale_smog_methods
 from scale_smog.methods import GroupMethod
+from scale_smog.methods.base import raised
 from scale_smog.models import build_backbone
 from scale_smog.schedules import ScheduledValues
 from scale_smog.state import build_state
@@ -151,13 +152,73 @@ class WithMomentumNet(Peer):
             return self.head(self.backbone(view)).float()
 
     @torch.no_grad()
-    def project_momentum(self, view: Tensor) -> Tensor:
-        """The copies', after they have followed."""
+    def update_copies(self, alpha: float) -> None:
+        """Moves the copies towards the nets, alpha of themselves kept."""
         for net, its_copy in zip((self.backbone, self.head), self.copies, strict=True):
             leaders, followers = ([p.detach() for p in x.parameters()] for x in (net, its_copy))
-            torch._foreach_lerp_(followers, leaders, 1 - self.recipe.model.ema)
+            torch._foreach_lerp_(followers, leaders, 1 - alpha)
+
+    @torch.no_grad()
+    def project_momentum(self, view: Tensor) -> Tensor:
+        """The copies' projection [B, D]."""
         with self.autocast:
             return self.copies[1](self.copies[0](view)).float()
+
+
+class LightlyByol(WithMomentumNet):
+    """BYOL of lightly's heads and loss (Grill et al., NeurIPS 2020)."""
+
+    def __init__(
+        self, recipe: Recipe, batches: Iterable[Batch], num_images: int, device: torch.device
+    ):
+        from lightly.loss import NegativeCosineSimilarity  # pyright: ignore
+        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead  # pyright: ignore
+
+        super().__init__(recipe, device)
+        self.follow(BYOLProjectionHead(self.num_features, self.hidden, self.dim))
+        self.predictor = BYOLPredictionHead(self.dim, self.hidden, self.dim)
+        self.loss = NegativeCosineSimilarity()
+        self.prepare(self.head, self.predictor)
+
+    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
+        """Each view predicts the other's projection."""
+        targets = [self.project_momentum(view) for view in reversed(batch.large)]
+        with self.autocast:
+            predicted = [self.predictor(self.head(self.backbone(view))) for view in batch.large]
+        pairs = zip(predicted, targets, strict=True)
+        losses = [self.loss(mine.float(), target) for mine, target in pairs]
+        # 2 - 2 cos of both views, as the paper has it; lightly's is the mean of -cos
+        loss = self.update(4 + 2 * sum(losses, torch.zeros(())), scheduled.lr)
+        self.update_copies(raised(self.recipe.model.ema, scheduled.progress))
+        return loss
+
+
+class LightlySwav(Peer):
+    """SwAV of lightly's heads, prototypes and loss (Caron et al., NeurIPS 2020); no queue."""
+
+    def __init__(
+        self, recipe: Recipe, batches: Iterable[Batch], num_images: int, device: torch.device
+    ):
+        from lightly.loss import SwaVLoss  # pyright: ignore
+        from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes  # pyright: ignore
+
+        super().__init__(recipe, device)
+        num_frozen = int(recipe.method.frozen_epochs * num_images) // recipe.data.global_batch
+        self.head = SwaVProjectionHead(self.num_features, self.hidden, self.dim)
+        self.prototypes = SwaVPrototypes(
+            self.dim, recipe.grouping.num_groups, n_steps_frozen_prototypes=num_frozen
+        )
+        self.loss = SwaVLoss(recipe.grouping.temperature, sinkhorn_epsilon=recipe.method.epsilon)
+        self.prepare(self.head, self.prototypes)
+
+    def step(self, batch: Batch, scheduled: ScheduledValues) -> Tensor:
+        """Both views are trained."""
+        self.prototypes.normalize()
+        with self.autocast:
+            z = [self.head(self.backbone(view)) for view in batch.large]
+        z = [F.normalize(each.float(), dim=1) for each in z]
+        scores = [self.prototypes(each, self.num_steps) for each in z]
+        return self.update(self.loss(scores, []), scheduled.lr)
 
 
 class LightlySmog(WithMomentumNet):
@@ -190,6 +251,7 @@ class LightlySmog(WithMomentumNet):
         encoded = self.project(first)
         with self.autocast:
             predicted = self.predictor(encoded).float()
+        self.update_copies(self.recipe.model.ema)
         ids = self.smog.assign_groups(self.project_momentum(second))
         groups = self.smog.get_updated_group_features(encoded)
         logits = self.smog(predicted, groups, temperature=self.recipe.grouping.temperature)
@@ -236,5 +298,7 @@ METHODS = {
     "lightly_smog": LightlySmog,
     "lightly_smog_as_it_is": LightlySmogAsItIs,
     "lightly_simclr": LightlySimClr,
+    "lightly_byol": LightlyByol,
+    "lightly_swav": LightlySwav,
     **dict.fromkeys(scale_smog_methods, Ours),
 }

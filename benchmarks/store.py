@@ -7,8 +7,9 @@ A server on this machine stands for the store: it speaks as much of S3 as readin
 reads has the others, from the disk too. Views and workers are the same everywhere. The time that
 cores worked for an image stands beside the rate, for machines that do other things meanwhile.
 Peers read the same images, decoded as by our torch loader: webdataset from URLs, and MosaicML's
-streaming (installed into FOLDER, with `pip install --target`) from its own format. `reading alone`
-decodes nothing. With `--price` it counts what an epoch of ImageNet-1k would cost instead.
+streaming (installed into FOLDER, with `pip install --target`) from its own format; webdataset with
+torchvision's decoding and views too. `reading alone` decodes nothing. With `--price` it counts what
+an epoch of ImageNet-1k would cost instead.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 import torch
 from compare import claim
+from loader import PillowViews
 from PIL import Image
 
 from scale_smog.config import AugmentConfig, DataConfig
@@ -260,13 +262,25 @@ class _Views:
         return outputs
 
 
-def of_webdataset(store: Store, tars: Path, decoded: bool = True) -> Iterator[object]:
+class _TorchvisionViews:
+    """The same augmentation by Pillow and torchvision, as it is done with webdataset."""
+
+    def __init__(self):
+        self.make = PillowViews(num_small=0)
+
+    def __call__(self, encoded: bytes) -> list[torch.Tensor]:
+        return self.make(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+def of_webdataset(
+    store: Store, tars: Path, transform: Callable[[bytes], object]
+) -> Iterator[object]:
     """An epoch of webdataset over URLs, in worker processes."""
     import webdataset
 
     urls = [f"{store.url}/{BUCKET}/tars/{path.name}" for path in sorted(tars.glob("*.tar"))]
     samples = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000)  # pyright: ignore
-    samples = samples.to_tuple("jpg").map_tuple(_Views() if decoded else len)
+    samples = samples.to_tuple("jpg").map_tuple(transform)
     yield from torch.utils.data.DataLoader(samples.batched(BATCH), None, num_workers=WORKERS)
 
 
@@ -310,12 +324,12 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     """All conditions, the disk before each of them."""
     tars, url = folder / "tars", f"s3://{BUCKET}/tars"
     num = 256 if options.quick else options.images
+    os.sched_setaffinity(0, OURS)  # before the first worker, as the server of workers keeps it
+    torch.set_num_threads(1)
     make_tars(tars, num)
     if options.mosaic:
         sys.path.insert(0, options.mosaic)
         write_mds(tars, folder / "mds")
-    os.sched_setaffinity(0, OURS)
-    torch.set_num_threads(1)
     on_disk = TarDataset(tars, "train")
     list(ours(on_disk, "global"))  # libraries and page cache
     print("| | images/s | of the disk | core ms an image | requests | MB |")
@@ -356,12 +370,13 @@ def compare_with_peers(store: Store, folder: Path, num: int, has_mosaic: bool) -
     say("torch loader, disk", [disk], [disk])
     cases: dict[str, Callable[[], Iterator[object]]] = {
         "torch loader": lambda: ours(TarDataset(url, "train"), "global", "torch"),
-        "webdataset": lambda: of_webdataset(store, tars),
+        "webdataset": lambda: of_webdataset(store, tars, _Views()),
+        "webdataset + torchvision": lambda: of_webdataset(store, tars, _TorchvisionViews()),
     }
     if has_mosaic:
         cases["MosaicML streaming"] = lambda: of_mosaic(folder / "mosaic")
     cases["reading alone"] = lambda: reading(TarDataset(url, "train"))
-    cases["webdataset, reading alone"] = lambda: of_webdataset(store, tars, decoded=False)
+    cases["webdataset, reading alone"] = lambda: of_webdataset(store, tars, len)
     for name, case in cases.items():
         use_cache(str(folder / f"cache of {name}"), 10.0)
         rate = measure(case(), num, store, start="alone" in name)

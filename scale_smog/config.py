@@ -294,8 +294,9 @@ class GroupingConfig(Section):
     beta_end: Share = 0.99
     """Beta of the last step; in between it changes linearly. Paper: section 3.2, Table 7a."""
     operator: Literal["momentum", "averaging", "adopt_latest", "random_select"] = "momentum"
-    """How a group follows its features: the momentum update, their mean since the last reset,
-    their latest mean, or a random feature. Paper: section 3.2, Table 7d."""
+    """How a group follows its features: the momentum update, an average in which a step's mean
+    weighs 1 / n, n being the features since the last reset, their latest mean, or a random feature.
+    Paper: section 3.2, Table 7d."""
     init: Literal["kmeans", "random"] = "kmeans"
     """First groups: k-means over features of the initial net, or random directions. Paper:
     section 4.1."""
@@ -478,7 +479,7 @@ class EvaluationConfig(Section):
     num_train_images: NonNegative = 0
     """Training images among which kNN looks for neighbours; 0: all."""
     num_test_images: NonNegative = 0
-    """Test images that kNN judges; 0: all."""
+    """Test images that knn, linear and finetune judge, drawn at random; 0: all."""
     net: NetName = "online"
     """Which of the two nets is evaluated: the one that is trained, or the momentum net, its mean
     over the last steps."""
@@ -584,6 +585,15 @@ class Recipe(Section):
         if self.evaluation.net == "momentum" and not self.nets.num_momentum_views:
             raise ValueError(
                 f"evaluation.net=momentum: method.name={self.method.name} has no momentum net"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_told_apart(self) -> Self:
+        if self.method.name == "deepcluster_v2" and self.data.loader in ("fast", "stream"):
+            raise ValueError(
+                f"method.name=deepcluster_v2 keeps a cluster of every image, and "
+                f"data.loader={self.data.loader} does not number them: take data.loader=dali"
             )
         return self
 

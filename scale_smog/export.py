@@ -15,6 +15,7 @@ from scale_smog.checkpoint.start_from import PARTS, STATE_FILE
 from scale_smog.config import ModelConfig, NetName, Recipe
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.errors import UserError
+from scale_smog.methods import METHODS
 from scale_smog.models.hub import WEIGHTS_FILE, save_for_hub
 from scale_smog.models.timm_nets import save_for_timm
 from scale_smog.recipe import load_recipe
@@ -93,7 +94,8 @@ def export(
         if with_state:
             save_file(_state(folder), target / STATE_FILE, metadata={"format": "pt"})
         name = f"{run_dir.name}, {folder.name}, {net} net"
-        card = _card(recipe, name, num_features, usage, kind)
+        library = "timm" if architecture else "scale_smog"
+        card = _card(recipe, name, num_features, usage, kind, library)
         write_atomically(target / "README.md", card.encode())
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from None
@@ -218,17 +220,21 @@ def _write_onnx(path: Path, backbone: nn.Module, px: int) -> None:
     )
 
 
-def _card(recipe: Recipe, name: str, num_features: int, usage: str, kind: str) -> str:
+def _card(recipe: Recipe, name: str, num_features: int, usage: str, kind: str, library: str) -> str:
     """The model card: what it is, how to load it, how it was trained."""
-    model, grouping, data = recipe.model, recipe.grouping, recipe.data
-    head = "---\nlibrary_name: timm\ntags: [image-feature-extraction, timm, smog]\n---\n\n"
+    model, method, data = recipe.model, recipe.method, recipe.data
+    groups = f"| groups | {recipe.grouping.num_groups} |\n" if method.has_groups else ""
+    head = (
+        f"---\nlibrary_name: {library}\n"
+        f"tags: [image-feature-extraction, {library}, {method.name}]\n---\n\n"
+    )
     return (
         (head if kind == "hf" else "")
-        + f"""# {model.backbone}, trained with SMoG
+        + f"""# {model.backbone}, trained without labels
 
 The backbone of {name}: images [B, 3, H, W], ImageNet mean and deviation, to features
-[B, {num_features}]. It has no classifier. Trained without labels by Synchronous Momentum Grouping
-(Pang et al., ECCV 2022) with scale_smog.
+[B, {num_features}]. It has no classifier. Trained with scale_smog by
+{METHODS[method.name].title}.
 
 ```python
 {usage}
@@ -237,8 +243,7 @@ The backbone of {name}: images [B, 3, H, W], ImageNet mean and deviation, to fea
 | setting | value |
 |---|---|
 | width, stem | {model.width}, {"3x3 for small images" if model.small_images else "as published"} |
-| groups | {grouping.num_groups} |
-| batch | {data.global_batch} |
+{groups}| batch | {data.global_batch} |
 | length | {f"{recipe.run.epochs:g} epochs" if recipe.run.epochs else f"{recipe.run.steps} steps"} |
 | views | two of {data.large_px} px, {data.num_small_crops} of {data.small_px} px |
 | optimizer | {recipe.optimizer.name}, base rate {recipe.optimizer.base_lr:g} |

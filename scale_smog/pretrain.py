@@ -9,6 +9,7 @@ import torch
 
 from scale_smog import distributed
 from scale_smog.checkpoint import Checkpoints, list_checkpoints
+from scale_smog.checkpoint.mirror import bring_back
 from scale_smog.checkpoint.start_from import fitting, read_start
 from scale_smog.config import Recipe
 from scale_smog.data.augment import training_views
@@ -72,6 +73,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     """`pretrain` within a process group."""
     use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
     require_equal_hosts(recipe)
+    bring_back(recipe.run)
     dataset = open_together(recipe.data.path, "train")
     kept = distributed.call_on_main(lambda: run_folder.kept_recipe(recipe.run.dir))
     recipe, derived = fit_to_data(recipe, dataset.num_samples, kept)

@@ -7,6 +7,7 @@ import pytest
 from s3_store import BUCKET, copy_to
 from small_recipe import small_recipe
 
+from scale_smog import UserError
 from scale_smog.pretrain import pretrain
 
 
@@ -28,3 +29,15 @@ def test_a_lost_machine_costs_no_digit_of_the_losses(tars, tmp_path):
     shutil.rmtree(tmp_path / "cache")
     pretrain(small_recipe(stored, f"{url}/images", *there))  # the last copy is of its end
     assert (stored / "run" / "checkpoints" / "step-00000008").is_dir()
+
+
+@pytest.mark.usefixtures("s3")
+def test_what_comes_back_goes_on_under_its_own_recipe_and_dataset_only(tars, tmp_path):
+    there = f"run.mirror=s3://{BUCKET}/{tmp_path.name}/run"
+    pretrain(small_recipe(tmp_path, tars, there))
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds a run with run\.seed=0, not 1"):
+        pretrain(small_recipe(tmp_path, tars, there, "run.seed=1"))
+    shutil.rmtree(tmp_path / "run")
+    pretrain(small_recipe(tmp_path, tars, there))  # its own: there is nothing left to train
+    assert not losses(tmp_path)

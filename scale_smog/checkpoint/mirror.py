@@ -1,8 +1,9 @@
 """Copies of a run's checkpoints in an object store, for machines that come and go.
 
 A copy is valid when its manifest is there, which is written last and removed first. What comes back
-is compared with it like any checkpoint. A store that fails costs a line on stderr and the copy of
-one checkpoint: the next one is tried again.
+is compared with it like any checkpoint, and brings the files by which a run's folder is known, so
+that another recipe or dataset is refused as it is on the disk. A store that fails costs a line on
+stderr and the copy of one checkpoint: the next one is tried again.
 """
 
 import re
@@ -12,11 +13,13 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from scale_smog import distributed
 from scale_smog.checkpoint.commit import superseded
 from scale_smog.checkpoint.manifest import (
     MANIFEST_FILE,
     DamagedCheckpoint,
     check_files,
+    list_checkpoints,
     read_manifest,
     step_folder,
 )
@@ -25,7 +28,26 @@ from scale_smog.errors import UserError
 from scale_smog.runtime.files import rename_durably
 from scale_smog.runtime.stores import Store
 
+OF_THE_FOLDER = ("recipe.yaml", "dataset.json")
 _MANIFEST = re.compile(rf"step-(\d{{8}})/{re.escape(MANIFEST_FILE)}")
+
+
+def bring_back(run: RunConfig) -> None:
+    """Puts the newest whole copy where a run's folder has no checkpoint, and says so; a collective.
+
+    Raises:
+        UserError: the mirror cannot be read, or none of its copies is whole.
+    """
+    run_dir = Path(run.dir).absolute()
+
+    def look() -> None:
+        if not list_checkpoints(run_dir):
+            mirror = Mirror(run)
+            if name := mirror.pull(run_dir):
+                print(f"{name} came back from {mirror}", file=sys.stderr, flush=True)
+
+    if run.mirror:
+        distributed.call_on_main(look)
 
 
 class Mirror:
@@ -67,8 +89,8 @@ class Mirror:
             last = self._next or self._current
         return f"{last.name if last else 'a checkpoint'} is not in {self} yet"
 
-    def pull(self, folder: Path) -> str | None:
-        """Brings the newest whole copy into a run's folder of checkpoints.
+    def pull(self, run_dir: Path) -> str | None:
+        """Brings the newest whole copy into a run's folder, with what the folder is known by.
 
         Returns:
             Its name; None if there is none.
@@ -79,9 +101,12 @@ class Mirror:
         damages = []
         try:
             for step in reversed(_whole_steps(self._names())):
-                final = step_folder(folder, step)
+                final = step_folder(run_dir / "checkpoints", step)
                 try:
                     self._bring(final)
+                    for name in self._store.sizes("*.*"):
+                        if name in OF_THE_FOLDER:
+                            self._store.download(name, run_dir / name)
                     return final.name
                 except DamagedCheckpoint as error:
                     damages.append(str(error))
@@ -124,7 +149,7 @@ class Mirror:
             try:
                 self._copy(folder)
                 self._tidy(read_manifest(folder).step)
-            except (OSError, DamagedCheckpoint, UserError) as error:
+            except Exception as error:  # whatever a store's library raises: training goes on
                 reason = (isinstance(error, OSError) and error.strerror) or error
                 print(
                     f"warning: no copy of {folder.name} in {self}: {reason}; training goes on, "
@@ -135,6 +160,9 @@ class Mirror:
 
     def _copy(self, folder: Path) -> None:
         manifest = read_manifest(folder)
+        for file in (folder.parent.parent / name for name in OF_THE_FOLDER):
+            if file.exists():
+                self._store.upload(file, file.name)
         self._store.remove(f"{folder.name}/{MANIFEST_FILE}")  # of an older one of this step
         for name in manifest.files:
             self._store.upload(folder / name, f"{folder.name}/{name}")

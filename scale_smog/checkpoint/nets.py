@@ -28,10 +28,10 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         return path, path.parent.parent
     is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()
     run_dir = path if is_run else path.parent
-    whole = [folder for folder in list_checkpoints(run_dir) if find_damage(folder) is None]
-    if not whole:
-        raise UserError(f"no checkpoint in {run_dir}: give a run folder or its checkpoints/step-*")
-    return whole[-1], run_dir
+    for folder in reversed(list_checkpoints(run_dir)):
+        if find_damage(folder) is None:
+            return folder, run_dir
+    raise UserError(f"no checkpoint in {run_dir}: give a run folder or its checkpoints/step-*")
 
 
 def read_part(folder: Path, part: str) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ safetensors files, which cannot run code. Around it: a staging folder, hashes, a
 
 import math
 import shutil
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -146,8 +145,7 @@ class Checkpoints:
             UserError: there are checkpoints, and none is whole; nothing is begun anew by itself.
         """
         passed_over: list[str] = []
-        for name in reversed(distributed.call_on_main(self._names)):
-            folder = self._folder / name
+        for folder in reversed(distributed.call_on_main(lambda: list_checkpoints(self._run_dir))):
             try:
                 manifest = self._agreed_manifest(folder)
             except OSError as error:
@@ -163,14 +161,6 @@ class Checkpoints:
                 "folder to begin anew"
             )
         return None
-
-    def _names(self) -> list[str]:
-        """Of the checkpoints here; where there is none, of the one that the mirror gives back."""
-        names = [folder.name for folder in list_checkpoints(self._run_dir)]
-        if not names and self._mirror and (name := self._mirror.pull(self._folder)):
-            print(f"{name} came back from {self._mirror}", file=sys.stderr, flush=True)
-            names = [name]
-        return names
 
     def wait_for_mirror(self, seconds: float) -> str | None:
         """Waits for the copy of the last checkpoint; None, or in words what is missing."""

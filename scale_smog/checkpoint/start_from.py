@@ -21,6 +21,7 @@ from scale_smog.models.weights import read_weights
 
 PARTS = ("online", "momentum", "groups")  # of a checkpoint, and of an export with everything
 STATE_FILE = "training_state.safetensors"
+OF_IMAGES = "groups.features"  # a row an image, by its id: of no use with other images
 
 
 class Start(NamedTuple):
@@ -72,7 +73,7 @@ def _read(source: str) -> Start:
         return Start(tensors, run_dir)
     elif (path / STATE_FILE).is_file():
         return Start(load_file(path / STATE_FILE), None)
-    weights = read_weights(source)
+    weights = read_weights(source, "run.start_from")
     return Start({f"online.backbone.{name}": value for name, value in weights.items()}, None)
 
 
@@ -98,18 +99,21 @@ def fitting(
         UserError: the backbone does not fit.
     """
     taken: dict[str, Tensor] = {}
-    lines = []
+    lines, has_heads = [], False
     for part, names in _names_of_parts(own).items():
         if part not in parts or not names:
             continue
         misfit = _misfit(own, start.tensors, names)
-        if part == "groups" and not misfit and "heads" not in parts:
-            misfit = "they are of other heads"
+        if part in ("momentum", "groups") and not misfit and not has_heads:
+            misfit = "of other heads"
+        if part == "groups" and not misfit and OF_IMAGES in names:
+            misfit = "of the images that the start was trained on"
         if misfit and part == "backbone":
             raise UserError(f"run.start_from={source} holds another net: {misfit}")
         lines.append(f"{part}: {f'begin anew ({misfit})' if misfit else f'from {source}'}")
         if not misfit:
             taken |= {name: start.tensors[name] for name in names}
+            has_heads |= part == "heads"
     _follow(own, taken)
     return {name: _range(value, own[name]) for name, value in taken.items()}, lines
 

@@ -8,6 +8,7 @@ The same command goes on where it was interrupted.
 """
 
 import argparse
+from pathlib import Path
 
 EVALUATIONS = ("knn", "linear", "finetune", "segmentation", "detection", "groups", "features")
 
@@ -23,7 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluates and prints a table."""
     from scale_smog.evaluation.program import PROGRAMS
 
-    overrides = [word for word in arguments.arguments if "=" in word]
-    checkpoints = [word for word in arguments.arguments if "=" not in word]
+    # A folder may be called lr=0.1, and a setting is no folder.
+    checkpoints = [x for x in arguments.arguments if "=" not in x or Path(x).exists()]
+    overrides = [x for x in arguments.arguments if x not in checkpoints]
     PROGRAMS[arguments.evaluation](checkpoints, overrides, arguments.compare)
     return 0

@@ -164,7 +164,8 @@ def _comparison(task: EvaluationTask, results: Results, counts: ImageCounts) -> 
 
 def _labelled_counts(task: EvaluationTask) -> ImageCounts:
     train, test = task.labelled_splits()
-    return ImageCounts(train.num_classes, train.num_samples, test.num_samples)
+    num_test = min(task.recipe.evaluation.num_test_images or test.num_samples, test.num_samples)
+    return ImageCounts(train.num_classes, train.num_samples, num_test)
 
 
 def _segmentation_counts(task: EvaluationTask) -> ImageCounts:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_smog import distributed
+from scale_smog.checkpoint import list_checkpoints
 from scale_smog.checkpoint.nets import find_checkpoint, load_net
 from scale_smog.config import Recipe
 from scale_smog.data.datasets import Images, split_sha256
@@ -69,7 +70,8 @@ class EvaluationTask:
         Raises:
             UserError: there is none, an override is wrong, or the net does not take such images.
         """
-        checkpoint, run_dir = find_checkpoint(Path(path))
+        # One rank looks: training may write another checkpoint meanwhile.
+        checkpoint, run_dir = distributed.call_on_main(lambda: find_checkpoint(Path(path)))
         own, protocols = split_overrides(overrides)
         recipe = load_recipe(run_dir / run_folder.RECIPE_FILE, own)
         recipe = _with_data_found(recipe, run_dir)
@@ -190,6 +192,8 @@ class EvaluationTask:
     def finish(self, results: Results, about: dict[str, Any]) -> None:
         """Writes results.json, with every setting and hash, and adds the results to the run's.
 
+        The run's own results.json has figures of its newest checkpoint on its own dataset only.
+
         Args:
             results: figures.
             about: what else a reader of the file should know.
@@ -201,7 +205,14 @@ class EvaluationTask:
             facts = {**names, "figures": results, **about, **self.facts}
             text = json.dumps(facts, indent=1) + "\n"
             write_atomically(self.made_folder() / run_folder.RESULTS_FILE, text.encode())
-        run_folder.add_results(self.run_dir, {key: results})
+            if self._is_of_the_run():
+                run_folder.add_results(self.run_dir, {key: results})
+
+    def _is_of_the_run(self) -> bool:
+        newest = list_checkpoints(self.run_dir)[-1]
+        is_newest = self.checkpoint in (newest, find_checkpoint(self.run_dir)[0])
+        own = run_folder.dataset_sha256(self.run_dir)
+        return is_newest and self.data_sha256.get("train", own) == own
 
     def made_folder(self) -> Path:
         """The folder, made if it is not there.

@@ -42,6 +42,7 @@ class Method(ABC):
         num_images: of the training split, N.
     """
 
+    title: str  # name and paper
     num_first_images: int = 0  # that `start` reads, over all ranks; 0: there is no such start
 
     def __init__(self, recipe: Recipe, engine: Engine, batch: int, num_images: int):

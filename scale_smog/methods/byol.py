@@ -19,6 +19,8 @@ CHANCE_LOSS = 4.0  # of predictions at right angles to their targets, twice
 class Byol(Method):
     """Two predictions, two targets, no negatives; nothing but the nets is kept."""
 
+    title = "BYOL (Grill et al., NeurIPS 2020)"
+
     def train_step(self, batch: Batch, scheduled: ScheduledValues, step: int) -> StepReport:
         """One step (section 3.1)."""
         engine = self.engine

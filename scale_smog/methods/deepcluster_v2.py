@@ -25,6 +25,8 @@ from scale_smog.schedules import ScheduledValues
 class DeepClusterV2(GroupMethod):
     """A feature and a cluster of every image."""
 
+    title = "DeepCluster v2 (Caron et al., NeurIPS 2020)"
+
     def __init__(self, recipe: Recipe, engine: Engine, batch: int, num_images: int):
         super().__init__(recipe, engine, batch, num_images)
         grouping = recipe.grouping

@@ -20,6 +20,8 @@ from scale_smog.schedules import ScheduledValues
 class MocoV3(Method):
     """Queries of the online net, keys of the momentum net, in both directions."""
 
+    title = "MoCo v3 (Chen et al., ICCV 2021)"
+
     def train_step(self, batch: Batch, scheduled: ScheduledValues, step: int) -> StepReport:
         """One step (Algorithm 1)."""
         engine, temperature = self.engine, self.recipe.method.temperature

@@ -21,6 +21,8 @@ from scale_smog.schedules import ScheduledValues
 class SimClr(Method):
     """Images of the global batch against one another; nothing is kept from step to step."""
 
+    title = "SimCLR (Chen et al., ICML 2020)"
+
     def train_step(self, batch: Batch, scheduled: ScheduledValues, step: int) -> StepReport:
         """One step (Algorithm 1)."""
         temperature = self.recipe.method.temperature

@@ -19,6 +19,8 @@ from scale_smog.schedules import ScheduledValues, due
 class Smog(GroupMethod):
     """Groups that move in step with the nets, and are found anew by k-means now and then."""
 
+    title = "Synchronous Momentum Grouping, SMoG (Pang et al., ECCV 2022)"
+
     def __init__(self, recipe: Recipe, engine: Engine, batch: int, num_images: int):
         super().__init__(recipe, engine, batch, num_images)
         self.config, dim = recipe.grouping, recipe.model.dim

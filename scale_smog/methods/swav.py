@@ -27,6 +27,8 @@ PROTOTYPES = "predictor.weight"  # of the online net
 class Swav(GroupMethod):
     """Prototypes that are trained, and a queue of features where the batch is small beside them."""
 
+    title = "SwAV (Caron et al., NeurIPS 2020)"
+
     def __init__(self, recipe: Recipe, engine: Engine, batch: int, num_images: int):
         super().__init__(recipe, engine, batch, num_images)
         self.config, self.num_prototypes = recipe.method, recipe.grouping.num_groups

@@ -10,7 +10,7 @@ class HubNet(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="scale_smog",
-    tags=["image-feature-extraction", "smog"],
+    tags=["image-feature-extraction"],
     license="apache-2.0",
 ):
     """A backbone that neither timm nor torchvision has, with what it is built by in config.json.

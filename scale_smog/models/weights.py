@@ -51,11 +51,11 @@ def without_classifier(weights: Weights, net: nn.Module) -> Weights:
     }
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, setting: str = "model.weights") -> Weights:
     """A file of timm or torchvision, safetensors or torch's own, under our names; all of it.
 
     Also an exported folder, or one of the hub by its name hf-hub:USER/NAME. Files of `torch.save`
-    are read without running code from them.
+    are read without running code from them. Errors name the `setting` that gave the path.
 
     Raises:
         UserError: there is no such file, or it holds no weights.
@@ -65,7 +65,7 @@ def read_weights(path: str | Path) -> Weights:
     if (path / WEIGHTS_FILE).is_file():  # a folder that was exported
         path = path / WEIGHTS_FILE
     if not path.is_file():
-        raise UserError(f"model.weights={path}: no such file")
+        raise UserError(f"{setting}={path}: no such file")
     try:
         if path.suffix == ".safetensors":
             weights = load_file(path)
@@ -73,16 +73,16 @@ def read_weights(path: str | Path) -> Weights:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, ImportError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.weights={path} does not hold weights: {first}") from None
+        raise UserError(f"{setting}={path} does not hold weights: {first}") from None
     except Exception as error:  # pickle's own errors share no base class
         raise UserError(
-            f"model.weights={path} does not hold plain weights: {type(error).__name__}"
+            f"{setting}={path} does not hold plain weights: {type(error).__name__}"
         ) from None
     for key in ("state_dict", "model"):  # as training programs of both libraries save them
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"model.weights={path} does not hold a mapping of names to weights")
+        raise UserError(f"{setting}={path} does not hold a mapping of names to weights")
     for wrapper in ("module.", "backbone."):  # DistributedDataParallel's, and that of our hub nets
         if all(name.startswith(wrapper) for name in weights):
             weights = {name.removeprefix(wrapper): value for name, value in weights.items()}

@@ -102,10 +102,10 @@ def _summary(record: RunRecord) -> str:
     recipe = record.recipe
     step = int(record.logged[-1]["step"]) if record.logged else 0
     length = f"{recipe.run.epochs:g} epochs" if recipe.run.epochs else f"{recipe.run.steps} steps"
+    groups = f", {recipe.grouping.num_groups} groups" if recipe.method.has_groups else ""
     return (
-        f"{recipe.model.backbone} on {Path(recipe.data.path).name}, batch "
-        f"{recipe.data.global_batch}, {recipe.grouping.num_groups} groups, {length}; logged up to "
-        f"step {step}"
+        f"{recipe.method.name}: {recipe.model.backbone} on {Path(recipe.data.path).name}, batch "
+        f"{recipe.data.global_batch}{groups}, {length}; logged up to step {step}"
     )
 
 

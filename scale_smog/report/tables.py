@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -113,14 +114,16 @@ def checkpoint_rows(folder: Path) -> list[tuple[str, str, str]]:
     """Of each checkpoint, newest first: name, size, and whether it is whole."""
     rows = []
     for path in reversed(list_checkpoints(folder)):
-        mib = sum(file.stat().st_size for file in path.iterdir()) / 2**20
-        rows.append((path.name, f"{mib:,.1f} MiB", find_damage(path) or "whole"))
+        damage = find_damage(path)
+        with suppress(FileNotFoundError):  # training has removed it meanwhile
+            mib = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+            rows.append((path.name, f"{mib:,.1f} MiB", damage or "whole"))
     return rows
 
 
 def evaluations(record: RunRecord) -> list[Evaluation]:
     """The run's evaluations; those of results.json, and the paper's rows where images are alike."""
-    written = _written(record.folder)
+    written = _written(record)
     return [
         Evaluation(
             name,
@@ -132,11 +135,15 @@ def evaluations(record: RunRecord) -> list[Evaluation]:
     ]
 
 
-def _written(folder: Path) -> dict[str, dict[str, Any]]:
-    """The newest results file of each evaluation, by its name among the run's results."""
-    paths = sorted(folder.glob("evaluations/*/results.json"), key=lambda x: x.stat().st_mtime)
+def _written(record: RunRecord) -> dict[str, dict[str, Any]]:
+    """The file behind each of the run's results; others are of other checkpoints or images."""
+    paths = record.folder.glob("evaluations/*/results.json")
     contents = [json.loads(path.read_text()) for path in paths]
-    return {content["result"]: content for content in contents if "result" in content}
+    return {
+        content["result"]: content
+        for content in contents
+        if content["figures"] == record.results.get(content["result"])
+    }
 
 
 def _figure(value: Any) -> str:

@@ -26,6 +26,7 @@ FREE_KEYS = (
     "run.keep_checkpoints",
     "run.keep_checkpoint_every",
     "run.max_skipped",
+    "run.mirror",
     "run.stop_below",
     "run.stop_patience",
     "data.loader",
@@ -47,12 +48,12 @@ def kept_recipe(run_dir: str) -> Recipe | None:
         raise UserError(f"cannot read run.dir={run_dir}: {error.strerror}") from None
 
 
-def claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
+def claim(recipe: Recipe, sha256: str) -> list[str]:
     """Makes `run.dir`, or checks that it is this recipe's; rank 0 looks, all ranks answer alike.
 
     Args:
         recipe: of the run.
-        dataset_sha256: of the dataset's manifest.
+        sha256: of the dataset's manifest.
 
     Returns:
         A line for every allowed change since the folder was made.
@@ -63,7 +64,7 @@ def claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
     verdict: tuple[list[str], str] = ([], "")
     if distributed.is_main():
         try:
-            verdict = (_claim(recipe, dataset_sha256), "")
+            verdict = (_claim(recipe, sha256), "")
         except UserError as error:
             verdict = ([], str(error))
     changes, problem = distributed.broadcast_object(verdict)
@@ -72,12 +73,12 @@ def claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
     return changes
 
 
-def _claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
+def _claim(recipe: Recipe, sha256: str) -> list[str]:
     folder = Path(recipe.run.dir)
     dataset_file = folder / DATASET_FILE
     changes: list[str] = []
     if (folder / RECIPE_FILE).exists():
-        if json.loads(dataset_file.read_text())["manifest_sha256"] != dataset_sha256:
+        if dataset_sha256(folder) != sha256:
             raise UserError(
                 f"{folder} was trained on another dataset than data.path={recipe.data.path}: "
                 "give another run.dir"
@@ -93,7 +94,7 @@ def _claim(recipe: Recipe, dataset_sha256: str) -> list[str]:
         raise UserError(f"{folder} exists and is not a run's folder: give another run.dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"manifest_sha256": dataset_sha256}
+        facts = {"manifest_sha256": sha256}
         write_atomically(dataset_file, json.dumps(facts).encode())
         write_atomically(folder / RECIPE_FILE, dump_recipe(recipe).encode())
     except OSError as error:
@@ -135,6 +136,11 @@ def trained_otherwise(start: Path, recipe: Recipe) -> list[str]:
     ]
 
 
+def dataset_sha256(folder: Path) -> str:
+    """Of the training split that the run of this folder is trained on."""
+    return json.loads((folder / DATASET_FILE).read_text())["manifest_sha256"]
+
+
 def read_results(folder: Path) -> dict[str, dict[str, float]]:
     """The run's results.json: evaluation -> figure -> value; empty before the first."""
     path = folder / RESULTS_FILE
@@ -142,10 +148,7 @@ def read_results(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def add_results(folder: Path, results: dict[str, dict[str, float]]) -> None:
-    """Merges figures into the run's results.json; on rank 0 only."""
+    """Puts evaluations into the run's results.json, in place of older ones; on rank 0 only."""
     if distributed.is_main():
-        merged = read_results(folder)
-        for evaluation, figures in results.items():
-            merged[evaluation] = merged.get(evaluation, {}) | figures
-        text = json.dumps(merged, indent=1) + "\n"
+        text = json.dumps(read_results(folder) | results, indent=1) + "\n"
         write_atomically(folder / RESULTS_FILE, text.encode())

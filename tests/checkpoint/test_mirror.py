@@ -10,7 +10,7 @@ from s3_store import BUCKET
 
 from scale_smog import UserError
 from scale_smog.checkpoint import Checkpoints, list_checkpoints
-from scale_smog.checkpoint.mirror import Mirror
+from scale_smog.checkpoint.mirror import Mirror, bring_back
 from scale_smog.config import RunConfig
 from scale_smog.distributed import Partition
 from scale_smog.runtime import stores
@@ -48,6 +48,7 @@ def lose_machine(run: RunConfig) -> None:
 
 def newest(run: RunConfig) -> int | None:
     """The step that comes back, whose tensors must be that step's."""
+    bring_back(run)
     restored = Checkpoints(run, {}).load_newest(state_of(0.0))
     if restored is None:
         return None
@@ -104,6 +105,7 @@ def test_a_copy_that_ends_anywhere_leaves_only_copies_that_load_right(
     while not is_whole:
         is_whole = copy_until(len(found), run, s3)
         lose_machine(elsewhere)
+        bring_back(elsewhere)
         restored = Checkpoints(elsewhere, {}).load_newest(state_of(0.0))
         found.append(restored and (restored.step, *set(restored.values["online.w"].tolist())))
         if not is_whole:
@@ -143,6 +145,5 @@ def test_a_store_that_fails_stops_no_training_and_the_next_copy_succeeds(run, s3
 
 def test_a_store_that_cannot_be_asked_begins_nothing_anew(run, s3, impatient):
     s3.fault = lambda *_: "slow down"
-    checkpoints = Checkpoints(run, {})
     with pytest.raises(UserError, match=r"run\.mirror=.*begin anew without run\.mirror"):
-        checkpoints.load_newest(state_of(0.0))
+        bring_back(run)

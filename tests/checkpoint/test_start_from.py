@@ -8,6 +8,8 @@ import torch
 from small_recipe import small_recipe
 
 from scale_smog import UserError, checkpoint
+from scale_smog.checkpoint.start_from import Start, fitting
+from scale_smog.distributed import Partition
 from scale_smog.export import export
 from scale_smog.pretrain import pretrain
 from scale_smog.recipe import load_recipe
@@ -88,6 +90,28 @@ def test_heads_that_do_not_fit_begin_anew_and_the_groups_with_them(tmp_path, tar
     assert_close(parameters(after, "momentum.backbone"), leaders)  # a copy of the online net
 
 
+def test_groups_and_momentum_net_begin_anew_where_heads_do_though_their_shapes_fit():
+    shapes = {
+        "online.backbone.w": 4, "online.projector.w": 4, "momentum.backbone.w": 4,
+        "momentum.projector.w": 4, "groups.centroids": 4,
+    }  # fmt: skip
+    own = {k: Partition.replicated(torch.zeros(n)) for k, n in shapes.items()}
+    tensors = {k: torch.ones(n) for k, n in shapes.items()}
+    start = Start(tensors | {"online.projector.w": torch.ones(3)}, None)
+    values, lines = fitting(start, own, ["backbone", "heads", "momentum", "groups"], "it")
+    assert set(values) == {"online.backbone.w", "momentum.backbone.w"}  # a copy of the first
+    assert lines[2:] == [f"{part}: begin anew (of other heads)" for part in ("momentum", "groups")]
+
+
+def test_what_is_known_of_each_image_is_not_taken_to_other_images():
+    names = ("online.backbone.w", "online.projector.w", "groups.features", "groups.centroids")
+    own = {name: Partition.replicated(torch.zeros(4)) for name in names}
+    start = Start({name: torch.ones(4) for name in names}, None)
+    values, lines = fitting(start, own, ["backbone", "heads", "groups"], "it")
+    assert "groups.centroids" not in values
+    assert lines[2] == "groups: begin anew (of the images that the start was trained on)"
+
+
 def test_parts_can_be_chosen(tmp_path, tars, source):
     run_dir = begun(tmp_path, tars, source, "run.start_parts=[backbone]")
     before, after = final_state(source), final_state(run_dir)
@@ -128,7 +152,7 @@ def test_a_run_that_has_begun_goes_on_without_its_start(tmp_path, tars, source):
 
 def test_what_is_no_start_is_refused_in_a_line_and_leaves_no_folder(tmp_path, tars, source):
     for start, overrides, words in (
-        ("nowhere", [], "nowhere"),
+        ("nowhere", [], "run.start_from=nowhere: no such file"),
         (source, ["model.backbone=resnet18"], r"holds another net: online\.backbone\."),
         (source, [f"run.start_sha256={'0' * 64}"], "other weights than run.start_sha256 says"),
     ):

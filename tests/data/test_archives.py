@@ -259,6 +259,7 @@ def test_labels_of_tars_may_lie_in_json_under_a_key(tmp_path, labels):
     write_tar(tmp_path / "tars" / "0.tar", dict(list(members.items())[:4]))
     write_tar(tmp_path / "tars" / "1.tar", dict(list(members.items())[4:]))
     about = SourceOptions(label_key="kind")
+    write_tar(tmp_path / "tars" / "2.tar", {"words.txt": b"no image"})
     dataset = sharded(tmp_path / "tars", tmp_path / "out", source_options=about)
     assert truth(dataset) == expected
     line = refusal(open_source, tmp_path / "tars", SourceOptions(label_key="species"))

@@ -253,6 +253,22 @@ def test_splits_share_a_folder_and_its_classes(source, tmp_path):
         _shard(source, out, split="test")
 
 
+def test_a_split_that_is_finished_meanwhile_keeps_its_classes(source, tmp_path, monkeypatch):
+    out, run = tmp_path / "out", sharding._run
+
+    def run_while_another_finishes(*arguments):
+        monkeypatch.setattr(sharding, "_run", run)
+        shutil.copytree(source, tmp_path / "other")
+        (tmp_path / "other" / "cat").rename(tmp_path / "other" / "bird")
+        _shard(tmp_path / "other", out, split="val")
+        return run(*arguments)
+
+    monkeypatch.setattr(sharding, "_run", run_while_another_finishes)
+    with pytest.raises(UserError, match="class 0 'bird', the source 'cat'"):
+        _shard(source, out)
+    assert load_manifest(out).classes == ("bird", "dog")
+
+
 # -------------------------------------------------------------------------------------- the images
 
 

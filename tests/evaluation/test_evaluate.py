@@ -18,10 +18,12 @@ from scale_smog.checkpoint.nets import read_part
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
+from scale_smog.evaluation.groups.program import evaluate_groups
 from scale_smog.evaluation.program import PROGRAMS, evaluate
 from scale_smog.evaluation.supervised import linear
 from scale_smog.evaluation.task import weights_sha256
 from scale_smog.models import build_backbone
+from scale_smog.pretrain import pretrain
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = ["linear.epochs=4", "linear.batch=8", "linear.checkpoint_every=3"]
@@ -59,6 +61,27 @@ def test_the_momentum_net_is_evaluated_under_a_name_of_its_own(run_dir):
     kept = json.loads((run_dir / "results.json").read_text())
     assert kept["knn"] == found["online"]["figures"]
     assert kept["knn_momentum"] == found["momentum"]["figures"]
+
+
+def test_a_run_has_figures_of_its_newest_checkpoint_on_its_own_images_only(
+    tmp_path, tars, image_folder
+):
+    recipe = small_recipe(tmp_path, tars, "run.steps=4", "run.checkpoint_every=2")
+    pretrain(recipe)
+    run_dir = Path(recipe.run.dir)
+
+    def kept():
+        return json.loads((run_dir / "results.json").read_text())
+
+    before = kept()
+    evaluate("knn", [str(list_checkpoints(run_dir)[0])], [])
+    evaluate("linear", [str(list_checkpoints(run_dir)[0])], SHORT)
+    evaluate_groups([str(list_checkpoints(run_dir)[0])], [])
+    evaluate("knn", [str(run_dir)], [f"data.path={image_folder}"])
+    assert kept() == before
+    assert len(list((run_dir / "evaluations").iterdir())) == 4
+    evaluate("knn", [str(run_dir)], ["evaluation.k=3"])
+    assert kept() == before | {"knn": results(run_dir, "knn")["figures"]}
 
 
 def test_a_method_without_momentum_net_has_none_to_evaluate(tmp_path):

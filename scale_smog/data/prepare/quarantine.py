@@ -40,7 +40,7 @@ def write_quarantine(
         max_bad: largest share of bad ones, 0 to 1.
 
     Raises:
-        UserError: more of them are bad, or all are.
+        UserError: more of them are bad, or all are, or there are none.
     """
     name = f"{split}-quarantine.jsonl"
     path = f"{out}/{name}"
@@ -52,6 +52,8 @@ def write_quarantine(
             f"{extra[0].reason}",
             file=sys.stderr,
         )
+    if not num_images:
+        raise UserError(f"no images in the split {split!r} of {out}")
     if len(bad) > max_bad * num_images or len(bad) == num_images:
         raise UserError(
             f"{len(bad):,} of {num_images:,} images are bad, such as {bad[0].file} "

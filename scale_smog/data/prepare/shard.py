@@ -154,11 +154,7 @@ def _existing_split(
     manifest = existing_manifest(out)
     if manifest is None:
         return None
-    if manifest.classes != classes:
-        raise UserError(
-            f"{out} has {_first_difference(manifest.classes, classes)}; "
-            "all splits of a dataset have the same classes: write to another folder"
-        )
+    _require_classes(out, manifest, classes)
     existing = manifest.splits.get(split)
     if existing is None:
         return None
@@ -169,6 +165,16 @@ def _existing_split(
         )
     print(f"{out} has the split {split!r} already: {_summary(existing)}", file=sys.stderr)
     return existing
+
+
+def _require_classes(
+    out: Folder | Store, manifest: DatasetManifest, classes: tuple[str, ...]
+) -> None:
+    if manifest.classes != classes:
+        raise UserError(
+            f"{out} has {_first_difference(manifest.classes, classes)}; "
+            "all splits of a dataset have the same classes: write to another folder"
+        )
 
 
 def _first_difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
@@ -209,6 +215,8 @@ def _publish(
     )
     # Read again: another split may have been finished meanwhile.
     existing = existing_manifest(out)
+    if existing:
+        _require_classes(out, existing, classes)
     splits = dict(sorted({**(existing.splits if existing else {}), split: written}.items()))
     manifest = DatasetManifest(format_version=FORMAT_VERSION, classes=classes, splits=splits)
     write_manifest(out, manifest)

@@ -1,6 +1,7 @@
 """Purity of groups as a program: checkpoints and other methods' features, overlaid."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from scale_smog import distributed
 from scale_smog.checkpoint.nets import read_part
 from scale_smog.config import GroupingConfig
+from scale_smog.data.datasets import split_sha256
 from scale_smog.data.loaders.build import open_together
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder
@@ -25,7 +27,6 @@ from scale_smog.evaluation.groups.quality import GroupQuality, cluster_features,
 from scale_smog.evaluation.splits import random_subset, require_labels
 from scale_smog.evaluation.task import EvaluationTask
 from scale_smog.grouping import MomentumGroups
-from scale_smog.reporting import run_folder
 
 ENTROPY_PICTURE = "group_entropy.png"
 
@@ -45,12 +46,16 @@ def evaluate_groups(
     """
     checkpoints = [path for path in paths if not path.endswith(".npz")]
     files = [Path(path) for path in paths if path.endswith(".npz")]
+    if not paths:
+        raise UserError("groups takes a checkpoint or an .npz file, or several")
     with distributed.process_group() as device:
         qualities: dict[str, GroupQuality] = {}
-        tasks = [EvaluationTask.open("groups", path, overrides, device) for path in checkpoints]
+        tasks = [
+            _prepared(EvaluationTask.open("groups", x, overrides, device)) for x in checkpoints
+        ]
         for task in tasks:
             by_net = _checkpoint_groups(task)
-            run_folder.add_results(task.run_dir, {"groups": _results(by_net)})
+            task.finish(_results(by_net), {})
             trained = f"{task.run_dir.name}, {task.checkpoint.name}"
             qualities |= {trained if k == "trained" else k: v for k, v in by_net.items()}
         num_groups = next((q.num_groups for q in qualities.values()), GroupingConfig().num_groups)
@@ -62,6 +67,14 @@ def evaluate_groups(
             print(f"pictures: {folder / ENTROPY_PICTURE}, {GROUPS_PICTURE}")
             if with_paper:
                 print("the paper shows these groups' entropy as Figure 5, without numbers")
+
+
+def _prepared(task: EvaluationTask) -> EvaluationTask:
+    """The task with all that its result depends on."""
+    path = task.recipe.data.path
+    settings = {"evaluation": task.recipe.evaluation.model_dump()}
+    sha256 = distributed.call_on_main(lambda: split_sha256(path, "train"))
+    return replace(task, settings=settings, data_sha256={"train": sha256})
 
 
 def _results(by_net: dict[str, GroupQuality]) -> dict[str, float]:

@@ -34,9 +34,8 @@ def tar_source(paths: Sequence[Path], options: SourceOptions) -> Source:
         for sample in listing.samples:
             name = f"{tar}#{sample.image.offset}.{sample.image.size}.{sample.image.name}"
             images.append((name, sample.image.size))
-            labels.append(sample.label)
-        if options.label_key:
-            labels[-len(listing.samples) :] = _json_labels(path, listing, options.label_key)
+        key = options.label_key
+        labels += _json_labels(path, listing, key) if key else [x.label for x in listing.samples]
     if not images:
         raise UserError(f"no images in {paths[0]}{_why_none(bad, extra)}")
     if options.label_key and all(label is None for label in labels):
