@@ -33,6 +33,7 @@ from scale_smog.runtime.files import write_atomically
 
 PROGRESS_FILE = "progress.pt"
 METRICS_FILE = "metrics.jsonl"
+DENSE = ("segmentation", "detection")  # which have images of their own
 
 Results = dict[str, Any]  # accuracies as fractions, and what they depend on
 
@@ -192,7 +193,7 @@ class EvaluationTask:
     def finish(self, results: Results, about: dict[str, Any]) -> None:
         """Writes results.json, with every setting and hash, and adds the results to the run's.
 
-        The run's own results.json has figures of its newest checkpoint on its own dataset only.
+        These are of its newest checkpoint and its own dataset only.
 
         Args:
             results: figures.
@@ -212,7 +213,7 @@ class EvaluationTask:
         newest = list_checkpoints(self.run_dir)[-1]
         is_newest = self.checkpoint in (newest, find_checkpoint(self.run_dir)[0])
         own = run_folder.dataset_sha256(self.run_dir)
-        return is_newest and self.data_sha256.get("train", own) == own
+        return is_newest and (self.name in DENSE or self.data_sha256["train"] == own)
 
     def made_folder(self) -> Path:
         """The folder, made if it is not there.

@@ -1,6 +1,7 @@
 """A dataset in a store is the dataset on the disk, whatever the store does."""
 
 import gc
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from scale_smog.data.loaders import build
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.build import build_plan
 from scale_smog.data.remote import read_ahead
+from scale_smog.data.remote.cache import ABSENT, COMING
 from scale_smog.data.remote.read_ahead import Node
 from scale_smog.data.remote.space import cache_space, use_cache
 
@@ -61,10 +63,23 @@ def test_wider_gaps_are_read_where_the_cache_keeps_what_lies_between(tars, store
         remote.remote._limit_bytes = limit_bytes
         ahead = remote.remote.read_ahead(plan, range(0), Node.of_rank(0, 1, 1))
         ahead.close()
-        return len(ahead._ranges(wanted))
+        return len(ahead._ranges(wanted, ahead._gap_bytes))
 
     assert num_requests(all_bytes) == 3  # a tar each
     assert num_requests(all_bytes - 1) == len(wanted)
+
+
+def test_images_come_ahead_though_what_lies_between_them_does_not_fit(tars, stored):
+    remote = TarDataset(stored, "train")
+    cache, plan = remote.remote._cache, EpochPlan(remote.num_samples, 4, seed=3)
+    remote.remote._limit_bytes = int(cache.extents.sum() * 0.25)
+    ahead = remote.remote.read_ahead(plan, range(10), Node.of_rank(0, 1, 1))
+    first = np.concatenate([plan.ids(step) for step in range(ahead._ahead)])
+    while (cache.states == COMING).any():
+        time.sleep(0.01)
+    ahead.close()
+    assert ahead._ahead and (cache.states[first] != ABSENT).all()
+    assert (cache.states != ABSENT).sum() == len(first)  # and nothing else
 
 
 VIEWS = training_views(

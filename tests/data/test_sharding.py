@@ -260,7 +260,7 @@ def test_a_split_that_is_finished_meanwhile_keeps_its_classes(source, tmp_path, 
         monkeypatch.setattr(sharding, "_run", run)
         shutil.copytree(source, tmp_path / "other")
         (tmp_path / "other" / "cat").rename(tmp_path / "other" / "bird")
-        _shard(tmp_path / "other", out, split="val")
+        shard_folder(tmp_path / "other", out, split="val", shard_samples=5, workers=1)
         return run(*arguments)
 
     monkeypatch.setattr(sharding, "_run", run_while_another_finishes)

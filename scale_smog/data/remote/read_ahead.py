@@ -7,7 +7,7 @@ ones are fetched as single images and far ones, or those of `data.order=block`, 
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -156,10 +156,15 @@ class ReadAhead:
             return False
         num_steps = min(num_steps, room)
         window = range(self._ahead, min(self._ahead + num_steps, self._steps.stop))
-        ranges = self._ranges(self._node.ids(self._plan, window))
-        num_bytes = sum(int(self._cache.extents[each.sample_ids].sum()) for each in ranges)
-        if not self._make_room(num_bytes, window):
-            return False
+        ids = self._node.ids(self._plan, window)
+        ranges = self._ranges(ids, self._gap_bytes)
+        if not self._make_room(ranges, window):
+            if lead >= FIRST_STEPS:
+                return False
+            # The reader is near, and what lies between its images would fill the cache: without it.
+            ranges = self._ranges(ids, gap_bytes=0)
+            if not self._make_room(ranges, window):
+                return False
         self._ahead = window.stop
         for each in ranges:
             self._cache.states[each.sample_ids] = COMING
@@ -169,8 +174,11 @@ class ReadAhead:
             self._pool.submit(self._fetch, each)
         return True
 
-    def _ranges(self, ids: np.ndarray) -> list[Range]:
-        """What this process has to fetch for samples [n], in the order of need."""
+    def _ranges(self, ids: np.ndarray, gap_bytes: int) -> list[Range]:
+        """What this process has to fetch for samples [n], in the order of need.
+
+        Of a stripe, those that are at most `gap_bytes` apart are one range.
+        """
         order = np.full(len(self._own), len(ids))
         order[ids[::-1]] = np.arange(len(ids))[::-1]  # when each is needed first
         wanted = np.unique(ids[self._own[ids] & (self._cache.states[ids] == ABSENT)])
@@ -179,7 +187,7 @@ class ReadAhead:
         offsets, sizes = self._index.rows["offset"][wanted], self._index.rows["size"][wanted]
         stripes = self._cache.stripes[wanted]
         ends = offsets + sizes
-        is_cut = (np.diff(stripes) != 0) | (offsets[1:] - ends[:-1] > self._gap_bytes)
+        is_cut = (np.diff(stripes) != 0) | (offsets[1:] - ends[:-1] > gap_bytes)
         is_cut |= np.diff(offsets) < 0
         parts = np.split(np.arange(len(wanted)), np.flatnonzero(is_cut) + 1)
         ranges = []
@@ -190,8 +198,9 @@ class ReadAhead:
             ranges.append(Range(shard, int(offsets[part[0]]), int(ends[part[-1]]), absent))
         return sorted(ranges, key=lambda each: order[each.sample_ids].min())
 
-    def _make_room(self, num_bytes: int, window: range) -> bool:
-        """Removes what is needed last until `num_bytes` fit; False if all is needed before."""
+    def _make_room(self, ranges: Sequence[Range], window: range) -> bool:
+        """Removes what is needed last until ranges fit; False if all is needed before `window`."""
+        num_bytes = sum(int(self._cache.extents[each.sample_ids].sum()) for each in ranges)
         excess = self._cache.num_bytes(self._own) + num_bytes - self._limit_bytes
         if excess <= 0:
             return True
