@@ -205,6 +205,7 @@ class _Index:
         except BadImageError as error:
             self._reasons[self._names[i]] = str(error)
             return (*file, -1, 0, 0, False)
+        self._reasons.pop(self._names[i], None)  # it may have been mended
         as_stored = image.content is content
         return (*file, image.width, image.height, zlib.crc32(content), as_stored)
 

@@ -57,6 +57,8 @@ def evaluate_groups(
             by_net = _checkpoint_groups(task)
             task.finish(_results(by_net), {})
             trained = f"{task.run_dir.name}, {task.checkpoint.name}"
+            if trained in qualities:
+                trained = f"{task.run_dir}, {task.checkpoint.name}"
             qualities |= {trained if k == "trained" else k: v for k, v in by_net.items()}
         num_groups = next((q.num_groups for q in qualities.values()), GroupingConfig().num_groups)
         qualities |= {path.stem: _file_groups(path, num_groups) for path in files}
