@@ -589,6 +589,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _online_labels_are_the_datasets(self) -> Self:
+        if self.evaluation.online and self.data.loader in ("stream", "synthetic"):
+            raise ValueError(
+                f"evaluation.online=true learns from the dataset's labels, and "
+                f"data.loader={self.data.loader} does not have them: take data.loader=dali"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _images_are_told_apart(self) -> Self:
         if self.method.name == "deepcluster_v2" and self.data.loader in ("fast", "stream"):
             raise ValueError(

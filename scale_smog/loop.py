@@ -42,7 +42,8 @@ def train(
             report = train_step(state, batch, scheduled)
             progress.after_step(state.step, batch, report, scheduled, state.engine.features)
             if probe:
-                probe.update(state.step, state.engine.features, batch.label)
+                if report.is_applied:  # else features may be NaN, and the probe would stay so
+                    probe.update(state.step, state.engine.features, batch.label)
                 if due(state.step, run.log_every):
                     progress.metrics.scalars(state.step, probe.accuracies())
             if due(state.step, run.checkpoint_every):

@@ -1,5 +1,6 @@
 """Pre-training: builds the parts in the order of the data's flow, then runs the loop."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -44,7 +45,7 @@ from scale_smog.small_data import fit_to_data
 from scale_smog.state import TrainState, build_state
 
 # To the copy of the last checkpoint; after a signal that ends a machine it has seconds.
-MIRROR_S, MIRROR_AFTER_STOP_S = 1200.0, 15.0
+MIRROR_S, MIRROR_AFTER_STOP_S, MIRROR_LOOK_S = 1200.0, 15.0, 1.0
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -133,7 +134,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
         await_mirror(checkpoints, metrics, MIRROR_S)
     except phases.StopRequested:
         metrics.say(f"stopped after step {state.step}; the same command goes on from there")
-        await_mirror(checkpoints, metrics, MIRROR_AFTER_STOP_S)
+        await_mirror(checkpoints, metrics, MIRROR_AFTER_STOP_S, is_stopping=True)
     metrics.close()
     if distributed.is_main():
         draw_run_curves(run_dir)
@@ -184,12 +185,23 @@ def start_or_save(state: TrainState, batches: Iterable[Batch], checkpoints: Chec
         raise
 
 
-def await_mirror(checkpoints: Checkpoints, metrics: Metrics, seconds: float) -> None:
-    """Gives the copy of the last checkpoint some time; a collective."""
-    with phases.during(phases.SAVING):
-        problem = distributed.call_on_main(lambda: checkpoints.wait_for_mirror(seconds))
-    if problem:
-        metrics.say(f"warning: {problem}")
+def await_mirror(
+    checkpoints: Checkpoints, metrics: Metrics, seconds: float, is_stopping: bool = False
+) -> None:
+    """Gives the copy of the last checkpoint some time; a collective.
+
+    Raises:
+        StopRequested: on all ranks alike, unless the run is stopping anyway.
+    """
+    problem = None
+    for _ in range(math.ceil(seconds / MIRROR_LOOK_S)):
+        if not is_stopping:
+            phases.check_for_stop()
+        with phases.during(phases.SAVING):  # whose deadline begins anew with every look
+            problem = distributed.call_on_main(lambda: checkpoints.wait_for_mirror(MIRROR_LOOK_S))
+        if not problem:
+            return
+    metrics.say(f"warning: {problem}")
 
 
 @contextmanager

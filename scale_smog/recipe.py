@@ -53,8 +53,15 @@ NUMBERS = {
     "int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$",
     "float": r"[-+]?((\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)$|\.nan$",
 }
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes texts that either version of YAML takes for numbers."""
+
+
 for _name, _pattern in NUMBERS.items():
-    _StrictLoader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list("-+.0123456789"))
+    for _reader in (_StrictLoader, _Dumper):
+        _reader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list("-+.0123456789"))
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -177,7 +184,8 @@ def _holds_text(model: type[BaseModel], section: str, name: str) -> bool:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def _parse_yaml(text: str, name: str) -> Any:

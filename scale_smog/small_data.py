@@ -28,11 +28,14 @@ def fit_to_data(
         begun: what the run began with, if it has: it keeps its values when it is made longer.
 
     Returns:
-        The recipe that is trained, and a line on each value that was derived.
+        The recipe that is trained, with the number of images, and a line on each value that was
+        derived.
 
     Raises:
         UserError: what the recipe gives does not fit what is derived.
     """
+    data = recipe.data.model_copy(update={"num_images": num_images})  # what is planned with
+    recipe = recipe.model_copy(update={"data": data})
     if not recipe.run.small_data:
         return recipe, []
     given = recipe.model_dump(exclude_unset=True)

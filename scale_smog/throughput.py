@@ -38,7 +38,7 @@ DEFAULT_TARGET = "h200"
 NUM_TRACED = 2
 LINKS = {"gpus_per_node", "node", "network", "collective_shares"}  # what calibration changes
 KMEANS_ROWS_ON_CPU = 4096  # more would take long; the time grows with the rows
-FIXED_VALUES = ScheduledValues(epoch=0.0, progress=0.0, lr=1e-3, weight_decay=1e-6, beta=0.99)
+FIXED_VALUES = ScheduledValues(epoch=1e6, progress=0.0, lr=1e-3, weight_decay=1e-6, beta=0.99)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def profile(recipe: Recipe, options: Options) -> dict[str, Any]:
 def profile_on(device: torch.device, recipe: Recipe, options: Options) -> dict[str, Any]:
     """As `profile`, on a rank whose process group is there."""
     target = load_hardware(options.hardware or hardware_name(device) or DEFAULT_TARGET)
-    if recipe.run.small_data:
+    if recipe.run.small_data or not (options.synthetic or recipe.data.loader == "synthetic"):
         recipe, _ = fit_to_data(recipe, num_images(recipe.data.path, "train"))
     measure = profile_loader if options.loader_only else profile_step
     facts, text = measure(recipe, options, device, target)
@@ -194,8 +194,8 @@ def measure_steps(
 
 
 def without_resets(recipe: Recipe) -> Recipe:
-    """So that measured steps are alike; k-means is measured by itself."""
-    changes = {"reset_every": 10**9, "bank_steps": recipe.bank_steps}
+    """So that measured steps are alike, and the run's usual ones; k-means is measured by itself."""
+    changes = {"reset_every": 10**9, "bank_steps": recipe.bank_steps, "instance_warmup_steps": 0}
     grouping = recipe.grouping.model_copy(update=changes)
     return recipe.model_copy(update={"grouping": grouping})
 

@@ -116,8 +116,17 @@ def test_more_groups_than_features_is_refused_with_the_limit(minimal: Path) -> N
     assert load_recipe(minimal, overrides).grouping.num_groups == 81
 
 
+@pytest.mark.parametrize(
+    "loader", [["data.loader=synthetic"], ["data.loader=stream", "data.stream=x"]]
+)
+def test_labels_that_are_not_the_datasets_teach_no_classifier(minimal: Path, loader) -> None:
+    with pytest.raises(UserError, match=r"learns from the dataset's labels"):
+        load_recipe(minimal, ["evaluation.online=true", *loader])
+
+
 def test_a_dumped_recipe_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(minimal, ["model.batch_norm=8", "augment.blur=[0.5, 0.1]"])
+    texts = ["run.dir=3e-4", "data.path=1e3", "data.cache_dir=010"]
+    recipe = load_recipe(minimal, ["model.batch_norm=8", "augment.blur=[0.5, 0.1]", *texts])
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe))
     assert load_recipe(again) == recipe

@@ -66,9 +66,11 @@ def test_a_run_that_is_made_longer_keeps_what_it_derived(tmp_path, tars):
     assert longer.model_copy(update={"run": kept.run}) == kept
 
 
-def test_without_small_data_nothing_changes():
+def test_without_small_data_nothing_changes_but_the_number_of_images():
     recipe = recipe_of(run={"steps": 600})
-    assert fit_to_data(recipe, 50_000) == (recipe, [])
+    fitted, lines = fit_to_data(recipe, 50_000)
+    assert fitted.data.num_images == 50_000 and not lines
+    assert fitted.model_copy(update={"data": recipe.data}) == recipe
 
 
 def test_a_run_says_what_it_derived_and_keeps_it(tmp_path, tars, capsys):

@@ -104,9 +104,6 @@ class Mirror:
                 final = step_folder(run_dir / "checkpoints", step)
                 try:
                     self._bring(final)
-                    for name in self._store.sizes("*.*"):
-                        if name in OF_THE_FOLDER:
-                            self._store.download(name, run_dir / name)
                     return final.name
                 except DamagedCheckpoint as error:
                     damages.append(str(error))
@@ -131,6 +128,10 @@ class Mirror:
                     raise DamagedCheckpoint(f"{MANIFEST_FILE} names a file elsewhere: {name}")
                 self._store.download(f"{final.name}/{name}", staging / name)
             check_files(staging, manifest)
+            for name in OF_THE_FOLDER:  # before the checkpoint: with it, it is not asked again
+                if self._store.size(name) is not None:
+                    self._store.download(name, staging.parent / name)
+                    rename_durably(staging.parent / name, final.parent.parent / name)
             rename_durably(staging, final)
         except FileNotFoundError as error:
             raise DamagedCheckpoint(f"{self}/{final.name}: a file is missing: {error}") from None

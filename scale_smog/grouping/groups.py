@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scale_smog import distributed
 from scale_smog.config import GroupingConfig
 from scale_smog.counter_rng import random_words
+from scale_smog.errors import UserError
 from scale_smog.grouping.feature_bank import FeatureBank
 from scale_smog.grouping.kmeans import KMeansResult, spherical_kmeans
 from scale_smog.grouping.precision import full_float32
@@ -124,9 +125,19 @@ class MomentumGroups(nn.Module):
         self.num_commits += 1
 
     def start_from(self, bank: FeatureBank) -> KMeansResult:
-        """First groups: k-means from features drawn by their global number."""
+        """First groups: k-means from features drawn by their global number.
+
+        Raises:
+            UserError: there are fewer features than groups.
+        """
         features, rows = bank.features(), bank.global_rows()
         num_features = len(rows) * distributed.world_size()
+        if num_features < len(self.centroids):
+            raise UserError(
+                f"{num_features} features for {len(self.centroids)} groups to begin with, as steps "
+                "that were not finite left none: begin anew with more "
+                "grouping.instance_warmup_steps or a lower optimizer.base_lr"
+            )
         draws = random_words(self.seed, np.arange(num_features), 0, stream=-1, num_words=1)[:, 0]
         drawn = torch.from_numpy(np.argsort(draws, kind="stable")[: len(self.centroids)].copy())
         drawn = drawn.to(features.device)  # [K] global numbers

@@ -96,12 +96,13 @@ def sinkhorn(scores: Tensor, epsilon: float, rounds: int = SINKHORN_ROUNDS) -> T
         rounds: of the two normalisations.
 
     Returns:
-        [..., N, K], rows add up to 1.
+        [..., N, K], rows add up to 1, or to 0 where epsilon is too small for the type.
     """
     codes = torch.exp((scores - 1) / epsilon)  # below 1: scores are cosines
+    tiny = torch.finfo(codes.dtype).tiny  # a prototype far from all images may have a sum of 0
     for _ in range(rounds):
-        codes /= distributed.all_reduce(codes.sum(dim=-2, keepdim=True))  # of a prototype
-        codes /= codes.sum(dim=-1, keepdim=True)  # of an image
+        codes /= distributed.all_reduce(codes.sum(dim=-2, keepdim=True)).clamp_min(tiny)
+        codes /= codes.sum(dim=-1, keepdim=True).clamp_min(tiny)  # of an image
     return codes
 
 

@@ -62,9 +62,9 @@ def check(recipe: Recipe) -> int:
 
 
 def as_trained(recipe: Recipe) -> Recipe:
-    """With what follows from the number of images of a small set, if the first rank finds it."""
+    """With the number of images, and what follows from it, if the first rank finds the dataset."""
     num_images = 0
-    if recipe.run.small_data and distributed.is_main():
+    if distributed.is_main():
         with suppress(UserError, OSError):  # the dataset's own row will say it
             num_images = open_split(recipe.data.path, "train").num_samples
     num_images = distributed.broadcast_object(num_images)

@@ -66,7 +66,8 @@ class Follower:
         """Whether the run has come to its end, and its last evaluation with it."""
         lines = read_lines(self._run_dir / METRICS_FILE)
         end = run_folder.read_results(self._run_dir).get("run", {}).get("step")
-        return bool(lines) and lines[-1]["step"] == end
+        # A last step that was not applied has no line.
+        return bool(lines) and end is not None and lines[-1]["step"] <= end
 
     def close(self) -> None:
         """Waits until the tracker has all of it."""

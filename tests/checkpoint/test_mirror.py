@@ -13,7 +13,8 @@ from scale_smog.checkpoint import Checkpoints, list_checkpoints
 from scale_smog.checkpoint.mirror import Mirror, bring_back
 from scale_smog.config import RunConfig
 from scale_smog.distributed import Partition
-from scale_smog.runtime import stores
+from scale_smog.pretrain import MIRROR_LOOK_S, await_mirror
+from scale_smog.runtime import phases, stores
 from scale_smog.runtime.stores import Store
 
 
@@ -54,6 +55,14 @@ def newest(run: RunConfig) -> int | None:
         return None
     assert (restored.values["online.w"] == restored.step).all()
     return restored.step
+
+
+class Said:
+    """Metrics that keep what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.say = self.lines.append
 
 
 def copies(run: RunConfig) -> set[str]:
@@ -143,7 +152,35 @@ def test_a_store_that_fails_stops_no_training_and_the_next_copy_succeeds(run, s3
     assert copies(run) == {"step-00000020"}
 
 
+def test_a_copy_that_comes_back_in_part_comes_back_at_the_next_start(run, s3, impatient):
+    save(run, 10)
+    Store(run.mirror).write("recipe.yaml", b"run: {}")
+    lose_machine(run)
+    s3.fault = lambda x: "slow down" if "recipe" in x.path and x.command == "GET" else None
+    with pytest.raises(UserError, match="try again"):
+        bring_back(run)
+    assert not list_checkpoints(Path(run.dir))
+    s3.fault = lambda *_: None
+    assert newest(run) == 10 and (Path(run.dir) / "recipe.yaml").read_bytes() == b"run: {}"
+
+
 def test_a_store_that_cannot_be_asked_begins_nothing_anew(run, s3, impatient):
     s3.fault = lambda *_: "slow down"
     with pytest.raises(UserError, match=r"run\.mirror=.*begin anew without run\.mirror"):
         bring_back(run)
+
+
+def test_a_stop_is_heard_while_a_run_waits_for_its_last_copy(monkeypatch):
+    class Slow:
+        def wait_for_mirror(self, seconds: float) -> str:
+            return "step-00000008 is not in the mirror yet"
+
+    def stop() -> None:
+        raise phases.StopRequested
+
+    said = Said()
+    await_mirror(Slow(), said, MIRROR_LOOK_S, is_stopping=True)
+    assert said.lines == ["warning: step-00000008 is not in the mirror yet"]
+    monkeypatch.setattr(phases, "on_check", [stop])
+    with pytest.raises(phases.StopRequested):
+        await_mirror(Slow(), said, 1200.0)

@@ -133,6 +133,19 @@ def test_without_augmentation_the_evaluation_crop_is_the_picture(tars, loader):
     assert pixels.std() > 0.05  # a picture, not a constant
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_one_line_from_a_worker_too(tars, tmp_path, workers):
+    shutil.copytree(tars, tmp_path / "tars")
+    place = TarDataset(tars, "train")._index.place(0)
+    with open(tmp_path / "tars" / place.tar, "r+b") as tar:
+        tar.seek(place.offset)
+        tar.write(bytes(40))
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "tars", "torch", range(5), workers=workers)
+    assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+    assert "train-00000" in str(caught.value)
+
+
 def test_a_gpu_that_is_not_there_is_named(tars):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -3,10 +3,13 @@
 import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
+from small_recipe import small_recipe
 from torch import nn
 
 from scale_smog import distributed
+from scale_smog.engine.base import Engine
 from scale_smog.evaluation.online import OnlineProbe
+from scale_smog.pretrain import pretrain
 
 
 def views(num: int):
@@ -81,3 +84,18 @@ def two_halves() -> list[float]:
 
 def test_ranks_learn_one_classifier_from_all_images():
     assert run_on_ranks(2, two_halves) == [[1.0, 1.0]] * 2
+
+
+def test_a_step_that_is_left_out_teaches_the_classifier_nothing(tmp_path, tars, monkeypatch):
+    seen, step = [], Engine.step
+
+    def step_but_the_third(engine, *rates):
+        step(engine, *rates)
+        seen.append(None)
+        return len(seen) != 3
+
+    monkeypatch.setattr(Engine, "step", step_but_the_third)
+    monkeypatch.setattr(OnlineProbe, "update", lambda probe, step, *_: taught.append(step))
+    taught = []
+    pretrain(small_recipe(tmp_path, tars, "run.steps=5", "evaluation.online=true"))
+    assert taught == [1, 2, 4, 5]

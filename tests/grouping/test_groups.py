@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ranks import run_on_ranks
 
 from scale_smog import distributed
+from scale_smog.errors import UserError
 from scale_smog.grouping import FeatureBank, MomentumGroups
 from scale_smog.grouping.precision import full_float32
 from scale_smog.loss import group_contrastive_loss
@@ -244,6 +245,13 @@ def test_first_groups_are_drawn_from_different_features():
     similarity = groups.centroids @ rows.T
     assert (similarity.max(dim=1).values > 1 - 1e-6).all()
     assert len(similarity.argmax(dim=1).unique()) == NUM_GROUPS
+
+
+def test_fewer_features_than_groups_are_refused():
+    bank = FeatureBank(1, BATCH, DIM, CPU)
+    bank.push(unit(BATCH, DIM, seed=0).float())
+    with pytest.raises(UserError, match=f"{BATCH} features for {BATCH + 1} groups"):
+        MomentumGroups(BATCH + 1, DIM).start_from(bank)
 
 
 def test_the_bank_holds_exactly_the_last_steps():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scale_smog.loop import train_step
 from scale_smog.methods.base import raised
-from scale_smog.methods.swav import PROTOTYPES, Swav
+from scale_smog.methods.swav import PROTOTYPES, Swav, sinkhorn
 from scale_smog.state import TrainState
 
 
@@ -36,6 +36,13 @@ def test_each_view_is_compared_with_the_other(tmp_path, name, monkeypatch):
     step(state)
     first, second = next(runs.batches(0, 0)).large
     assert [torch.equal(a, b) for a, b in zip(seen, (second, first), strict=True)] == [True, True]
+
+
+def test_codes_of_an_epsilon_too_small_for_the_type_are_numbers():
+    scores = torch.tensor([[0.9, -0.9, 0.1], [0.8, -0.95, 0.2]])  # nobody is near the second
+    codes = sinkhorn(scores, 0.005)
+    assert codes.isfinite().all() and codes[:, 1].sum() == 0
+    assert (codes.sum(dim=1) - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name", ["moco_v3", "byol"])

@@ -52,6 +52,10 @@ class Run:
     def ends(self) -> None:
         run_folder.add_results(self.dir, {"run": {"step": self._step}})
 
+    def leaves_out(self) -> None:
+        """A step that is not applied has no line."""
+        self._step += 1
+
     def curve(self, name: str) -> list[tuple[int, float]]:
         """As metrics.jsonl has it, or as the run was told."""
         if name == "knn":

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from scale_smog.runtime.preemption import stop_signals_blocked
 SHARED_MEMORY = Path("/dev/shm")
 BATCHES_AHEAD = 3  # of a worker: two that wait, and the one on its way
 MIB = 2**20
+T = TypeVar("T")
 
 
 class TorchLoader:
@@ -52,7 +54,7 @@ class TorchLoader:
     def __iter__(self) -> Iterator[Batch]:
         with stop_signals_blocked():
             batches = iter(self._batches)
-        for views, label, sample_id in batches:
+        for views, label, sample_id in _with_plain_errors(batches):
             views = [self._to_device(view) for view in views]
             label = label.to(self._device, non_blocking=True)
             yield Batch.from_views(self._source.views, views, label, sample_id)
@@ -60,6 +62,14 @@ class TorchLoader:
     def _to_device(self, view: Tensor) -> Tensor:
         view = view.to(self._device, non_blocking=True)
         return view.contiguous(memory_format=torch.channels_last)
+
+
+def _with_plain_errors(batches: Iterator[T]) -> Iterator[T]:
+    """DataLoader puts a worker's traceback before what it has to say."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
 
 
 def _require_shared_memory(source: BatchSource, workers: int) -> None:

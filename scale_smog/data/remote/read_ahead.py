@@ -158,12 +158,12 @@ class ReadAhead:
         window = range(self._ahead, min(self._ahead + num_steps, self._steps.stop))
         ids = self._node.ids(self._plan, window)
         ranges = self._ranges(ids, self._gap_bytes)
-        if not self._make_room(ranges, window):
+        if not self._make_room(self._num_bytes(ranges), window):
             if lead >= FIRST_STEPS:
                 return False
             # The reader is near, and what lies between its images would fill the cache: without it.
             ranges = self._ranges(ids, gap_bytes=0)
-            if not self._make_room(ranges, window):
+            if not self._make_room(self._num_bytes(ranges), window):
                 return False
         self._ahead = window.stop
         for each in ranges:
@@ -198,9 +198,12 @@ class ReadAhead:
             ranges.append(Range(shard, int(offsets[part[0]]), int(ends[part[-1]]), absent))
         return sorted(ranges, key=lambda each: order[each.sample_ids].min())
 
-    def _make_room(self, ranges: Sequence[Range], window: range) -> bool:
-        """Removes what is needed last until ranges fit; False if all is needed before `window`."""
-        num_bytes = sum(int(self._cache.extents[each.sample_ids].sum()) for each in ranges)
+    def _num_bytes(self, ranges: Sequence[Range]) -> int:
+        """That they will take in the cache."""
+        return sum(int(self._cache.extents[each.sample_ids].sum()) for each in ranges)
+
+    def _make_room(self, num_bytes: int, window: range) -> bool:
+        """Removes what is needed last until `num_bytes` fit; False if all is needed before."""
         excess = self._cache.num_bytes(self._own) + num_bytes - self._limit_bytes
         if excess <= 0:
             return True
