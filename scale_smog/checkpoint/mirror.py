@@ -28,7 +28,7 @@ from scale_smog.errors import UserError
 from scale_smog.runtime.files import rename_durably
 from scale_smog.runtime.stores import Store
 
-OF_THE_FOLDER = ("recipe.yaml", "dataset.json")
+OF_THE_FOLDER = ("dataset.json", "recipe.yaml")  # by the last a run's folder is known
 _MANIFEST = re.compile(rf"step-(\d{{8}})/{re.escape(MANIFEST_FILE)}")
 
 
@@ -137,6 +137,9 @@ class Mirror:
             raise DamagedCheckpoint(f"{self}/{final.name}: a file is missing: {error}") from None
         finally:
             shutil.rmtree(staging.parent, ignore_errors=True)
+            with suppress(OSError):  # nothing is left of a copy that did not come
+                final.parent.rmdir()
+                final.parent.parent.rmdir()
 
     def _work(self) -> None:
         while True:
