@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from scale_smog.checkpoint import nets
 from scale_smog.errors import UserError
-from scale_smog.export import export, to_torchvision_swin
+from scale_smog.export import _card, export, to_torchvision_swin
 from scale_smog.models import build_backbone, build_nets
 from scale_smog.models.weights import from_torchvision_swin, load_weights
 from scale_smog.pretrain import pretrain
@@ -197,3 +197,10 @@ def test_weights_of_another_net_are_refused_by_the_first_difference(tmp_path):
         load_weights(build_backbone("resnet_tiny"), tmp_path / "b.pth")
     with pytest.raises(UserError, match="no such file"):
         load_weights(build_backbone("resnet_tiny"), tmp_path / "none.pth")
+
+
+def test_a_card_names_the_runs_own_method_and_library(tmp_path):
+    recipe = small_recipe(tmp_path, "nowhere", "method.name=simclr")
+    card = _card(recipe, "run", 8, "", "hf", library="scale_smog")
+    assert card.startswith("---\nlibrary_name: scale_smog\ntags: [image-feature-extraction,")
+    assert "SimCLR (Chen et al., ICML 2020)" in card and "groups |" not in card

@@ -16,6 +16,7 @@ from PIL import Image
 
 from scale_smog.cli.data_tools import shard
 from scale_smog.data import TarDataset
+from scale_smog.data.prepare.index import index_folder
 from scale_smog.data.prepare.sources import SourceOptions, open_source
 
 WNIDS = ("n01440764", "n01443537", "n02102040")
@@ -264,3 +265,9 @@ def test_labels_of_tars_may_lie_in_json_under_a_key(tmp_path, labels):
     assert truth(dataset) == expected
     line = refusal(open_source, tmp_path / "tars", SourceOptions(label_key="species"))
     assert "no .json member of" in line and "'species'" in line
+
+
+def test_tars_without_an_image_are_refused_in_a_line(tmp_path):
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "0.tar", {"words.txt": b"no image"})
+    assert "no images" in refusal(index_folder, tmp_path / "tars")
