@@ -18,7 +18,14 @@ from scale_smog.methods import METHODS
 from scale_smog.profiling.step_profile import PARTS, Timeline, timed
 from scale_smog.reporting import run_folder
 from scale_smog.state import build_state
-from scale_smog.throughput import FIXED_VALUES, Options, build_batches, profile_on, timed_methods
+from scale_smog.throughput import (
+    FIXED_VALUES,
+    Options,
+    build_batches,
+    profile_on,
+    timed_methods,
+    without_resets,
+)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -155,3 +162,10 @@ def test_a_step_needs_no_library_of_one_loader_one_engine_or_pictures():
     names = ("webdataset", "braceexpand", "psutil", "deepspeed", "matplotlib")
     program = WITHOUT.format(names=names)
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_the_step_that_is_measured_is_the_methods_own_not_that_of_its_start(tmp_path):
+    recipe = small_recipe(tmp_path, "x", "grouping.instance_warmup_steps=50")
+    state = build_state(without_resets(recipe), 4, torch.device("cpu"))
+    batch = next(iter(build_batches(recipe, 4, 1, True, torch.device("cpu"))))
+    assert train_step(state, batch, FIXED_VALUES).usage is not None  # images were put into groups

@@ -184,3 +184,18 @@ def test_a_stop_is_heard_while_a_run_waits_for_its_last_copy(monkeypatch):
     monkeypatch.setattr(phases, "on_check", [stop])
     with pytest.raises(phases.StopRequested):
         await_mirror(Slow(), said, 1200.0)
+
+
+def test_whatever_a_stores_library_raises_costs_one_copy_only(run, monkeypatch, capfd):
+    def cannot(*_: object) -> None:
+        raise NotImplementedError("this store removes nothing")
+
+    checkpoints = Checkpoints(run, {})
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "remove", cannot)
+        checkpoints.save(10, state_of(10.0))
+        assert checkpoints.wait() is None and checkpoints.wait_for_mirror(60) is None
+    assert "no copy of step-00000010" in capfd.readouterr().err
+    checkpoints.save(20, state_of(20.0))
+    assert checkpoints.wait() is None and checkpoints.wait_for_mirror(60) is None
+    assert copies(run) == {"step-00000020"}

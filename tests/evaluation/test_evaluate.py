@@ -15,6 +15,7 @@ from small_recipe import small_recipe
 
 from scale_smog.checkpoint import list_checkpoints
 from scale_smog.checkpoint.nets import read_part
+from scale_smog.cli.main import main
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
@@ -268,3 +269,14 @@ def test_torchrun_and_deepspeed_find_what_one_process_finds(run_dir, tmp_path):
         again = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
         for name, value in weights.items():
             assert torch.allclose(value, again[name], atol=1e-4 * value.abs().max().item() + 1e-6)
+
+
+def test_a_folder_with_an_equals_sign_is_a_checkpoint(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setitem(PROGRAMS, "knn", lambda *arguments: given.append(arguments))
+    (tmp_path / "lr=0.1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "knn", "lr=0.1", "evaluation.k=5"])
+    assert not ended.value.code
+    assert given == [(["lr=0.1"], ["evaluation.k=5"], False)]
