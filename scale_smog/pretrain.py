@@ -195,12 +195,12 @@ def await_mirror(
     """
     problem = None
     for _ in range(math.ceil(seconds / MIRROR_LOOK_S)):
-        if not is_stopping:
-            phases.check_for_stop()
         with phases.during(phases.SAVING):  # whose deadline begins anew with every look
             problem = distributed.call_on_main(lambda: checkpoints.wait_for_mirror(MIRROR_LOOK_S))
         if not problem:
             return
+        if not is_stopping:
+            phases.check_for_stop()
     metrics.say(f"warning: {problem}")
 
 

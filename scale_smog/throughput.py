@@ -38,6 +38,7 @@ DEFAULT_TARGET = "h200"
 NUM_TRACED = 2
 LINKS = {"gpus_per_node", "node", "network", "collective_shares"}  # what calibration changes
 KMEANS_ROWS_ON_CPU = 4096  # more would take long; the time grows with the rows
+# Of a step well after what a method does in its first epochs only.
 FIXED_VALUES = ScheduledValues(epoch=1e6, progress=0.0, lr=1e-3, weight_decay=1e-6, beta=0.99)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from scale_smog import distributed
-from scale_smog.checkpoint import list_checkpoints
 from scale_smog.checkpoint.nets import find_checkpoint, load_net
 from scale_smog.config import Recipe
 from scale_smog.data.datasets import Images, split_sha256
@@ -210,10 +209,10 @@ class EvaluationTask:
                 run_folder.add_results(self.run_dir, {key: results})
 
     def _is_of_the_run(self) -> bool:
-        newest = list_checkpoints(self.run_dir)[-1]
-        is_newest = self.checkpoint in (newest, find_checkpoint(self.run_dir)[0])
+        if self.checkpoint != find_checkpoint(self.run_dir)[0]:  # the newest whole one
+            return False
         own = run_folder.dataset_sha256(self.run_dir)
-        return is_newest and (self.name in DENSE or self.data_sha256["train"] == own)
+        return self.name in DENSE or self.data_sha256["train"] == own
 
     def made_folder(self) -> Path:
         """The folder, made if it is not there.

@@ -140,9 +140,10 @@ def _written(record: RunRecord) -> dict[str, dict[str, Any]]:
     paths = record.folder.glob("evaluations/*/results.json")
     contents = [json.loads(path.read_text()) for path in paths]
     return {
-        content["result"]: content
+        name: content
         for content in contents
-        if content["figures"] == record.results.get(content["result"])
+        if (name := content.get("result")) in record.results
+        and content["figures"] == record.results[name]
     }
 
 

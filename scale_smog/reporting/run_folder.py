@@ -137,8 +137,9 @@ def trained_otherwise(start: Path, recipe: Recipe) -> list[str]:
 
 
 def dataset_sha256(folder: Path) -> str:
-    """Of the training split that the run of this folder is trained on."""
-    return json.loads((folder / DATASET_FILE).read_text())["manifest_sha256"]
+    """Of the training split that the run of this folder is trained on; "" if it is not known."""
+    path = folder / DATASET_FILE
+    return json.loads(path.read_text())["manifest_sha256"] if path.exists() else ""
 
 
 def read_results(folder: Path) -> dict[str, dict[str, float]]:

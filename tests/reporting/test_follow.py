@@ -125,6 +125,15 @@ def test_a_follower_that_is_started_again_goes_on_where_it_was(run):
     assert [step for step, _ in second.curve("knn")] == [64]
 
 
+def test_a_run_whose_last_step_was_left_out_has_ended(run):
+    run.goes_on(3)
+    run.leaves_out()
+    follower = Follower(run.dir, "mlflow", Recorder())
+    assert not follower.is_finished()
+    run.ends()
+    assert follower.is_finished()
+
+
 def test_what_a_tracker_did_not_take_is_sent_again_and_nothing_twice(run, monkeypatch):
     tracker, said = Recorder(fails_after=1), []
     monkeypatch.setitem(TRACKERS, "mlflow", lambda *_: tracker)
