@@ -195,7 +195,7 @@ def recipe_of(run: Run) -> Any:
     tree["run"]["seed"] = run.seed
     tree["data"]["path"] = run.tars
     has_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    tree["engine"] = {"precision": "bf16" if has_bf16 else "fp32"}
+    tree.setdefault("engine", {}).setdefault("precision", "bf16" if has_bf16 else "fp32")
     return validate(Recipe, tree)
 
 

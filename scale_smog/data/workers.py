@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
-from typing import TypeVar
+from multiprocessing import forkserver, reduction
+from typing import IO, Any, TypeVar
 
 from scale_smog.config import DataConfig
 from scale_smog.errors import UserError
@@ -60,10 +60,33 @@ def start_forkserver(*modules: str) -> None:
     forkserver.ensure_running()
 
 
+class KeptOpen:
+    """A file that workers hold open as their parent does, so that its lock lasts for them too."""
+
+    def __init__(self, file: IO[str]):
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (reduction.DupFd(self.file.fileno()),)  # pyright: ignore
+
+
+def _reopened(descriptor: Any) -> KeptOpen:
+    return KeptOpen(os.fdopen(descriptor.detach(), "w"))
+
+
 def run_in_processes(
-    function: Callable[[_Job], _Result], jobs: Sequence[_Job], workers: int
+    function: Callable[[_Job], _Result],
+    jobs: Sequence[_Job],
+    workers: int,
+    lock: IO[str] | None = None,
 ) -> Iterator[tuple[int, _Result]]:
     """Yields (index of the job, its result) in the order in which jobs finish.
+
+    Args:
+        function: at the top of its module.
+        jobs: what it is called with, one after another.
+        workers: processes, if there are more than one.
+        lock: an open file whose lock lasts until the last of the workers has ended.
 
     Raises:
         UserError: a worker process was killed.
@@ -75,7 +98,10 @@ def run_in_processes(
     # Not fork: it would copy the locks of whatever threads the caller runs. Not spawn: every
     # worker would import everything again.
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, context, initializer=_exit_with_parent) as pool:
+    kept = KeptOpen(lock) if lock else None
+    with ProcessPoolExecutor(
+        workers, context, initializer=_exit_with_parent, initargs=(kept,)
+    ) as pool:
         futures = {pool.submit(function, job): index for index, job in enumerate(jobs)}
         try:
             for future in as_completed(futures):
@@ -89,12 +115,12 @@ def run_in_processes(
             pool.shutdown(cancel_futures=True)
 
 
-def _exit_with_parent() -> None:
+def _exit_with_parent(kept: KeptOpen | None) -> None:
     """Ends this worker when its parent is killed, so that a resumed run has the folder alone."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers only"
 
-    def watch() -> None:
+    def watch(_kept: KeptOpen | None = kept) -> None:  # open for as long as the process lives
         parent.join()
         os._exit(1)
 

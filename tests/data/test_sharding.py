@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -23,6 +24,7 @@ from scale_smog.counter_rng import permutation
 from scale_smog.data.images import BadImageError, Preprocessing, decode, preprocess
 from scale_smog.data.manifest import load_manifest
 from scale_smog.data.prepare import shard as sharding
+from scale_smog.data.prepare import work_folder as work_folders
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.data.prepare.shard_plan import cut_into_shards
 from scale_smog.data.prepare.sources.folder import folder_source
@@ -103,14 +105,14 @@ def test_output_is_byte_identical_for_any_worker_count_and_place(source, tmp_pat
 def test_shards_are_listed_in_order_whichever_finishes_first(source, tmp_path, monkeypatch):
     expected = _shard(source, tmp_path / "out")
 
-    def backwards(function, jobs, workers):
+    def backwards(function, jobs, workers, lock):
         return reversed([(index, function(job)) for index, job in enumerate(jobs)])
 
     monkeypatch.setattr(sharding, "run_in_processes", backwards)
     assert _shard(source, tmp_path / "backwards") == expected
 
 
-def test_resume_after_kill_9_gives_the_same_bytes(tmp_path):
+def test_resume_after_kill_9_waits_for_the_workers_and_gives_the_same_bytes(tmp_path, monkeypatch):
     source, out = tmp_path / "images", tmp_path / "out"
     source.mkdir()
     for index in range(40):  # slow enough to be killed in the middle
@@ -121,9 +123,18 @@ def test_resume_after_kill_9_gives_the_same_bytes(tmp_path):
     while len(list(work.glob("train-*.json"))) < 2:
         assert process.poll() is None
         time.sleep(0.002)
+    servers = psutil.Process(process.pid).children()
+    workers = [worker for server in servers for worker in server.children()]
+    for worker in workers:
+        worker.suspend()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (out / "manifest.json").exists()
+    assert workers and not (out / "manifest.json").exists()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="another process is"):
+        patch.setattr(work_folders, "LOCK_PATIENCE_S", 0.1)
+        _shard(source, out, shard_samples=2)
+    for worker in workers:
+        worker.resume()  # and they end, as their parent is gone
     finished = [out / f"{path.stem}.tar" for path in work.glob("train-*.json")]
     assert len(finished) < 20
     times = [path.stat().st_mtime_ns for path in finished]
@@ -431,9 +442,10 @@ def test_another_unfinished_run_is_refused(source, tmp_path):
         _shard(source, tmp_path / "out", shard_samples=6)
 
 
-def test_two_runs_at_once_are_refused(source, tmp_path):
+def test_two_runs_at_once_are_refused(source, tmp_path, monkeypatch):
     work = tmp_path / "out" / ".sharding-train"
     work.mkdir(parents=True)
+    monkeypatch.setattr(work_folders, "LOCK_PATIENCE_S", 0.1)
     with open(work / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing"):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -120,8 +120,8 @@ def shard_source(
         if store and not work.exists():
             require_no_tars(store, split)
         jobs = [replace(x, store=store) for x in plan_shards(source, plan, split, out, work)]
-        with work_folder(work, split, plan), says_what_it_cannot_write(out):
-            records = _run(jobs, split, workers or num_usable_cores())
+        with work_folder(work, split, plan) as lock, says_what_it_cannot_write(out):
+            records = _run(jobs, split, workers or num_usable_cores(), lock)
             bad = [BadImage.of(*each) for each in source.bad]
             bad += [image for record in records for image in record.bad]
             extra = [BadImage.of(*each) for each in source.extra]
@@ -184,13 +184,15 @@ def _first_difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
     return f"class {index} {old[index]!r}, the source {new[index]!r}"
 
 
-def _run(jobs: Sequence[ShardJob], split: str, workers: int) -> list[ShardRecord]:
+def _run(
+    jobs: Sequence[ShardJob], split: str, workers: int, lock: IO[str]
+) -> list[ShardRecord]:
     """Finishes all shards; their records in the order of the jobs."""
     records = {}
     num_images = sum(len(job.images) for job in jobs)
     # Shards finish in bursts, so the ETA is from the mean rate; no bar where nobody watches.
     with tqdm(total=num_images, desc=split, unit="img", smoothing=0, disable=None) as bar:
-        for index, record in run_in_processes(finish_shard, jobs, workers):
+        for index, record in run_in_processes(finish_shard, jobs, workers, lock):
             records[index] = record
             bar.update(len(jobs[index].images))
             for bad in record.bad:

@@ -3,36 +3,54 @@
 import fcntl
 import hashlib
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 from scale_smog.data.prepare.shard_plan import ShardPlan
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import write_atomically
 from scale_smog.runtime.stores import Folder, Store
 
+LOCK_PATIENCE_S = 5.0  # workers of a killed run end by themselves
+
 
 @contextmanager
-def work_folder(work: Path, split: str, plan: ShardPlan) -> Iterator[None]:
+def work_folder(work: Path, split: str, plan: ShardPlan) -> Iterator[IO[str]]:
     """Makes the folder, or goes on with what an interrupted run has left there.
 
-    A second run that writes the same split is kept out; the lock dies with its process.
+    A second run that writes the same split is kept out. The lock dies with its process and those
+    that it gives the lock to: workers of a killed run may live on for a moment.
+
+    Yields:
+        The locked file.
 
     Raises:
         UserError: another process writes there, the plan is another, or there are tars of others.
     """
     _make_folder(work, split)
     with open(work / "lock", "w") as file:
+        _lock(file, work.parent)
+        _start_or_continue(work, split, plan)
+        yield file
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing to {work.parent}") from None
+            if time.monotonic() > deadline:
+                raise UserError(f"another process is writing to {folder}") from None
+            time.sleep(0.05)
+            continue
         except OSError:
             pass  # some network filesystems have no locks
-        _start_or_continue(work, split, plan)
-        yield
+        return
 
 
 def staging_folder(store: Store) -> Path:
