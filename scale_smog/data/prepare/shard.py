@@ -184,9 +184,7 @@ def _first_difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
     return f"class {index} {old[index]!r}, the source {new[index]!r}"
 
 
-def _run(
-    jobs: Sequence[ShardJob], split: str, workers: int, lock: IO[str]
-) -> list[ShardRecord]:
+def _run(jobs: Sequence[ShardJob], split: str, workers: int, lock: IO[str]) -> list[ShardRecord]:
     """Finishes all shards; their records in the order of the jobs."""
     records = {}
     num_images = sum(len(job.images) for job in jobs)
