@@ -91,6 +91,8 @@ def test_ranks_whose_mates_do_not_come_end_at_a_signal():
 def test_a_rank_that_is_stopped_while_ranks_meet_stops_those_that_wait(number):
     port = free_port()
     ranks = [come_to_meet(rank, 3, port) for rank in (0, 1)]  # the last does not come
+    store = dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
+    dist.PrefixStore("round-1", store).wait(["rank-0", "rank-1"])
     said = stop_and_hear(ranks, {number: signal.SIGTERM})
     assert not said[1] and (number == 0 or "as was rank 1 on " in said[0])
 
