@@ -10,6 +10,8 @@ from images import make_dataset
 
 # Ranks and loaders of a test must not fight over the cores with many threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Of some two hundred processes the first compiles the package for all.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Files of minutes begin first: one that begins last keeps a single process busy at the end.
 LONGEST = (

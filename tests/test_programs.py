@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import free_port
 from small_recipe import write_small_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -167,32 +168,20 @@ def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.launcher
-def test_losses_agree_over_launchers_ranks_and_engines(tmp_path, tars):
+def test_losses_agree_over_launchers_ranks_and_engines(tmp_path, tars, monkeypatch):
     """At the recipe's own rate. In fp32 rounding alone soon flips groups, so fp64 is the proof."""
     pretrain = str(ROOT / "launcher" / "pretrain.py")
     torchrun = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}", pretrain]
     deepspeed = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}", pretrain]
-
-    def run(name: str, launcher: list[str], *overrides: str) -> list[float]:
-        recipe = str(write_small_recipe(tmp_path / name, tars))
-        launch(*launcher, recipe, *overrides)
-        return losses(tmp_path / name / "run")
+    recipes = {x: str(write_small_recipe(tmp_path / x, tars)) for x in ("one", "two", "zero")}
 
     fp64 = ["run.steps=20", "engine.precision=fp64"]
-    one, two = run("one", [sys.executable, pretrain], *fp64), run("two", torchrun, *fp64)
+    assert run_program("pretrain.py", recipes["one"], *fp64, monkeypatch=monkeypatch) == 0
+    launch(*torchrun, recipes["two"], *fp64)
+    launch(*deepspeed, recipes["zero"], "run.steps=3", "engine.kind=zero1")
+    one, two, zero = (losses(tmp_path / name / "run") for name in recipes)
     assert len(one) == 20 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-8
-
-    ddp = run("ddp", torchrun, "run.steps=3")
-    zero = run("zero", deepspeed, "run.steps=3", "engine.kind=zero1")
-    assert abs(ddp[0] - zero[0]) < 1e-5
-    assert max(abs(a - b) for a, b in zip(ddp, zero, strict=True)) < 1e-2
-    assert max(ddp) - min(ddp) > 1e-2  # they agree on something that moves
+    assert abs(one[0] - zero[0]) < 1e-5
+    assert max(abs(a - b) for a, b in zip(one[:3], zero, strict=True)) < 1e-2
+    assert max(zero) - min(zero) > 1e-2  # they agree on something that moves

@@ -255,6 +255,11 @@ def load_all(folder: Path) -> None:
         assert again.save(state.step, state.state_dict()) is None and again.wait() is None
 
 
+def load_all_and_go_on(folder: Path, data: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    load_all(folder)
+    return next_batches(data, 5, 20)
+
+
 def next_batches(data: Path, first: int, num: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Sample numbers and pixels of this rank's next batches."""
     own = data.parent / f"recipe-{distributed.rank()}-{distributed.world_size()}"
@@ -274,8 +279,7 @@ def test_saved_and_resumed_at_any_number_of_ranks_the_state_and_the_batches_are_
     for size in SIZES:
         run_on_ranks(size, save_and_load, tmp_path)
     for size in SIZES:
-        run_on_ranks(size, load_all, tmp_path)
-        by_rank = run_on_ranks(size, next_batches, tars, 5, 20)
+        by_rank = run_on_ranks(size, load_all_and_go_on, tmp_path, tars)
         batches[size] = [
             [torch.cat(parts) for parts in zip(*step, strict=True)]
             for step in zip(*by_rank, strict=True)
