@@ -16,7 +16,7 @@ print(json.dumps(faults(found, json.loads(FILE.read_text()))))
 """
 
 
-def test_the_demos_first_150_steps_are_the_recorded_ones(tmp_path):
+def test_the_demos_first_80_steps_are_the_recorded_ones(tmp_path):
     """Loss within 0.05, usage of the groups after the first reset within a tenth.
 
     `benchmarks/demo_curve.py --breaks` shows that k-means off, beta = 0 and a frozen momentum net
