@@ -65,6 +65,8 @@ def interleaved_streams(
                 pass
             start = time.perf_counter()
             num = sum(1 for _ in islice(items, num_items))
+            if not num:
+                raise SystemExit(f"{name} ends within its warm-up of {num_warm_up}: more images")
             times[name].append((time.perf_counter() - start) / num)
             del items
     for name, seconds in times.items():

@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 from scale_smog import load_recipe
 from scale_smog.pretrain import pretrain
 from scale_smog.reporting import progress
+from scale_smog.reporting.run_folder import kept_recipe
 from scale_smog.reporting.run_record import RunRecord
 from scale_smog.runtime import phases
 
@@ -37,7 +38,11 @@ MOST_SHARE = 0.005  # of a step
 
 def train(seed: int, data: str, folder: Path, overrides: list[str]) -> None:
     """A run, and its seconds by phase, of which the figures without labels are one."""
+    own = [f"data.path={data}", f"run.dir={folder}", f"run.seed={seed}", "engine.kind=ddp"]
+    recipe = load_recipe(DEMO, ["run.evaluate_every=100", *own, *overrides])
     if (folder / COST_FILE).exists():
+        if kept_recipe(str(folder)) != recipe:
+            raise SystemExit(f"{folder} has a run with other settings: another folder")
         return
     torch.set_num_threads(1)
     clock = Clock()
@@ -50,9 +55,8 @@ def train(seed: int, data: str, folder: Path, overrides: list[str]) -> None:
         return found
 
     progress._quality_figures = timed
-    own = [f"data.path={data}", f"run.dir={folder}", f"run.seed={seed}", "engine.kind=ddp"]
     phases.on_enter.append(clock.enter)
-    pretrain(load_recipe(DEMO, ["run.evaluate_every=100", *own, *overrides]))
+    pretrain(recipe)
     (folder / COST_FILE).write_text(json.dumps(clock.seconds))
 
 

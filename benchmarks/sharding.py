@@ -113,14 +113,14 @@ def main() -> None:
         equal = kill_and_resume(images, place / "killed", shards, instants)
         claim("runs identical after kill -9", equal, num_kills, higher_is_better=True)
         claim("s, sharding with all checks, two workers against one", two, one)
-        claim("s, sharding without checks against webdataset.ShardWriter", off, theirs)
+        claim("s, two workers without checks against webdataset.ShardWriter, one", off, theirs)
 
 
 def _first_images(images: Path, folder: Path) -> Path:
     for image in folder_source(images).images[:: max(1, 50_000 // NUM_QUICK)]:
         target = folder / image.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(images / image.name, target)
+        shutil.copy(images / image.name, target)
     return folder
 
 

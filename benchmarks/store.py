@@ -281,7 +281,9 @@ def of_webdataset(
     urls = [f"{store.url}/{BUCKET}/tars/{path.name}" for path in sorted(tars.glob("*.tar"))]
     samples = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000)  # pyright: ignore
     samples = samples.to_tuple("jpg").map_tuple(transform)
-    yield from torch.utils.data.DataLoader(samples.batched(BATCH), None, num_workers=WORKERS)
+    yield from torch.utils.data.DataLoader(
+        samples.batched(BATCH, partial=False), None, num_workers=WORKERS
+    )
 
 
 def of_mosaic(local: Path) -> Iterator[object]:

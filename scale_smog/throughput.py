@@ -68,8 +68,14 @@ def profile(recipe: Recipe, options: Options) -> dict[str, Any]:
 def profile_on(device: torch.device, recipe: Recipe, options: Options) -> dict[str, Any]:
     """As `profile`, on a rank whose process group is there."""
     target = load_hardware(options.hardware or hardware_name(device) or DEFAULT_TARGET)
-    if recipe.run.small_data or not (options.synthetic or recipe.data.loader == "synthetic"):
-        recipe, _ = fit_to_data(recipe, num_images(recipe.data.path, "train"))
+    if options.synthetic:
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"loader": "synthetic"})}
+        )
+    num = recipe.data.num_images
+    if recipe.data.loader != "synthetic":
+        num = num_images(recipe.data.path, "train")
+    recipe, _ = fit_to_data(recipe, num)
     measure = profile_loader if options.loader_only else profile_step
     facts, text = measure(recipe, options, device, target)
     _write(facts, text, Path(recipe.run.dir))
@@ -113,8 +119,11 @@ def profile_step(
     if options.calibrate:
         target = calibrated(target, device)
     facts = report.facts(recipe, measured, work, _device_facts(recipe, device))
+    knows_waits = options.trace or distributed.world_size() == 1
+    if not knows_waits:  # they are in the parts that waited
+        facts["communication"] = dict.fromkeys(facts["communication"])
     if distributed.is_main():
-        basis = _basis(recipe, measured, work, device)
+        basis = _basis(recipe, measured, work, device) if knows_waits else None
         facts |= report.predictions(recipe, target, batch, basis, folder)
         if options.calibrate:
             facts["measured_links"] = target.model_dump(include=LINKS)

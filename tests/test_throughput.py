@@ -13,8 +13,10 @@ from ranks import run_on_ranks
 from small_recipe import small_recipe, write_small_recipe
 
 from scale_smog.config import MethodConfig
+from scale_smog.errors import UserError
 from scale_smog.loop import train_step
 from scale_smog.methods import METHODS
+from scale_smog.profiling.hardware import FOLDER, load_hardware
 from scale_smog.profiling.step_profile import PARTS, Timeline, timed
 from scale_smog.reporting import run_folder
 from scale_smog.state import build_state
@@ -130,6 +132,20 @@ def test_mistakes_get_one_line(tmp_path, tars, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [(", fp32: 67", "", "fp32 is missing"), ("[460, 420", "[0, 420", "gb_per_s")],
+)
+def test_a_hardware_file_that_lacks_what_predictions_need_is_refused(
+    tmp_path, before, after, words
+):
+    text = (FOLDER / "h100.yaml").read_text()
+    assert before in text
+    (tmp_path / "own.yaml").write_text(text.replace(before, after, 1))
+    with pytest.raises(UserError, match=words):
+        load_hardware(str(tmp_path / "own.yaml"))
+
+
 def _profile_rank(folder: Path) -> dict:
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     recipe = small_recipe(folder, "", *NET, "engine.kind=ddp", "model.batch_norm=global")
@@ -142,7 +158,8 @@ def test_two_ranks_report_the_communication_that_they_waited_for(tmp_path):
         assert facts["parts"]["communication"] > 0
         assert sum(facts["parts"].values()) == pytest.approx(facts["step_s"], rel=0.03)
     links = first["measured_links"]
-    assert links["gpus_per_node"] == 2 and links["node"]["gb_per_s"][1] > 0.01
+    # A job on a part of one node says nothing of how many GPUs a node has.
+    assert links["gpus_per_node"] == 8 and links["node"]["gb_per_s"][1] > 0.01
 
 
 WITHOUT = """

@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.rehearse:
+        if arguments.ranks < 1:
+            raise UserError(f"--ranks is {arguments.ranks}; it must be 1 or more")
         from scale_smog.profiling.hardware import load_hardware
         from scale_smog.rehearsal.program import rehearse
 

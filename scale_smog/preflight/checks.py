@@ -76,6 +76,8 @@ def examine(recipe: Recipe, device: torch.device) -> list[Row]:
     hosts = find_hosts()
     name = hardware_name(device)
     machine = load_hardware(name) if name else None
+    if machine:  # of which the job may have fewer
+        machine = machine.model_copy(update={"gpus_per_node": distributed.ranks_per_node()})
     return [
         _hosts_row(hosts),
         check_recipes(recipe),
@@ -172,10 +174,10 @@ def check_clocks(hosts: Hosts) -> Row:
 def check_run_folder(recipe: Recipe) -> Row:
     """Every rank writes in the run's folder and sees the others' files; a collective."""
     folder = Path(recipe.run.dir)
-    num_bytes = checkpoint_bytes(recipe)
     was_there = distributed.broadcast_object(folder.exists())
     summary, faults = f"{folder}: every rank writes and sees the others", []
     try:
+        num_bytes = checkpoint_bytes(recipe)
         warning = probe_space(folder, num_bytes, recipe.run.keep_checkpoints, None)
         summary = warning or summary
     except UserError as error:

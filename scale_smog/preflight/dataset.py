@@ -108,7 +108,8 @@ def compare(hosts: Sequence[str], views: Sequence[DatasetView], path: str, thoro
     faults = []
     for host, each in zip(hosts, views, strict=True):
         if each.sha256 and each.sha256 != most:
-            faults.append(f"{host} has another dataset in {path}: copy it from {hosts[0]}")
+            source = next(x for x, view in zip(hosts, views, strict=True) if view.sha256 == most)
+            faults.append(f"{host} has another dataset in {path}: copy it from {source}")
         faults += [f"{host}: {text} ({path})" for text in each.problems[:MAX_NAMED]]
         if len(each.problems) > MAX_NAMED:
             faults.append(f"{host}: {len(each.problems) - MAX_NAMED} more files ({path})")

@@ -13,6 +13,8 @@ from scale_smog.runtime.stores import is_url
 from scale_smog.schedules import Schedules
 from scale_smog.small_data import fit_to_data
 
+USUAL_RANKS_A_NODE = 8
+
 
 def dry_run(recipe: Recipe) -> str:
     """The resolved recipe, parameter counts, memory plan, steps and epochs, as text.
@@ -32,9 +34,16 @@ def dry_run(recipe: Recipe) -> str:
     rows = [
         ("images", f"{num_images}{source}"),
         *_length_rows(recipe, num_images, world_size),
-        *_memory_rows(plan_memory(recipe, world_size)),
+        *_memory_rows(plan_memory(recipe, world_size, _ranks_per_node(world_size))),
     ]
     return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<24}{value}" for name, value in rows)
+
+
+def _ranks_per_node(world_size: int) -> int:
+    """The launcher's, or as many as a node usually has."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return distributed.ranks_per_node()
+    return min(world_size, USUAL_RANKS_A_NODE)
 
 
 def _count_images(recipe: Recipe) -> tuple[int, str]:

@@ -41,7 +41,9 @@ def bottleneck(
 
 def _loading(recipe: Recipe) -> str:
     data = recipe.data
-    if data.loader != "dali":
+    if data.loader == "memory":
+        return "to waiting for data.loader=memory: try fewer or smaller views"
+    if data.loader not in ("dali", "fast"):
         return f"to waiting for data.loader={data.loader}: try data.loader=dali"
     return (
         f"to waiting for data: try data.workers={2 * max(1, data.workers)}, or shards of smaller "

@@ -111,12 +111,14 @@ def finish_s(sent: Sequence[tuple[float, float]]) -> float:
 
 
 def _groups_s(work: Workload, gpus: int, model: CommunicationModel) -> float:
-    """The groups' sums and their gradients, and a reset's k-means spread over the steps."""
-    grouping = work.recipe.grouping
-    num_bytes = 4.0 * grouping.num_groups * (work.recipe.model.dim + 1)
-    seconds = 2 * model.seconds("all_reduce", num_bytes, gpus)
-    if grouping.kmeans:
-        rounds = grouping.kmeans_iterations / grouping.reset_every
+    """The groups' sums and their gradients, and k-means spread over the steps."""
+    recipe, grouping = work.recipe, work.recipe.grouping
+    num_bytes = 4.0 * grouping.num_groups * (recipe.model.dim + 1)
+    seconds = 0.0
+    if recipe.method.has_bank:
+        seconds += 2 * model.seconds("all_reduce", num_bytes, gpus)
+    if recipe.kmeans_every:
+        rounds = grouping.kmeans_iterations / recipe.kmeans_every
         seconds += rounds * model.seconds("all_reduce", 2 * num_bytes, gpus)
     return seconds
 
@@ -133,10 +135,12 @@ def _weights_s(
 def _whole_weights_s(
     work: Workload, parts: Parts, gpus: int, engine: str, model: CommunicationModel
 ) -> float:
-    """Of engines that hold whole weights: buckets of gradients, while the backward pass runs."""
-    kind = "reduce_scatter" if engine == "zero2" else "all_reduce"
+    """Of engines that hold whole weights: buckets of gradients, while the backward pass runs.
+
+    DeepSpeed sums the buckets of zero2 on all ranks too, and each keeps its part.
+    """
     sent = [
-        (ready_s, model.seconds(kind, num_bytes, gpus))
+        (ready_s, model.seconds("all_reduce", num_bytes, gpus))
         for ready_s, num_bytes in _buckets(work, parts["backward"], engine)
     ]
     total = sum(seconds for _, seconds in sent)
@@ -152,9 +156,11 @@ def _split_weights_s(
 ) -> float:
     """Of engines that split them: they are gathered for every pass, gradients are scattered."""
     gradients, weights = work.num_weights * _grad_bytes(work, engine), work.num_weights * 4.0
-    config, num_sizes = work.recipe.engine, 2 if work.recipe.data.num_small_crops else 1
-    # For each pass forward and backward, and the momentum net, of each micro-batch.
-    num_gathers = config.accumulate * ((config.num_online_forwards + 1) * num_sizes + 1)
+    config, nets = work.recipe.engine, work.recipe.nets
+    num_sizes = nets.num_online_views + (1 if work.recipe.data.num_small_crops else 0)
+    # For each pass forward and backward, and the momentum net's, of each micro-batch.
+    num_passes = (config.num_online_forwards + 1) * num_sizes + nets.num_momentum_views
+    num_gathers = config.accumulate * num_passes
     shards = weight_shards(engine, gpus, model.machine.gpus_per_node)
     messages = len(work.cost.norm_channels) if engine == "zero3" else FSDP_UNITS
     sent_s = num_gathers * model.seconds("all_gather", weights, shards, messages)

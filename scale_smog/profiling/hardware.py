@@ -7,7 +7,7 @@ from typing import Annotated
 
 import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from scale_smog.config import Positive, Section
 from scale_smog.errors import UserError
@@ -18,6 +18,7 @@ GIGA, MICRO = 1e9, 1e-6
 Amount = Annotated[float, Field(gt=0, strict=False)]
 # What is not known exactly: optimistic, nominal, pessimistic.
 Range = Annotated[tuple[float, float, float], Field(strict=False)]
+AmountRange = Annotated[tuple[Amount, Amount, Amount], Field(strict=False)]
 
 
 RING_SHARES = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5}
@@ -27,7 +28,7 @@ class Link(Section):
     """What a collective costs: latency + bytes / bandwidth."""
 
     latency_us: Range  # of a small all-reduce; on a network, added for each doubling of nodes
-    gb_per_s: Range  # that a GPU sends while all others do
+    gb_per_s: AmountRange  # that a GPU sends while all others do
 
 
 class Hardware(Section):
@@ -46,6 +47,13 @@ class Hardware(Section):
     overlap: Range  # share of communication during the backward pass that can hide behind it
     collective_shares: dict[str, Amount] = Field(default=RING_SHARES)  # of an all-reduce's time
     straggler: Range  # standard deviation of a GPU's step, as a share of the step
+
+    @field_validator("tflops")
+    @classmethod
+    def _has_fp32(cls, values: dict[str, float]) -> dict[str, float]:
+        if "fp32" not in values:
+            raise ValueError("fp32 is missing")
+        return values
 
     def at(self, estimate: int) -> Callable[[Range], float]:
         """Picks one value of each range: 0 optimistic, 1 nominal, 2 pessimistic."""

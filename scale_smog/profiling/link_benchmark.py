@@ -29,7 +29,9 @@ def calibrated(machine: Hardware, device: torch.device) -> Hardware:
     world_size, per_node = distributed.world_size(), distributed.ranks_per_node()
     if world_size == 1:
         return machine
-    changes: dict[str, object] = {"gpus_per_node": per_node}
+    changes: dict[str, object] = {}
+    if world_size > per_node:
+        changes["gpus_per_node"] = per_node
     if per_node > 1:
         group = dist.new_subgroups(per_node)[0] if world_size > per_node else None
         latency_s, bytes_per_s, shares = measure_link(device, per_node, group)

@@ -129,8 +129,7 @@ def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
     once = (world_size - 1) / world_size
     if parts == 1:  # gradients are summed up and, under ZeRO, new weights sent round
         gathered = num_online * weight_bytes if kind != "ddp" else 0
-        gradients = num_online * grad_bytes * (1 if kind == "zero2" else 2)
-        return (gathered + gradients) * once / MIB
+        return (gathered + 2 * num_online * grad_bytes) * once / MIB
     # Weights are gathered for every forward pass, and once more for the backward pass.
     engine, nets = recipe.engine, recipe.nets
     num_sizes = nets.num_online_views + (1 if recipe.data.num_small_crops else 0)

@@ -99,8 +99,7 @@ def text(facts: dict[str, Any]) -> str:
         "  step p50 / p95 / p99  "
         + " / ".join(f"{x * 1e3:.1f}" for x in facts["percentiles_s"].values())
         + " ms",
-        f"  communication         {facts['communication']['exposed_s'] * 1e3:.2f} ms exposed, "
-        f"{facts['communication']['hidden_s'] * 1e3:.2f} ms hidden",
+        f"  communication         {_communication(**facts['communication'])}",
         f"  peak memory           {facts['peak_memory_mib']:.0f} MiB",
         f"  MFU, roofline         {facts['mfu']:.1%}, {facts['roofline_fraction']:.1%}"
         f" (all operations apart: {facts['eager_roofline_fraction']:.1%})",
@@ -110,6 +109,12 @@ def text(facts: dict[str, Any]) -> str:
     if "predictions" in facts:
         lines += ["", *_prediction_lines(facts)]
     return "\n".join(lines)
+
+
+def _communication(exposed_s: float | None, hidden_s: float | None) -> str:
+    if exposed_s is None or hidden_s is None:
+        return "not measured: it takes a trace"
+    return f"{exposed_s * 1e3:.2f} ms exposed, {hidden_s * 1e3:.2f} ms hidden"
 
 
 def loader_text(facts: dict[str, Any]) -> str:

@@ -123,10 +123,11 @@ def weak_scaling(
     gpus: Sequence[int] = GPU_COUNTS, engines: Sequence[str] = ENGINES,
     scopes: Sequence[str | int] = ("global", "node", "local"),
 ) -> list[Prediction]:  # fmt: skip
-    """`batch` images on every GPU, however many there are."""
+    """`batch` images on every GPU, however many there are; with the recipe's own scope too."""
+    all_scopes = dict.fromkeys([*scopes, recipe.model.batch_norm])
     return [
         predict(recipe, machine, n, engine, scope, batch, measured)
-        for n in gpus for engine in engines for scope in scopes
+        for n in gpus for engine in engines for scope in all_scopes
     ]  # fmt: skip
 
 

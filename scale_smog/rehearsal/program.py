@@ -21,6 +21,7 @@ from scale_smog.profiling.scaling_model import ENGINES
 from scale_smog.profiling.workload import Workload, estimate_parts
 from scale_smog.rehearsal.rank import RankReport
 from scale_smog.rehearsal.runtime_build import environment
+from scale_smog.small_data import fit_to_data
 
 SPLIT_WEIGHTS = ("zero3", "fsdp", "hsdp")
 TIMEOUT_S, COMPARED_S = 300.0, 50.0  # of the recipe's own engine, and of all together
@@ -52,6 +53,8 @@ def rehearse(recipe: Recipe, ranks: int, machine: Hardware) -> str:
     Raises:
         UserError: the recipe's engine does not step, or this machine lacks what a rehearsal needs.
     """
+    if recipe.data.num_images:
+        recipe, _ = fit_to_data(recipe, recipe.data.num_images)
     images_per_rank(recipe.data.global_batch, ranks)
     own, deadline = recipe.engine.kind, time.monotonic() + COMPARED_S
     others = sorted((x for x in ENGINES if x != own), key=lambda x: x == "zero3")  # it takes long
@@ -116,6 +119,7 @@ def row_of(recipe: Recipe, kind: str, report: RankReport, ranks: int, machine: H
         return Row(kind, report, 0.0, 0.0, 0.0, 0.0)
     work = Workload.of(recipe, recipe.data.global_batch // ranks)
     parts = estimate_parts(work, machine, NOMINAL)
+    without_launches = machine.model_copy(update={"op_us": (0.0, 0.0, 0.0)})
     scope = recipe.model.batch_norm
     waits = exposed_s(work, parts, ranks, kind, scope, machine, NOMINAL)
     num_started = report.num_launches + len(report.collectives)
@@ -124,7 +128,7 @@ def row_of(recipe: Recipe, kind: str, report: RankReport, ranks: int, machine: H
         report,
         plan_memory(recipe, ranks, min(ranks, machine.gpus_per_node)).total_mib,
         num_started * machine.at(NOMINAL)(machine.op_us) * MICRO,
-        sum(parts.values()),
+        sum(estimate_parts(work, without_launches, NOMINAL).values()),
         sum(waits.values()),
     )
 

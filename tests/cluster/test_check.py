@@ -41,6 +41,10 @@ def test_the_odd_host_is_named_and_the_first_is_right_in_a_draw():
     views = [DatasetView("m", 2, ()), DatasetView("other", 2, ("train-000000.tar is missing",))]
     faults = dataset.compare(["a", "b"], views, "set", thorough=True).faults
     assert len(faults) == 2 and all(fault.startswith("b") for fault in faults)
+    odd = [DatasetView(sha256, 2, ()) for sha256 in ("old", "new", "new")]
+    assert dataset.compare(hosts, odd, "set", thorough=True).faults == [
+        "a has another dataset in set: copy it from b"
+    ]
 
 
 def test_a_dataset_is_read_to_the_last_byte_only_where_that_is_asked_for(tmp_path, tars):

@@ -145,5 +145,7 @@ def test_a_line_of_the_table_says_what_limits_a_step():
     report = RankReport(kernels=10**6, peak_mib=1234.5)
     line = format_row(row_of(recipe, "ddp", report, 64, H100), "ddp")
     assert line.startswith("* ddp") and "1000000" in line and line.endswith("host")
+    few = recipe.model_copy(update={"data": recipe.data.model_copy(update={"global_batch": 8})})
+    assert row_of(few, "ddp", RankReport(kernels=1500), 1, H100).limit == "host"  # launches of x1
     refused = row_of(recipe, "hsdp", RankReport(problem="no whole nodes"), 64, H100)
     assert format_row(refused, "ddp").endswith("no whole nodes")

@@ -135,7 +135,8 @@ def test_the_plan_knows_what_each_engine_splits():
     sent = {kind: mib for kind, (_, mib) in plans.items()}
     weights = 4 * plans["ddp"][0].num_online_parameters / 2**20
     assert sent["ddp"] == pytest.approx(2 * weights * 63 / 64)
-    assert sent["zero2"] == pytest.approx(sent["ddp"])
+    # DeepSpeed sums the gradients on all ranks and then sends the new weights round.
+    assert sent["zero2"] == sent["zero1"] == pytest.approx(1.5 * sent["ddp"])
     assert sent["fsdp"] > 1.5 * sent["ddp"]
 
 
