@@ -51,10 +51,14 @@ def leave_rendezvous() -> None:
     address, timeout = _address(), timedelta(seconds=LEAVING_S)
     with suppress(RuntimeError, OSError):  # rank 0 has yet to come, or has gone
         store = _round(dist.TCPStore(*address, timeout=timeout, wait_for_workers=False), 1)
-        word = LEFT + f"rank {os.environ['RANK']} on {socket.gethostname()}".encode()
+        word = _word_of_leaving()
         if store.compare_set("outcome", "", word.decode()) == word:
             store.set("all", "")
             time.sleep(HEARING_S)  # the store may be this process's
+
+
+def _word_of_leaving() -> bytes:
+    return LEFT + f"rank {os.environ['RANK']} on {socket.gethostname()}".encode()
 
 
 def _connect(rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
@@ -113,6 +117,8 @@ def _join_round(server: dist.Store, rank: int, world_size: int, timeout_s: float
             outcome = store.get("outcome")
             if outcome == COMPLETE:
                 return store
+            if outcome == _word_of_leaving():  # its thread ends the process when all have heard
+                time.sleep(LEAVING_S + HEARING_S)
             if outcome.startswith(LEFT):
                 raise SystemExit(0)  # rank 0 says it
         number += 1

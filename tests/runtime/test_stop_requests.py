@@ -47,9 +47,16 @@ def test_all_ranks_stop_after_the_step_in_which_one_was_asked_to(tmp_path):
 
 
 MEETING = """
+import time
+from torch.distributed import PrefixStore
 from scale_smog import distributed
 from scale_smog.runtime import preemption
 preemption.MEETING_GRACE_S = 0.5
+set_now = PrefixStore.set
+def set_late(store, key, value):  # time enough to end between the word and the call
+    time.sleep(0.5 * (key == "all"))
+    set_now(store, key, value)
+PrefixStore.set = set_late
 with preemption.Preemption() as asked:
     print("waiting", flush=True)
     with distributed.process_group(meeting=asked.ends_process()):
