@@ -117,9 +117,9 @@ def _join_round(server: dist.Store, rank: int, world_size: int, timeout_s: float
             outcome = store.get("outcome")
             if outcome == COMPLETE:
                 return store
-            if outcome == _word_of_leaving():  # its thread ends the process when all have heard
-                time.sleep(LEAVING_S + HEARING_S)
             if outcome.startswith(LEFT):
+                if outcome == _word_of_leaving():  # its thread ends it when all have heard
+                    time.sleep(LEAVING_S + HEARING_S)
                 raise SystemExit(0)  # rank 0 says it
         number += 1
 

@@ -10,6 +10,7 @@ from unittest import mock
 import engine_runs as runs
 import pytest
 import torch
+from engine_runs import ENGINES
 from ranks import run_on_ranks
 from small_recipe import small_recipe
 from timm.models.swin_transformer import SwinTransformer
@@ -27,7 +28,7 @@ from scale_smog.schedules import ScheduledValues
 from scale_smog.state import build_state
 
 RATE, STOP_AT = 0.5, 5
-IN_FLOAT64, IN_FLOAT32, FEW_STEPS = ("ddp", "fsdp", "hsdp"), ("zero1", "zero2", "zero3"), 2
+IN_FLOAT64, FEW_STEPS = ("ddp", "fsdp", "hsdp"), 2
 Exact = dict[str, runs.States]
 
 
@@ -144,8 +145,8 @@ def test_micro_batches_drop_what_the_whole_batch_drops(tmp_path: Path) -> None:
 
 def train_on_engines(folder: Path) -> None:
     for kind in IN_FLOAT64:
-        train(folder / kind, "vit", kind=kind)
-    for kind in IN_FLOAT32:
+        train(folder / "fp64" / kind, "vit", kind=kind)
+    for kind in ENGINES:
         train(folder / kind, "vit", FEW_STEPS, kind=kind, precision="fp32")
     train(folder / "checkpointed", "vit", FEW_STEPS, kind="zero3", precision="fp32",
           activation_checkpointing=True)  # fmt: skip
@@ -154,10 +155,10 @@ def train_on_engines(folder: Path) -> None:
 def test_all_engines_drop_alike(tmp_path: Path, exact: Exact) -> None:
     """In float32 a few steps: soon rounding alone puts an image into another group."""
     run_on_ranks(2, train_on_engines, tmp_path)
-    assert max(worst(tmp_path / kind, exact["vit"]) for kind in IN_FLOAT64) <= 1e-10
+    assert max(worst(tmp_path / "fp64" / kind, exact["vit"]) for kind in IN_FLOAT64) <= 1e-10
     train(tmp_path / "few", "vit", FEW_STEPS)
     few = runs.final_state(tmp_path / "few")
-    found = {kind: worst(tmp_path / kind, few) for kind in (*IN_FLOAT32, "checkpointed")}
+    found = {kind: worst(tmp_path / kind, few) for kind in (*ENGINES, "checkpointed")}
     assert max(found.values()) <= 1e-5, found
 
 

@@ -243,25 +243,24 @@ def test_bad_input_is_one_clear_line(tmp_path, run_dir, name, make, words):
 
 
 @pytest.mark.launcher
-def test_two_ranks_of_torchrun_find_what_one_process_finds(run_dir, tmp_path):
+def test_torchrun_and_deepspeed_find_what_one_process_finds(run_dir, tmp_path):
     program, command = str(ROOT / "launcher" / "evaluate.py"), ["linear", str(run_dir), *SHORT]
     environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    one = "linear.seed=7"
+    one, port = "linear.seed=7", f"--master_port={free_port()}"
     evaluate("linear", [str(run_dir)], [*SHORT, one])
     expected = results(run_dir, "linear")
     folder = max((run_dir / "evaluations").glob("linear-*"), key=lambda x: x.stat().st_mtime)
     weights = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
-    for path in folder.iterdir():
-        path.unlink()
-    launcher = ["torchrun", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    ended = subprocess.run(
-        [*launcher, program, *command, one], env=environment, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert results(run_dir, "linear")["figures"]["top5"] == expected["figures"]["top5"]
-    again = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
-    for name, value in weights.items():
-        assert torch.allclose(value, again[name], atol=1e-4 * value.abs().max().item() + 1e-6)
+    for launcher in (["torchrun", "--nproc_per_node=2"], ["deepspeed", "--num_gpus=2"]):
+        for path in folder.iterdir():
+            path.unlink()
+        whole = [*launcher, port, program, *command, one]
+        ended = subprocess.run(whole, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert results(run_dir, "linear")["figures"]["top5"] == expected["figures"]["top5"]
+        again = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
+        for name, value in weights.items():
+            assert torch.allclose(value, again[name], atol=1e-4 * value.abs().max().item() + 1e-6)
 
 
 def test_a_folder_with_an_equals_sign_is_a_checkpoint(tmp_path, monkeypatch):
