@@ -11,7 +11,7 @@ ARG BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04
 FROM ${BASE}
 
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
-# g++ and Python.h: DeepSpeed and torch.compile build small ops on first use.
+# g++ and Python.h are for engine.compile.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
         ca-certificates curl g++ git make openssh-client pdsh python3 python3-dev python3-venv \

@@ -11,9 +11,6 @@ FREE_PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("",
 SEED ?= 0
 RUN ?= runs/demo
 
-# DeepSpeed compiles a small op at its first start and looks for ninja on the PATH.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
-
 # Tests that start no processes and train no run: what a change most often breaks, in seconds.
 FAST := $(addprefix tests/,test_import_rules.py test_recipe.py test_explain.py test_schedules.py \
 	test_counter_rng.py test_small_data.py test_errors.py data/test_plan.py data/test_augment.py \
@@ -21,13 +18,13 @@ FAST := $(addprefix tests/,test_import_rules.py test_recipe.py test_explain.py t
 	grouping models/test_heads.py models/test_resnet.py evaluation/test_paper.py \
 	evaluation/test_splits.py)
 
-.PHONY: demo test check lint clean check-tools
+.PHONY: demo test check lint clean check-tools check-test-tools
 
 demo: $(VENV)/.installed
 	@echo "== the demo images: 10,000 pictures of ten shapes, as tar shards in demo_data/"
 	@$(BIN)/python data_tools/make_demo.py demo_data
 	@echo "== training: deepspeed --num_gpus $(RANKS) launcher/pretrain.py recipes/demo.yaml"
-	@echo "   (processes on the CPU where there is no GPU; the first start compiles an op: a minute)"
+	@echo "   (processes on the CPU where there is no GPU)"
 	@$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(FREE_PORT) \
 		launcher/pretrain.py recipes/demo.yaml run.seed=$(SEED) run.dir=$(RUN)
 
@@ -52,7 +49,7 @@ $(VENV)/.installed: setup.py | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-test: setup.py | $(BIN)/python
+$(VENV)/.installed-test: setup.py | $(BIN)/python check-test-tools
 	@echo "== installing scale_smog and its test tools into $(VENV): 7 GB, a few minutes"
 	@$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
@@ -65,8 +62,12 @@ $(BIN)/python: | check-tools
 check-tools:
 	@[ -n "$(PYTHON)" ] || { echo "error: Python 3.11 or newer is needed:" \
 		"apt-get install python3 python3-venv python3-dev, or make PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: this machine lacks python3-venv: apt-get install python3-venv"; exit 2; }
+
+# What torch.compile needs, and git, which names the files of a wheel.
+check-test-tools:
 	@missing=""; \
-	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
 	$(PYTHON) -c 'import os, sys, sysconfig as s; \
 		sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || missing="$$missing python3-dev"; \
 	command -v git >/dev/null || missing="$$missing git"; \

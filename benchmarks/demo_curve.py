@@ -2,7 +2,7 @@
 
     python benchmarks/demo_curve.py DEMO_DATA [--quick] [--breaks]
 
-Writes results/demo_curve.json, which `tests/test_demo_curve.py` compares with. With --breaks the
+Writes results/demo_curve.json, which `tests/test_demo.py` compares with. With --breaks the
 method is broken in three ways, and each must be found.
 """
 

@@ -21,7 +21,7 @@ from scale_smog.grouping import perplexity
 from scale_smog.loop import train_step
 from scale_smog.methods import METHODS as scale_smog_methods
 from scale_smog.methods import GroupMethod
-from scale_smog.methods.base import raised
+from scale_smog.methods.base import cosine_ema
 from scale_smog.models import build_backbone
 from scale_smog.schedules import ScheduledValues
 from scale_smog.state import build_state
@@ -189,7 +189,7 @@ class LightlyByol(WithMomentumNet):
         losses = [self.loss(mine.float(), target) for mine, target in pairs]
         # 2 - 2 cos of both views, as the paper has it; lightly's is the mean of -cos
         loss = self.update(4 + 2 * sum(losses, torch.zeros(())), scheduled.lr)
-        self.update_copies(raised(self.recipe.model.ema, scheduled.progress))
+        self.update_copies(cosine_ema(self.recipe.model.ema, scheduled.progress))
         return loss
 
 

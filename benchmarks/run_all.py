@@ -1,4 +1,4 @@
-"""Runs the benchmarks that need no tars, and writes results/all_<machine>_<date>.md.
+"""Runs the benchmarks that need no tars; writes results/all_<machine>_<date>.md, or of a part.
 
     python benchmarks/run_all.py [--quick] [--images FOLDER] [--small-images FOLDER] [--only NAME …]
 
@@ -64,10 +64,13 @@ def main() -> None:
             program += [images[NEEDS[name]]] if NEEDS[name] else []
             program += ["--quick"] if arguments.quick else []
             rows += run(name, program)
-    kind = "quick" if arguments.quick else "all"
+    words = (["--quick"] if arguments.quick else []) + (
+        [] if arguments.only == list(NEEDS) else ["--only", *arguments.only]
+    )
+    kind = "_".join(word.strip("-") for word in words) or "all"  # a part leaves the whole's page
     machine = f"{os.cpu_count()}cpu" + ("_gpu" if torch.cuda.is_available() else "")
     path = FOLDER / "results" / f"{kind}_{machine}_{date.today()}.md"
-    path.write_text(_page(rows, arguments.quick))
+    path.write_text(_page(rows, words))
     print(f"written to {path}")
     measured = sum("ratio" in row for row in rows)
     closing = {"claim": "rows measured", "ours": measured, "peer": len(rows)}
@@ -100,13 +103,13 @@ def _draw(folder: Path, size: tuple[int, int]) -> str:
     return str(folder)
 
 
-def _page(rows: list[dict[str, Any]], quick: bool) -> str:
+def _page(rows: list[dict[str, Any]], words: list[str]) -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     lines = [
-        f"# All benchmarks, {os.cpu_count()} cores, {platform.machine()}, {gpu}, {date.today()}",
+        f"# Benchmarks, {os.cpu_count()} cores, {platform.machine()}, {gpu}, {date.today()}",
         "",
-        f"`python benchmarks/run_all.py{' --quick' if quick else ''}`, torch {torch.__version__}."
-        + (" Small cases: they show that all runs, not how fast." if quick else ""),
+        f"`{' '.join(['python benchmarks/run_all.py', *words])}`, torch {torch.__version__}."
+        + (" Small cases: they show that all runs, not how fast." if "--quick" in words else ""),
         "",
         "| program | claim | ours | peer | ratio |",
         "|---|---|---|---|---|",

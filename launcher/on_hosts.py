@@ -7,14 +7,12 @@ file system), removed at the end.
 """
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
 import uuid
 from pathlib import Path
 
 from scale_smog.errors import UserError, exits_on_user_error
+from scale_smog.runtime.child import run_child
 
 
 def main() -> int:
@@ -29,7 +27,7 @@ def main() -> int:
     except OSError as error:
         raise UserError(f"cannot make the link {own}: {error.strerror}") from None
     try:
-        return _run([str(own), "-m", "deepspeed.launcher.runner", *sys.argv[1:]])
+        return run_child([str(own), "-m", "deepspeed.launcher.runner", *sys.argv[1:]])
     finally:
         own.unlink(missing_ok=True)
 
@@ -57,21 +55,7 @@ def _check_hosts(arguments: list[str]) -> None:
             raise UserError(f"no host '{name}' in {given.hostfile}: it has {', '.join(hosts)}")
 
 
-def _run(command: list[str]) -> int:
-    """Runs deepspeed in its own process group and passes signals on, once each."""
-    job = subprocess.Popen(command, start_new_session=True)
-
-    def forward(number: int, frame: object) -> None:
-        del frame
-        if job.poll() is None:
-            os.kill(job.pid, number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    return job.wait()
-
-
 if __name__ == "__main__":
     with exits_on_user_error():
         status = main()
-    raise SystemExit(abs(status))
+    raise SystemExit(status)

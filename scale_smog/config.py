@@ -6,13 +6,22 @@ editors all show it. "Paper:" before its end names the place in SMoG's paper.
 
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 INT64 = 2**63
 Positive = Annotated[int, Field(gt=0, lt=INT64)]
 NonNegative = Annotated[int, Field(ge=0, lt=INT64)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[int, Field(ge=10)]  # of a deadline: to find out who is late takes some
+Seconds = Annotated[int, Field(ge=10)]  # of a timeout: to find out who is late takes some
+
+
+def _without_tilde(path: str) -> str:
+    if path.startswith("~"):
+        raise ValueError(f"{path}: no shell replaces ~ here; write the folder's whole path")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_without_tilde)]  # a path, or a place in a store
 Pair = Annotated[tuple[Share, Share], Field(strict=False)]  # YAML has lists, not tuples
 
 Figure = Literal[
@@ -56,46 +65,47 @@ class RunConfig(Section):
         json_schema_extra={"oneOf": [{"required": ["steps"]}, {"required": ["epochs"]}]}
     )
 
-    dir: str = ""
+    dir: Place = ""
     """Folder of the run; empty: runs/<name of the recipe>."""
     mirror: str = ""
-    """Place in a store, such as s3://bucket/run, for a copy of every checkpoint; a run without any
-    in its run.dir goes on from the newest copy."""
+    """Place in a store, such as s3://bucket/run, for copies of the checkpoints; a run whose run.dir
+    has none as new resumes from the newest copy."""
     steps: Positive | None = None
     """Length of the run in optimizer steps; give either this or run.epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length of the run in passes over the training images; give either this or run.steps.
     Paper: section 4.1, Table 1."""
     seed: NonNegative = 0
-    """Of the first weights, the order of the images and their augmentation."""
+    """Seed of the initial weights, the order of the images and their augmentation."""
     small_data: bool = False
-    """Derive what the recipe leaves open (groups, bank, resets, rates) from the number of
-    images: for sets much smaller than ImageNet."""
+    """Derive what the recipe leaves open (groups, bank, resets, learning rate) from the number of
+    images: for datasets much smaller than ImageNet."""
     log_every: Positive = 10
     """Steps from one line of metrics to the next."""
     checkpoint_every: NonNegative = 1000
     """Steps from one checkpoint to the next; 0: only at the end."""
     keep_checkpoints: Positive = 3
-    """How many of the newest checkpoints stay."""
+    """Number of the newest checkpoints that are kept."""
     keep_checkpoint_every: NonNegative = 0
-    """Checkpoints of every so many steps stay for good, besides the newest; 0: none."""
+    """Steps from one checkpoint that is kept for good to the next, besides the newest; 0: none."""
     max_skipped: Positive = 10
-    """Steps in a row that may be left out because their loss or gradients are not finite."""
+    """Steps in a row that may be skipped because their loss or gradients are not finite."""
     evaluate_every: NonNegative = 0
     """Steps from one kNN evaluation in training to the next; 0: never."""
-    start_from: str = ""
-    """Run, checkpoint, exported folder, file of weights or hf-hub:USER/NAME that a new run begins
-    with; what does not fit begins anew, and is named."""
+    start_from: Place = ""
+    """Run, checkpoint, exported folder, file of weights or hf-hub:USER/NAME that a new run is
+    initialised from; what does not fit is initialised as usual, and is named."""
     start_parts: StartParts = ("backbone", "heads", "momentum", "groups")
     """What to take of run.start_from."""
     start_sha256: str = ""
-    """Of the backbone's weights in run.start_from: filled in when the run begins, and checked
-    where it is given."""
+    """SHA-256 of the backbone's weights in run.start_from: filled in when the run begins, and
+    checked where it is given."""
     stop_below: dict[Figure, float] = {}
-    """End the run when a logged figure stays below a value, such as {group_perplexity: 10,
-    knn: 0.2}; the newest checkpoint stands."""
+    """Values below which a logged figure ends the run, such as {group_perplexity: 10, knn: 0.2};
+    of loss, knn, online_knn, online_linear, groups_in_use, group_perplexity, rankme_bank,
+    rankme_features and images_per_s. The newest checkpoint stands."""
     stop_patience: Positive = 3
-    """Values in a row that run.stop_below waits for."""
+    """Values in a row that must be below run.stop_below."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -107,13 +117,13 @@ class RunConfig(Section):
 class DataConfig(Section):
     """Which images, and who decodes and augments them."""
 
-    path: str
+    path: Place
     """Folder of images or of tars, or tars in a store, such as s3://bucket/imagenet."""
-    cache_dir: str = ""
+    cache_dir: Place = ""
     """Folder on a local disk for the images of a data.path in a store; empty: scale_smog_cache in
     the folder for temporary files."""
     cache_gib: Annotated[float, Field(gt=0)] = 100.0
-    """Most that the images of a split take in data.cache_dir, of all ranks of a machine."""
+    """Most GiB that the images of a split take in data.cache_dir, for all ranks of a machine."""
     num_images: Positive = 1_281_167
     """Training images to expect: `--dry-run` plans with them where the dataset is not there yet."""
     global_batch: Positive = 4096
@@ -193,8 +203,8 @@ class ModelConfig(Section):
     """Factor on all channels of a ResNet. Paper: Table 3."""
     small_images: bool = False
     """A 3x3 first convolution without max-pool, for ResNets on images of about 32 px."""
-    weights: str = ""
-    """What to start the backbone from: a file of timm or torchvision, an exported folder, or
+    weights: Place = ""
+    """Initial weights of the backbone: a file of timm or torchvision, an exported folder, or
     hf-hub:USER/NAME; empty: random weights."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that an image leaves out a residual branch of the online net's last block in
@@ -206,7 +216,7 @@ class ModelConfig(Section):
     head_width: Positive = 2048
     """Hidden size of projector and predictor. Paper: section 4.1."""
     identity_predictor: bool = False
-    """Start with a predictor that changes nothing; the paper leaves its first weights open."""
+    """Initialise the predictor as the identity; the paper leaves its initialisation open."""
     batch_norm: Literal["global", "node", "local"] | Positive = "global"
     """Ranks that share their batch statistics: all (global), those of a host (node), a number
     of neighbours, or none (local)."""
@@ -253,17 +263,17 @@ class MethodConfig(Section):
     (deepcluster_v2); images against one another (simclr, moco_v3); or each view from the other
     (byol). Paper: Figure 5, Tables 1 to 6."""
     temperature: Annotated[float, Field(gt=0)] = 0.2
-    """Of simclr, moco_v3 and grouping.instance_warmup_steps: similarities of images are divided by
-    it. Groups have grouping.temperature."""
+    """Temperature of simclr, moco_v3 and grouping.instance_warmup_steps, by which similarities of
+    images are divided. Groups have grouping.temperature."""
     epsilon: Annotated[float, Field(gt=0)] = 0.05
-    """Of swav's codes: the smaller, the harder."""
+    """Entropy regularisation of swav's codes: the smaller, the harder the codes."""
     queue_steps: NonNegative = 0
     """Steps whose features balance swav's codes besides the batch's; for batches that are small
     beside the number of groups."""
     queue_after_epochs: Annotated[float, Field(ge=0)] = 15.0
     """Epochs before swav's queue is used: features that change fast are of no use."""
     frozen_epochs: Annotated[float, Field(ge=0)] = 1.0
-    """First epochs in which swav's prototypes rest."""
+    """Initial epochs in which swav's prototypes are frozen."""
 
     @property
     def has_groups(self) -> bool:
@@ -298,7 +308,7 @@ class GroupingConfig(Section):
     weighs 1 / n, n being the features since the last reset, their latest mean, or a random feature.
     Paper: section 3.2, Table 7d."""
     init: Literal["kmeans", "random"] = "kmeans"
-    """First groups: k-means over features of the initial net, or random directions. Paper:
+    """Initial groups: k-means over features of the initial net, or random directions. Paper:
     section 4.1."""
     reset_every: Positive = 300
     """Steps from one reset to the next. Paper: section 3.3."""
@@ -330,9 +340,9 @@ class OptimizerConfig(Section):
     """Images that optimizer.base_lr is for: 256 for ResNets, 2048 for transformers. Paper:
     section 4.1."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
-    """Of all weights but biases and norms. Paper: section 4.1."""
+    """Weight decay of all weights but biases and norms. Paper: section 4.1."""
     momentum: Share = 0.9
-    """Of LARS and SGD."""
+    """Momentum of LARS and SGD."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest norm of all gradients together; 0: they are not clipped."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 10.0
@@ -347,15 +357,14 @@ class EngineConfig(Section):
     """How nets and optimizer are spread over the ranks: whole on each (ddp), DeepSpeed's ZeRO
     stages, FSDP2 over all ranks (fsdp) or within a node (hsdp). All train the same model."""
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"
-    """Of the nets' arithmetic; fp64 is a test precision that the ZeRO engines do not have."""
+    """Precision of the nets' arithmetic; fp64 is for tests, and the ZeRO engines lack it."""
     reduce_precision: Literal["fp32", "bf16"] = "fp32"
-    """Of gradients on their way between ranks."""
+    """Precision in which gradients are reduced between ranks."""
     accumulate: Positive = 1
     """Micro-batches of a step: batch norm sees one of them, groups, bank, loss and gradient the
     whole batch."""
     activation_checkpointing: bool = False
-    """Forget a stage's activations and compute them again in the backward pass: less memory,
-    more time."""
+    """Recompute a stage's activations in the backward pass: less memory, more time."""
     compile: bool = False
     """torch.compile, stage by stage."""
     cuda_graphs: bool = False
@@ -411,6 +420,11 @@ class EngineConfig(Section):
                     f"engine.deepspeed: {path} might train another model than the other engines: "
                     f"{advice}"
                 )
+        if self.kind == "zero3" and zero.get("overlap_comm"):
+            raise ValueError(
+                "engine.deepspeed: zero3 with overlap_comm gathers weights on a stream that does "
+                "not wait for the last step's updates: leave it out"
+            )
         return self
 
     @property
@@ -441,7 +455,6 @@ DEEPSPEED_ZERO_KEYS = {
     "overlap_comm",
     "reduce_bucket_size",
     "reduce_scatter",
-    "round_robin_gradients",
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
     "stage3_prefetch_bucket_size",
@@ -469,7 +482,7 @@ class EvaluationConfig(Section):
     k: Positive = 20
     """Neighbours that vote in kNN."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Of the votes' weights exp(similarity / temperature)."""
+    """Temperature of the votes' weights exp(similarity / temperature)."""
     batch: Positive = 256
     """Images of one forward pass of a rank."""
     image_px: Positive = 224
@@ -486,7 +499,7 @@ class EvaluationConfig(Section):
     online: bool = False
     """A kNN and a linear classifier on the views in training, at every run.log_every."""
     baselines: bool = False
-    """Evaluate raw pixels and a net of random weights too."""
+    """Evaluate raw pixels, shrunk to at most 32 px, and a net of random weights too."""
 
 
 class DeadlinesConfig(Section):
@@ -522,6 +535,11 @@ class Recipe(Section):
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
+
+    @property
+    def start(self) -> str:
+        """What the nets begin with, but for random weights: `run.start_from` or `model.weights`."""
+        return self.run.start_from or self.model.weights
 
     @property
     def bank_steps(self) -> int:
@@ -565,13 +583,13 @@ class Recipe(Section):
         if self.run.small_data and not DERIVED <= self.grouping.model_fields_set:
             return self  # checked when small_data.py has filled them in
         bank = self.bank_steps * self.data.global_batch
-        clusters = self.grouping.init == "kmeans" or self.grouping.kmeans
+        warmup = self.grouping.instance_warmup_steps
+        clusters = self.grouping.init == "kmeans" or self.grouping.kmeans or warmup
         if clusters and self.grouping.num_groups > bank:
             raise ValueError(
                 f"grouping.num_groups={self.grouping.num_groups} is more than the {bank} features "
                 f"to cluster (bank_steps x global_batch): take at most {bank} groups"
             )
-        warmup = self.grouping.instance_warmup_steps
         if 0 < warmup * self.data.global_batch < self.grouping.num_groups:
             raise ValueError(
                 f"grouping.instance_warmup_steps={warmup} leaves fewer features than the "
@@ -586,6 +604,31 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluation.net=momentum: method.name={self.method.name} has no momentum net"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_predictor_can_begin_as_identity(self) -> Self:
+        can = self.nets.predictor == "mlp" and self.nets.is_projection_normed
+        if self.model.identity_predictor and not can:
+            raise ValueError(
+                f"model.identity_predictor=true: method.name={self.method.name} has no predictor "
+                "of batch-normalised projections that could begin as the identity: take false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _figures_that_end_the_run_are_logged(self) -> Self:
+        missing = {
+            "knn": not self.run.evaluate_every and "run.evaluate_every",
+            "online_knn": not self.evaluation.online and "evaluation.online",
+            "online_linear": not self.evaluation.online and "evaluation.online",
+            "groups_in_use": not self.method.has_groups and "a method with groups",
+            "group_perplexity": not self.method.has_groups and "a method with groups",
+            "rankme_bank": not self.method.has_bank and "method.name=smog",
+        }
+        for name in self.run.stop_below:
+            if needed := missing.get(name):
+                raise ValueError(f"run.stop_below: {name} is logged only with {needed}")
         return self
 
     @model_validator(mode="after")

@@ -4,23 +4,27 @@ import os
 import re
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scale_smog.checkpoint.nets import find_checkpoint, load_net, read_part
-from scale_smog.checkpoint.start_from import PARTS, STATE_FILE
+from scale_smog.checkpoint.start_from import PARTS
 from scale_smog.config import ModelConfig, NetName, Recipe
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.errors import UserError
 from scale_smog.methods import METHODS
-from scale_smog.models.hub import WEIGHTS_FILE, save_for_hub
+from scale_smog.models.backbones import ENTRY_POINTS
+from scale_smog.models.hub import STATE_FILE, WEIGHTS_FILE, save_for_hub
 from scale_smog.models.timm_nets import save_for_timm
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
 from scale_smog.runtime.files import write_atomically
+from scale_smog.runtime.stores import shown
 
 FORMATS = ("timm", "torchvision", "hf", "onnx")
 ONNX_FILE = "model.onnx"
@@ -73,6 +77,8 @@ def export(
     """
     if kind not in FORMATS:
         raise UserError(f"unknown format '{kind}': {', '.join(FORMATS)}")
+    if with_state and net == "momentum":
+        raise UserError("--full goes with --net online: a run that begins with it takes that net")
     folder, run_dir = find_checkpoint(Path(path))
     recipe = load_recipe(run_dir / run_folder.RECIPE_FILE)
     backbone = load_net(folder, recipe.model, recipe.nets, net).backbone
@@ -85,6 +91,8 @@ def export(
     usage = _usage(recipe, kind, architecture, target.name)
     try:
         target.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS_FILE, ONNX_FILE, STATE_FILE):  # of an export before
+            (target / name).unlink(missing_ok=True)
         if kind == "hf":
             _write_for_hub(target, weights, architecture, recipe, net)
         elif kind == "onnx":
@@ -97,8 +105,9 @@ def export(
         library = "timm" if architecture else "scale_smog"
         card = _card(recipe, name, num_features, usage, kind, library)
         write_atomically(target / "README.md", card.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {target}: {words}") from None
     return Exported(target, architecture, usage, num_features)
 
 
@@ -111,7 +120,9 @@ def _architecture(model: ModelConfig, kind: str) -> str:
     if model.backbone not in OURS:
         if kind == "torchvision":
             raise UserError(f"torchvision has no {model.backbone}: take --format timm")
-        return model.backbone
+        # Nets of installed packages come before timm's of that name, and timm cannot make them.
+        is_offered = model.backbone in entry_points(group=ENTRY_POINTS).names
+        return "" if is_offered else model.backbone
     names = TORCHVISION if kind == "torchvision" else TIMM
     is_plain = model.width == 1 and not model.small_images
     return names.get(model.backbone, "") if is_plain else ""
@@ -143,7 +154,7 @@ def _usage(recipe: Recipe, kind: str, architecture: str, folder: str) -> str:
     if architecture:
         make = f'import timm\n{read}net = timm.create_model("{architecture}", num_classes=0)\n'
         return make + load.replace(", strict=False", "")
-    # Neither library has this stem or width.
+    # Neither library has this net, stem or width.
     arguments = f'"{model.backbone}", width={model.width}, small_images={model.small_images}'
     make = f"from scale_smog.models import build_backbone\n{read}net = build_backbone({arguments})"
     return f"{make}\n{load.replace(', strict=False', '')}"
@@ -223,6 +234,8 @@ def _write_onnx(path: Path, backbone: nn.Module, px: int) -> None:
 def _card(recipe: Recipe, name: str, num_features: int, usage: str, kind: str, library: str) -> str:
     """The model card: what it is, how to load it, how it was trained."""
     model, method, data = recipe.model, recipe.method, recipe.data
+    run, start = recipe.run, shown(recipe.start)
+    length = f"{run.epochs:g} epochs" if run.epochs else f"{run.steps} steps"
     groups = f"| groups | {recipe.grouping.num_groups} |\n" if method.has_groups else ""
     head = (
         f"---\nlibrary_name: {library}\n"
@@ -230,7 +243,7 @@ def _card(recipe: Recipe, name: str, num_features: int, usage: str, kind: str, l
     )
     return (
         (head if kind == "hf" else "")
-        + f"""# {model.backbone}, trained without labels
+        + f"""# {model.backbone}, trained {"further " if start else ""}without labels
 
 The backbone of {name}: images [B, 3, H, W], ImageNet mean and deviation, to features
 [B, {num_features}]. It has no classifier. Trained with scale_smog by
@@ -243,8 +256,9 @@ The backbone of {name}: images [B, 3, H, W], ImageNet mean and deviation, to fea
 | setting | value |
 |---|---|
 | width, stem | {model.width}, {"3x3 for small images" if model.small_images else "as published"} |
+| began with | {start or "random weights"} |
 {groups}| batch | {data.global_batch} |
-| length | {f"{recipe.run.epochs:g} epochs" if recipe.run.epochs else f"{recipe.run.steps} steps"} |
+| length of the run | {length} |
 | views | two of {data.large_px} px, {data.num_small_crops} of {data.small_px} px |
 | optimizer | {recipe.optimizer.name}, base rate {recipe.optimizer.base_lr:g} |
 

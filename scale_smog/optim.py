@@ -13,6 +13,8 @@ from torch.optim.sgd import sgd
 from scale_smog.config import OptimizerConfig
 from scale_smog.distributed import all_reduce
 
+LARGE, RANGE = 2**16, 2**12  # values of a tensor
+
 
 @dataclass(frozen=True)
 class ParameterPartition:
@@ -58,11 +60,29 @@ def layer_norms(
     squares = torch.zeros(len(tensors), num_layers, dtype=dtype, device=layer_ids.device)
     if tensors[0]:
         num = len(tensors[0])
-        norms = torch.stack(torch._foreach_norm([x for each in tensors for x in each]))  # [k·n]
+        norms = torch.stack(_tensor_norms([x for each in tensors for x in each]))  # [k·n]
         squares.index_add_(1, layer_ids, norms.square_().view(-1, num))
     if norm_group is not None:
         all_reduce(squares, norm_group)
     return squares.sqrt_()
+
+
+def _tensor_norms(tensors: list[Tensor]) -> tuple[Tensor, ...] | list[Tensor]:
+    """Of each [], in its precision."""
+    if not tensors[0].is_cpu:
+        return torch._foreach_norm(tensors)
+    # On a CPU torch sums up a whole tensor on one thread and in one number: of two million
+    # float32 the fifth digit is wrong. So the norm of the norms of ranges.
+    return torch._foreach_norm([x if x.numel() < LARGE else _range_norms(x) for x in tensors])
+
+
+def _range_norms(x: Tensor) -> Tensor:
+    """Norms of the parts of a tensor: ranges of its values, or its first dimension's slices."""
+    if not x.is_contiguous():  # channels last: a convolution's weights
+        return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())))
+    flat, num_whole = x.view(-1), x.numel() // RANGE * RANGE
+    ranges = torch.linalg.vector_norm(flat[:num_whole].view(-1, RANGE), dim=1)
+    return torch.cat([ranges, torch.linalg.vector_norm(flat[num_whole:]).view(1)])
 
 
 class Lars(torch.optim.Optimizer):
@@ -205,26 +225,26 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, norms: list[float])
 
 
 @torch.no_grad()
-def follow(followers: list[Tensor], leaders: list[Tensor], rate: float) -> None:
-    """followers <- followers + rate x (leaders - followers), in place.
+def ema_update(means: list[Tensor], values: list[Tensor], weight: float) -> None:
+    """Exponential moving means: means <- means + weight x (values - means), in place.
 
     Args:
-        followers: n tensors on one device.
-        leaders: n tensors of the same shapes.
-        rate: 0 to 1.
+        means: n tensors on one device.
+        values: n tensors of the same shapes.
+        weight: of the new values, 0 to 1.
     """
-    pairs = zip(followers, leaders, strict=True)
-    if not followers or not all(x.is_cpu and _lie_alike(x, y) for x, y in pairs):
-        torch._foreach_lerp_(followers, leaders, rate)
+    pairs = zip(means, values, strict=True)
+    if not means or not all(x.is_cpu and _lie_alike(x, y) for x, y in pairs):
+        torch._foreach_lerp_(means, values, weight)
         return
-    # The same sum, below 1/2 to the bit, as a step of SGD by followers - leaders: a decay of 1 less
-    # the leaders. On a CPU lerp computes longer than memory needs for its values.
+    # The same sum, below 1/2 to the bit, as a step of SGD by means - values: a decay of 1 less the
+    # values. On a CPU lerp computes longer than memory needs for its values.
     sgd(
-        followers,
-        leaders,
-        [None] * len(followers),
+        means,
+        values,
+        [None] * len(means),
         fused=True,
-        lr=rate,
+        lr=weight,
         momentum=0.0,
         weight_decay=1.0,
         dampening=0.0,

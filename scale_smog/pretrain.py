@@ -1,7 +1,7 @@
 """Pre-training: builds the parts in the order of the data's flow, then runs the loop."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from scale_smog.data.loaders.build import (
     require_loader,
 )
 from scale_smog.data.remote.space import use_cache
-from scale_smog.errors import RankError, UserError
+from scale_smog.errors import RankError, RunEnded, UserError
 from scale_smog.evaluation.final import conclude
 from scale_smog.evaluation.knn import KnnProbe
 from scale_smog.evaluation.online import OnlineProbe
-from scale_smog.evaluation.splits import require_labels
+from scale_smog.evaluation.splits import CannotEvaluate, require_labels
 from scale_smog.loop import train
 from scale_smog.preflight.checks import require_equal_hosts
 from scale_smog.reporting import run_folder
@@ -35,7 +35,7 @@ from scale_smog.reporting.curves import draw_run_curves
 from scale_smog.reporting.health import Floors
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.progress import Progress
-from scale_smog.reporting.starts import note_start
+from scale_smog.reporting.starts import note_end, note_start
 from scale_smog.runtime import flight_recorder, phases, rank_logs
 from scale_smog.runtime.preemption import Preemption
 from scale_smog.runtime.rank_logs import RankLogs
@@ -46,6 +46,7 @@ from scale_smog.state import TrainState, build_state
 
 # To the copy of the last checkpoint; after a signal that ends a machine it has seconds.
 MIRROR_S, MIRROR_AFTER_STOP_S, MIRROR_LOOK_S = 1200.0, 15.0, 1.0
+WATCHDOG_S = 600.0  # for it to say which rank is behind, before a collective breaks
 
 
 def pretrain(recipe: Recipe) -> None:
@@ -57,9 +58,10 @@ def pretrain(recipe: Recipe) -> None:
         UserError: a setting, the dataset or the run folder does not fit; on every rank.
     """
     flight_recorder.configure(Path(recipe.run.dir) / rank_logs.FOLDER)
+    timeout_s = max(recipe.deadlines.model_dump().values()) + WATCHDOG_S
     with (
         Preemption() as preemption,
-        distributed.process_group(meeting=preemption.ends_process()) as device,
+        distributed.process_group(meeting=preemption.ends_process(), timeout_s=timeout_s) as device,
         Watchdog(recipe.deadlines) as watchdog,
         RankLogs() as logs,
     ):
@@ -74,8 +76,11 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     """`pretrain` within a process group."""
     use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
     require_equal_hosts(recipe)
+    recipe = in_main_folder(recipe)
     bring_back(recipe.run)
     dataset = open_together(recipe.data.path, "train")
+    if recipe.evaluation.online:
+        require_labels(dataset, recipe.data.path, "evaluation.online")
     kept = distributed.call_on_main(lambda: run_folder.kept_recipe(recipe.run.dir))
     recipe, derived = fit_to_data(recipe, dataset.num_samples, kept)
     data, run_dir = recipe.data, Path(recipe.run.dir)
@@ -88,23 +93,61 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     state = build_state(recipe, batch, device, dataset.num_samples)
     recipe, begun = begin_from_start(recipe, state)
 
-    # From here on the settings are known to be good, and the run folder is written.
-    sha256 = distributed.call_on_main(lambda: split_sha256(data.path, "train"))
-    changes = run_folder.claim(recipe, sha256)
-    logs.open(run_dir)
-    checkpoints = Checkpoints(recipe.run, {"manifest_sha256": sha256})
-    warnings = restore(state, checkpoints)
-    if state.step < schedules.num_steps and (problem := checkpoints.prepare(state.state_dict())):
-        warnings.append(f"warning: {problem}")
-    floors = Floors(recipe.run.stop_below, recipe.run.stop_patience)
-    metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch, floors)
-    note_start(recipe, state.step, device)
-    changed = [f"changed since the run began: {x}" for x in changes]
-    for line in [*remarks(dataset), *derived, *begun, *changed, *warnings]:
-        metrics.say(line)
-
     def load(steps: range) -> Iterable[Batch]:
         return build_training_loader(data, views, dataset, plan, steps, device)
+
+    # From here on the settings are known to be good, and the run folder is written.
+    sha256 = distributed.call_on_main(lambda: split_sha256(data.path, "train"))
+    with run_folder.claimed(recipe, sha256) as changes:
+        logs.open(run_dir)
+        checkpoints = Checkpoints(recipe.run, {"manifest_sha256": sha256})
+        warnings = restore(state, checkpoints)
+        is_finished = state.step >= schedules.num_steps
+        if not is_finished and (problem := checkpoints.prepare(state.state_dict())):
+            warnings.append(f"warning: {problem}")
+        floors = Floors(recipe.run.stop_below, recipe.run.stop_patience)
+        metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch, floors)
+        note_start(recipe, state.step, device)
+        changed = [f"changed since the run began: {x}" for x in changes]
+        lines = [*remarks(dataset), *derived, *schedules.remarks(), *begun, *changed, *warnings]
+        for line in lines:
+            metrics.say(line)
+
+        try:
+            if not is_finished:
+                train_remaining(recipe, state, dataset, load, schedules, knn, checkpoints, metrics)
+            with phases.during(phases.EVALUATION):
+                conclude(recipe, state, dataset, knn, metrics)
+                metrics.close()
+                if distributed.is_main():
+                    draw_run_curves(run_dir)
+                note_end(run_dir, state.step)
+            await_mirror(checkpoints, metrics, MIRROR_S)
+        except phases.StopRequested:  # a launcher kills who takes long to stop: no curves
+            metrics.say(f"stopped after step {state.step}; the same command resumes from there")
+            await_mirror(checkpoints, metrics, MIRROR_AFTER_STOP_S, is_stopping=True)
+            metrics.close()
+        except RunEnded:
+            metrics.close()
+            note_end(run_dir, state.step)
+            raise
+
+
+def train_remaining(
+    recipe: Recipe,
+    state: TrainState,
+    dataset: Images,
+    load: Callable[[range], Iterable[Batch]],
+    schedules: Schedules,
+    knn: KnnProbe | None,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+) -> None:
+    """The method's start, if there is no step yet, and the steps that are left.
+
+    Raises:
+        StopRequested: on all ranks alike, after a checkpoint.
+    """
 
     def evaluate(step: int) -> None:
         if knn:
@@ -114,30 +157,25 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
             metrics.scalars(step, {"knn": accuracy})
             metrics.say(f"step {step}  kNN top-1 {accuracy:.3f}")
 
-    try:
-        if state.step < schedules.num_steps:
-            metrics.say(f"{'resuming' if state.step else 'starting'} {describe(recipe, state)}")
-            if state.step == 0 and (num_images := state.method.num_first_images):
-                num_batches = -(-num_images // data.global_batch)
-                start_or_save(state, load(range(num_batches)), checkpoints)
-            online = build_online_probe(recipe, state, dataset)
-            batches = load(range(state.step, schedules.num_steps))
-            progress = Progress(recipe, metrics, schedules.num_steps, device)
-            with saves_finished(checkpoints):
-                if not train(
-                    recipe, state, batches, schedules, progress, checkpoints, evaluate, online
-                ):
-                    raise phases.StopRequested
-            del batches  # the loader's threads and buffers: the evaluation has its own
-        with phases.during(phases.EVALUATION):
-            conclude(recipe, state, dataset, knn, metrics)
-        await_mirror(checkpoints, metrics, MIRROR_S)
-    except phases.StopRequested:
-        metrics.say(f"stopped after step {state.step}; the same command goes on from there")
-        await_mirror(checkpoints, metrics, MIRROR_AFTER_STOP_S, is_stopping=True)
-    metrics.close()
-    if distributed.is_main():
-        draw_run_curves(run_dir)
+    metrics.say(f"{'resuming' if state.step else 'starting'} {describe(recipe, state)}")
+    if state.step == 0 and (num_images := state.method.num_first_images):
+        num_batches = -(-num_images // recipe.data.global_batch)
+        start_or_save(state, load(range(num_batches)), checkpoints)
+    online = build_online_probe(recipe, state, dataset)
+    batches = load(range(state.step, schedules.num_steps))
+    progress = Progress(recipe, metrics, schedules.num_steps, state.engine.device)
+    with saves_finished(checkpoints):
+        if not train(recipe, state, batches, schedules, progress, checkpoints, evaluate, online):
+            raise phases.StopRequested
+
+
+def in_main_folder(recipe: Recipe) -> Recipe:
+    """With rank 0's run folder, where a rank in another working folder would take another."""
+    own = Path(recipe.run.dir).absolute()
+    main = distributed.broadcast_object(own)
+    if main == own:
+        return recipe
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(main)})})
 
 
 def begin_from_start(recipe: Recipe, state: TrainState) -> tuple[Recipe, list[str]]:
@@ -192,6 +230,7 @@ def await_mirror(
 
     Raises:
         StopRequested: on all ranks alike, unless the run is stopping anyway.
+        UserError: the copy is not there in time, unless the run is stopping.
     """
     problem = None
     for _ in range(math.ceil(seconds / MIRROR_LOOK_S)):
@@ -201,6 +240,8 @@ def await_mirror(
             return
         if not is_stopping:
             phases.check_for_stop()
+    if not is_stopping:
+        raise UserError(f"trained to the end, but {problem}; the same command copies it again")
     metrics.say(f"warning: {problem}")
 
 
@@ -219,24 +260,25 @@ def saves_finished(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def build_knn_probe(recipe: Recipe, device: torch.device) -> KnnProbe | None:
-    """kNN on the dataset's test split; None, and a word on the console, where it has no labels."""
+    """kNN on the dataset's test split; None, and a word on the console, where it has none.
+
+    Raises:
+        UserError: the split is there and cannot be read, or run.stop_below needs it.
+    """
     try:
         return KnnProbe(recipe.data, recipe.evaluation, device)
-    except UserError as error:
+    except CannotEvaluate as error:
+        if "knn" in recipe.run.stop_below:
+            raise
         if distributed.is_main():
             print(f"no kNN: {error}", flush=True)
         return None
 
 
 def build_online_probe(recipe: Recipe, state: TrainState, dataset: Images) -> OnlineProbe | None:
-    """Classifiers on the views in training, where the recipe asks for them.
-
-    Raises:
-        UserError: the images have no labels.
-    """
+    """Classifiers on the views in training, where the recipe asks for them."""
     if not recipe.evaluation.online:
         return None
-    require_labels(dataset, recipe.data.path, "evaluation.online")
     num_features: int = state.engine.online.backbone.num_features  # pyright: ignore[reportAssignmentType]
     return OnlineProbe(num_features, dataset.num_classes, state.engine.device)
 

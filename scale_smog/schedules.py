@@ -74,6 +74,15 @@ class Schedules:
         progress = step / max(1, self.num_steps)
         return ScheduledValues(epoch, progress, self._lr(step), self.weight_decay, beta)
 
+    def remarks(self) -> list[str]:
+        """A line if the learning rate never comes to its cosine."""
+        if self.warmup_steps < self.num_steps:
+            return []
+        return [
+            f"warning: all {self.num_steps} steps are warm-up: a shorter optimizer.warmup_epochs "
+            "lets the learning rate come down again"
+        ]
+
     def _lr(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps

@@ -18,7 +18,7 @@ from scale_smog.models import (
     synchronise_batch_norm,
 )
 from scale_smog.models.check import batch_norm_images, image_sizes, require_images_fit
-from scale_smog.models.weights import load_weights
+from scale_smog.models.weights import read_weights, set_weights
 
 
 @dataclass
@@ -71,9 +71,13 @@ def build_state(
 
 
 def build_initial_nets(model: ModelConfig, plan: NetPlan) -> tuple[OnlineNet, MomentumNet]:
-    """The nets as training begins: with random weights, or a file's in their backbones."""
+    """The nets as training begins: with random weights, or a file's in their backbones.
+
+    A collective: rank 0 reads or fetches the file.
+    """
     nets = build_nets(model, plan)
     if model.weights:
+        weights = distributed.call_on_main(lambda: read_weights(model.weights))
         for net in nets[: 2 if plan.num_momentum_views else 1]:
-            load_weights(net.backbone, model.weights)
+            set_weights(net.backbone, weights, model.weights)
     return nets

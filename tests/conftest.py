@@ -2,11 +2,13 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from images import make_dataset
+from ports import free_port
 
 # Ranks and loaders of a test must not fight over the cores with many threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,15 +19,19 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 LONGEST = (
     "test_engines_agree.py",
     "test_faults.py",
-    "test_demo_curve.py",
-    "test_programs.py",
-    "test_resume.py",
-    "test_wide_nets.py",
+    "test_demo.py",
+    "test_agreement.py",
     "test_launchers.py",
+    "test_timm_inputs.py",
+    "test_programs.py",
+    "test_wide_nets.py",
+    "test_checkpoint.py",
+    "test_elastic.py",
+    "test_resume.py",
+    "test_hub.py",
     "test_check.py",
     "test_evaluate.py",
     "test_notebook.py",
-    "test_site.py",
 )
 
 
@@ -40,6 +46,13 @@ def indexes_of_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALE_SMOG_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_that_have_imported_torch(indexes_of_folders: None) -> None:
+    """Before a test starts a process: the first start decides what all later ones have imported."""
+    if "ranks" in sys.modules:  # else no test here starts ranks
+        sys.modules["ranks"].start_forkserver()
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +89,7 @@ def s3(s3_port, tmp_path, monkeypatch):
 
     from scale_smog.data.remote.space import use_cache
 
-    with s3_store.proxy_of(s3_port) as proxy:
+    with s3_store.proxy_of(s3_port, free_port()) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDOFTHISTEST")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-this-test")

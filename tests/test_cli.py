@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -136,63 +135,3 @@ def test_the_shell_completes_commands_and_options(line, expected, tmp_path) -> N
     environment = os.environ | asked | {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}
     subprocess.run([sys.executable, "-m", "scale_smog"], env=environment, check=True)
     assert (tmp_path / "words").read_text().split() == [expected]
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The interpreter of a new environment with a wheel of an sdist of this checkout.
-
-    What the package needs is this environment's, found by a .pth file.
-    """
-    folder = tmp_path_factory.mktemp("installed")
-    source = folder / "checkout"
-    source.mkdir()
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
-    pack = ["tar", "--null", "--ignore-failed-read", "-cf", str(folder / "files.tar"), "-T", "-"]
-    subprocess.run(pack, cwd=ROOT, input=files, check=True)
-    with tarfile.open(folder / "files.tar") as tar:
-        tar.extractall(source, filter="data")
-    build = "import setuptools.build_meta as b, sys; print(getattr(b, sys.argv[1])(sys.argv[2]))"
-    sdist = run(sys.executable, "-c", build, "build_sdist", str(folder), cwd=source)
-    with tarfile.open(folder / sdist.splitlines()[-1]) as tar:
-        tar.extractall(folder, filter="data")
-    unpacked = folder / sdist.splitlines()[-1].removesuffix(".tar.gz")
-    wheel = run(sys.executable, "-c", build, "build_wheel", str(folder), cwd=unpacked)
-    run(sys.executable, "-m", "venv", "--without-pip", str(folder / "env"), cwd=folder)
-    python = folder / "env" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index"]
-    run(*pip, "--no-deps", "--no-compile", str(folder / wheel.splitlines()[-1]), cwd=folder)
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(run(str(python), "-c", code, cwd=folder).strip())
-    (packages / "others.pth").write_text(run(sys.executable, "-c", code, cwd=folder))
-    return python
-
-
-def run(*command: str, cwd: Path) -> str:
-    """What a command that succeeds prints."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    ended = subprocess.run(
-        command, cwd=cwd, env=environment | {"PATH": path}, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
-
-
-@pytest.mark.launcher
-def test_a_wheel_in_a_new_environment_has_the_recipes_and_trains_the_demo(
-    installed, tmp_path
-) -> None:
-    program = str(installed.with_name("smog"))
-    where = run(str(installed), "-c", "import scale_smog; print(scale_smog.__file__)", cwd=tmp_path)
-    assert Path(where.strip()).is_relative_to(installed.parent.parent)
-    assert Path(where.strip()).with_name("py.typed").exists()
-    listed = run(program, "recipes", cwd=tmp_path).splitlines()
-    assert len(listed) == len(list((ROOT / "recipes").rglob("*.yaml")))
-    short = ["run.steps=3", "run.log_every=1", "grouping.num_groups=10", "grouping.reset_every=2"]
-    short += ["evaluation.baselines=false", "evaluation.num_train_images=64"]
-    short += ["evaluation.num_test_images=32"]
-    out = run(program, "demo", *short, cwd=tmp_path)
-    assert "step-00000003" in out and "trained net" in out
-    assert (tmp_path / "runs" / "demo" / "results.json").exists()

@@ -8,11 +8,15 @@ import timm
 import torch
 import torchvision
 import yaml
+from ranks import run_on_ranks
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small_recipe import small_recipe
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from scale_smog import distributed
 from scale_smog.checkpoint import nets
+from scale_smog.config import Recipe
 from scale_smog.errors import UserError
 from scale_smog.export import _card, export, to_torchvision_swin
 from scale_smog.models import build_backbone, build_nets
@@ -20,6 +24,7 @@ from scale_smog.models.weights import from_torchvision_swin, load_weights
 from scale_smog.pretrain import pretrain
 from scale_smog.recipe import dump_recipe
 from scale_smog.reporting import run_folder
+from scale_smog.state import build_initial_nets
 
 
 @pytest.fixture
@@ -109,6 +114,35 @@ def test_a_net_that_no_library_has_comes_with_a_line_that_loads_it(
     names: dict[str, torch.nn.Module] = {}
     exec(done.usage, names)
     assert torch.equal(outputs(names["net"], 64), outputs(net, 64))
+
+
+@pytest.fixture
+def their_net(tmp_path, monkeypatch) -> str:
+    """The name of a backbone that an installed package offers and timm does not know."""
+    code = "from torch import nn\n\n\ndef build():\n    net = nn.Sequential(nn.Conv2d(3, 5, 3)"
+    code += ", nn.AdaptiveAvgPool2d(1), nn.Flatten())\n    net.num_features = 5\n    return net\n"
+    (tmp_path / "their_package.py").write_text(code)
+    facts = tmp_path / "their_package-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    points = "[scale_smog.backbones]\ntheir_net = their_package:build\n"
+    (facts / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "their_net"
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_a_net_of_an_installed_package_comes_with_a_card_that_loads_it(
+    tmp_path, fake_run, monkeypatch, their_net, kind
+):
+    run_dir, net = fake_run(their_net)
+    monkeypatch.chdir(tmp_path)
+    done = export(str(run_dir), "out", kind)
+    names: dict[str, torch.nn.Module] = {}
+    exec(done.usage, names)
+    assert torch.equal(outputs(names["net"], 24), outputs(net, 24))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert done.usage in card and "timm.create_model" not in card
 
 
 def test_the_momentum_net_is_exported_on_request(tmp_path, tars):
@@ -204,3 +238,55 @@ def test_a_card_names_the_runs_own_method_and_library(tmp_path):
     card = _card(recipe, "run", 8, "", "hf", library="scale_smog")
     assert card.startswith("---\nlibrary_name: scale_smog\ntags: [image-feature-extraction,")
     assert "SimCLR (Chen et al., ICML 2020)" in card and "groups |" not in card
+
+
+def test_an_export_leaves_nothing_of_the_one_before(tmp_path, fake_run):
+    run_dir, _ = fake_run("resnet_tiny")
+    out = tmp_path / "out"
+    export(str(run_dir), str(out), "timm", with_state=True)
+    export(str(run_dir), str(out), "timm")
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "README.md"}
+
+
+def test_the_whole_state_goes_with_the_online_net_alone(tmp_path, fake_run):
+    run_dir, _ = fake_run("resnet_tiny")
+    with pytest.raises(UserError, match="--full goes with --net online"):
+        export(str(run_dir), str(tmp_path / "out"), "timm", with_state=True, net="momentum")
+
+
+def test_a_disk_that_is_full_is_one_clear_line(tmp_path, fake_run, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    run_dir, _ = fake_run("resnet_tiny")
+    monkeypatch.setattr("scale_smog.export.save_file", full)
+    with pytest.raises(UserError, match=r"cannot write .*out: I/O error: No space left"):
+        export(str(run_dir), str(tmp_path / "out"), "timm")
+
+
+def test_a_card_says_what_the_run_began_with(tmp_path):
+    start = "model.weights=https://user:s3cret@host/supervised.pth"
+    recipe = small_recipe(tmp_path, "nowhere", start)
+    card = _card(recipe, "run", 8, "", "hf", library="scale_smog")
+    assert "trained further without labels" in card
+    assert "| began with | https://host/supervised.pth |" in card
+    assert "| began with | random weights |" in _card(
+        small_recipe(tmp_path, "nowhere"), "run", 8, "", "hf", library="scale_smog"
+    )
+
+
+def first_weights(recipe: Recipe) -> torch.Tensor:
+    """On a rank whose host has no such file, unless it is rank 0."""
+    model = recipe.model
+    if not distributed.is_main():
+        model = model.model_copy(update={"weights": "nowhere"})
+    online, _ = build_initial_nets(model, recipe.nets)
+    return online.backbone.state_dict()["conv1.weight"]
+
+
+def test_rank_0_alone_reads_or_fetches_the_first_weights(tmp_path):
+    start = build_backbone("resnet_tiny").state_dict()
+    save_file(start, tmp_path / "start.safetensors")
+    recipe = small_recipe(tmp_path, "nowhere", f"model.weights={tmp_path / 'start.safetensors'}")
+    for found in run_on_ranks(2, first_weights, recipe):
+        assert torch.equal(found, start["conv1.weight"])

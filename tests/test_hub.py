@@ -20,6 +20,12 @@ from scale_smog.pretrain import pretrain
 ROOT = Path(__file__).parent.parent
 
 
+NETS = {  # of a run
+    "known": ["model.backbone=resnet18"],
+    "own": ["model.backbone=resnet_tiny", "model.small_images=true"],
+}
+
+
 def images(num: int = 2, px: int = 32) -> torch.Tensor:
     return torch.randn(num, 3, px, px, generator=torch.Generator().manual_seed(1))
 
@@ -28,10 +34,9 @@ def images(num: int = 2, px: int = 32) -> torch.Tensor:
 def runs(tmp_path_factory, tars) -> dict[str, Path]:
     """A run of a net that timm has, and one of a net that it does not have."""
     made = {}
-    for name, options in (("known", []), ("own", ["model.small_images=true"])):
+    for name, options in NETS.items():
         folder = tmp_path_factory.mktemp(name)
-        options = ["run.steps=1", "model.backbone=resnet18", *options]
-        pretrain(small_recipe(folder, tars, *options))
+        pretrain(small_recipe(folder, tars, "run.steps=1", *options))
         made[name] = folder / "run"
     return made
 
@@ -39,11 +44,10 @@ def runs(tmp_path_factory, tars) -> dict[str, Path]:
 def features_of(run_dir: Path) -> torch.Tensor:
     """Of the checkpoint's backbone."""
     folder, _ = find_checkpoint(run_dir)
-    recipe = small_recipe(run_dir.parent, "x", "model.backbone=resnet18")
-    is_small = run_dir.parent.name.startswith("own")
-    model = recipe.model.model_copy(update={"small_images": is_small})
+    name = "own" if run_dir.parent.name.startswith("own") else "known"
+    recipe = small_recipe(run_dir.parent, "x", *NETS[name])
     with torch.no_grad():
-        return load_net(folder, model, recipe.nets).backbone.eval()(images())
+        return load_net(folder, recipe.model, recipe.nets).backbone.eval()(images())
 
 
 PROGRAM = """
@@ -51,17 +55,21 @@ import sys, torch
 from pathlib import Path
 from scale_smog.cli.main import run_command
 from scale_smog.errors import UserError
-for name in ("known", "own"):
+def push(run, name, *options):
     try:
-        to = ["out-" + name, "--format", "hf", "--full", "--push", "user/" + name]
-        run_command("export", [sys.argv[1] + "/" + name, *to])
+        to = ["out-" + name, "--format", "hf", *options, "--push", "user/" + name]
+        run_command("export", [sys.argv[1] + "/" + run, *to])
     except SystemExit as end:
         assert not end.code
+for name in ("known", "own"):
+    push(name, name, "--full")
+push("known", "again", "--full")
+push("known", "again")
 import timm, torch
 from scale_smog.models import build_backbone
 from scale_smog.models.hub import hub_net
 from scale_smog.models.weights import load_weights
-ours = build_backbone("resnet18", small_images=True)
+ours = build_backbone("resnet_tiny", small_images=True)
 load_weights(ours, "hf-hub:user/own")
 plain = build_backbone("resnet18")
 load_weights(plain, "hf-hub:user/known@main")
@@ -85,6 +93,18 @@ for name in ("known", "own"):
     for start in starts:
         assert start.tensors.keys() == starts[0].tensors.keys()
         assert all(torch.equal(v, starts[0].tensors[k]) for k, v in start.tensors.items())
+assert all(x.startswith("online.backbone.") for x in read_start("hf-hub:user/again").tensors)
+import huggingface_hub
+real = huggingface_hub.hf_hub_download
+def times_out(repository, file, **options):
+    if file == "training_state.safetensors":
+        raise TimeoutError("the hub is slow today")
+    return real(repository, file, **options)
+huggingface_hub.hf_hub_download = times_out
+try:
+    read_start("hf-hub:user/known")
+except UserError as error:
+    print(error)
 try:
     load_weights(plain, "hf-hub:user/nothing")
 except UserError as error:
@@ -113,6 +133,9 @@ def test_pushed_nets_are_loaded_by_name_and_give_the_same_features(tmp_path, run
     assert done.returncode == 0, done.stderr
     assert f"pushed to {server.url}/user/known" in done.stdout
     assert "hf-hub:user/nothing: cannot fetch model.safetensors" in done.stdout
+    assert "hf-hub:user/known: cannot fetch training_state.safetensors: the hub" in done.stdout
+    left = {path.name for path in (tmp_path / "hub/user/again").iterdir()}
+    assert left == {"model.safetensors", "config.json", "README.md"}
     assert "Synchronous Momentum Grouping" in (tmp_path / "hub/user/own/README.md").read_text()
     for name, features in torch.load(tmp_path / "features.pt").items():
         for found in features:
@@ -125,7 +148,7 @@ def test_onnx_gives_the_same_features_for_any_batch(tmp_path, runs):
     done = export(str(runs["own"]), str(tmp_path / "out"), "onnx")
     session = onnxruntime.InferenceSession(str(done.folder / "model.onnx"))
     folder, _ = find_checkpoint(runs["own"])
-    recipe = small_recipe(tmp_path, "x", "model.backbone=resnet18", "model.small_images=true")
+    recipe = small_recipe(tmp_path, "x", *NETS["own"])
     net = load_net(folder, recipe.model, recipe.nets).backbone.eval()
     for num in (1, 5):
         batch = images(num, px=24)

@@ -13,7 +13,7 @@ pytest.importorskip("ipykernel")
 def test_the_notebook_of_the_first_hour_runs(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     folder = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
+    nbclient.NotebookClient(notebook, timeout=1800, startup_timeout=600, resources=folder).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     said = "".join(output.get("text", "") for output in outputs)
     assert "split train: 640 images in a folder" in said and "kNN top-1, trained net" in said

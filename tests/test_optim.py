@@ -14,7 +14,7 @@ from scale_smog.optim import (
     ParameterPartition,
     build_optimizer,
     clip_gradients,
-    follow,
+    ema_update,
     layer_norms,
     set_rates,
 )
@@ -135,6 +135,17 @@ def test_excluded_parameters_do_not_decay(name):
     assert (values[0] < 1).all()
 
 
+@pytest.mark.parametrize(
+    "shape", [(512, 512, 3, 3), (2048, 1024), (1, 2**21), (2**21 + 5,), (7,), ()]
+)
+def test_norms_have_the_digits_of_float32_however_large_the_layer(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    found = layer_norms([[x]], torch.zeros(1, dtype=torch.long), 1, None, torch.float32)
+    torch.testing.assert_close(found.item(), x.double().norm().item(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("length", [0.1, 100.0])
 def test_gradients_are_clipped_as_torch_clips_them(length):
     """Longer ones to the norm that is asked for; shorter ones stay."""
@@ -159,16 +170,16 @@ LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rate", [0.001, 0.1])
+@pytest.mark.parametrize("weight", [0.001, 0.1])
 @pytest.mark.parametrize("layouts", itertools.product(LAYOUTS, LAYOUTS), ids=str)
-def test_the_momentum_update_is_lerp_to_the_bit_in_any_layout(dtype, rate, layouts):
+def test_the_momentum_update_is_lerp_to_the_bit_in_any_layout(dtype, weight, layouts):
     shapes = [(7, 5, 3, 3), (1, 130, 1, 1), (64, 3, 7, 7)]
-    followers, leaders = (
+    means, values = (
         [torch.randn(shape, dtype=dtype).to(memory_format=layout) for shape in shapes]
         for layout in layouts
     )
-    kept = [x.clone() for x in leaders]
-    wanted = [x.lerp(y, rate) for x, y in zip(followers, leaders, strict=True)]
-    follow(followers, leaders, rate)
-    assert all(torch.equal(x, y) for x, y in zip(followers, wanted, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(leaders, kept, strict=True))
+    kept = [x.clone() for x in values]
+    wanted = [x.lerp(y, weight) for x, y in zip(means, values, strict=True)]
+    ema_update(means, values, weight)
+    assert all(torch.equal(x, y) for x, y in zip(means, wanted, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(values, kept, strict=True))

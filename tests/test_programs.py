@@ -4,15 +4,20 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import free_port
+from ports import free_port
 from small_recipe import write_small_recipe
+
+from scale_smog.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +128,20 @@ def test_a_run_leaves_everything_a_user_looks_for(tmp_path, tars, monkeypatch, c
     assert groups["num_groups"] == 10 and 0 < groups["entropy_weighted"] <= math.log(4)
 
 
+def test_a_collective_waits_longer_than_any_deadline(tmp_path, tars, monkeypatch):
+    waits = []
+
+    def refuse(timeout: timedelta, **_: Any) -> None:
+        waits.append(timeout.total_seconds())
+        raise UserError("enough")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    recipe = str(write_small_recipe(tmp_path, tars))
+    arguments = [recipe, "deadlines.start_s=7200"]
+    assert run_program("pretrain.py", *arguments, monkeypatch=monkeypatch) == 2
+    assert waits[0] > 7200
+
+
 def test_evaluating_what_is_no_checkpoint_is_one_clear_line(tmp_path, monkeypatch, capsys):
     assert run_program("evaluate.py", "knn", str(tmp_path), monkeypatch=monkeypatch) == 2
     assert "no checkpoint in" in capsys.readouterr().err
@@ -155,6 +174,18 @@ def test_an_unlabelled_set_trains_and_says_that_it_cannot_be_judged(tmp_path, mo
     recipe = str(write_small_recipe(tmp_path, tmp_path / "tars"))
     assert run_program("pretrain.py", recipe, "run.steps=2", monkeypatch=monkeypatch) == 0
     assert "no kNN" in capsys.readouterr().out
+
+
+def test_a_test_split_that_is_damaged_is_no_dataset_without_one(
+    tmp_path, tars, monkeypatch, capsys
+):
+    data = shutil.copytree(tars, tmp_path / "tars")
+    next(data.glob("test-*.tar")).unlink()
+    recipe = str(write_small_recipe(tmp_path, data))
+    assert run_program("pretrain.py", recipe, monkeypatch=monkeypatch) == 2
+    said = capsys.readouterr()
+    assert "no kNN" not in said.out and "test-000000.tar" in said.err
+    assert not (tmp_path / "run").exists()
 
 
 def launch(*command: str) -> None:

@@ -7,22 +7,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from small_recipe import small_recipe, write_small_recipe
+from small_recipe import small_recipe
 
 from scale_smog import UserError, checkpoint, loop
+from scale_smog.checkpoint import Checkpoints
 from scale_smog.errors import RankError
+from scale_smog.evaluation import final
 from scale_smog.pretrain import pretrain
 from scale_smog.reporting import run_folder
 from scale_smog.reporting.progress import Progress
+from scale_smog.reporting.starts import has_ended
 from scale_smog.runtime import preemption
 
 EVERY_STEP = ("run.checkpoint_every=1",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Nobody looks at them here; test_programs.py does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(final, "_draw_groups", lambda *_: None)
+        patch.setattr("scale_smog.pretrain.draw_run_curves", lambda _: None)
+        yield
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -34,6 +46,20 @@ def assert_equal_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) ->
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tars) -> Path:
+    """The folder of a run of eight steps, with a checkpoint of each."""
+    recipe = small_recipe(tmp_path_factory.mktemp("trained"), tars, *EVERY_STEP)
+    pretrain(recipe)
+    return Path(recipe.run.dir)
+
+
+@pytest.fixture
+def finished(tmp_path, trained) -> Path:
+    """A copy of it, as `small_recipe(tmp_path, ...)` names it."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd"])
@@ -115,9 +141,10 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(tmp_path, tars, monkeypa
     assert not checkpoint.list_checkpoints(tmp_path / "run")
 
 
-def test_a_finished_run_is_found_and_not_trained_again(tmp_path, tars, monkeypatch, capsys):
+def test_a_finished_run_is_found_and_not_trained_again(
+    tmp_path, tars, finished, monkeypatch, capsys
+):
     recipe = small_recipe(tmp_path, tars)
-    pretrain(recipe)
     after_each_step(monkeypatch, lambda _step: pytest.fail("trained again"))
     capsys.readouterr()
     pretrain(recipe)
@@ -125,11 +152,11 @@ def test_a_finished_run_is_found_and_not_trained_again(tmp_path, tars, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "missing file", "missing manifest"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, tars, damage, capsys):
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path, tars, trained, finished, damage, capsys
+):
     recipe = small_recipe(tmp_path, tars, *EVERY_STEP)
-    pretrain(recipe)
-    run_dir = Path(recipe.run.dir)
-    whole, newest = final_state(run_dir), checkpoint.list_checkpoints(run_dir)[-1]
+    whole, newest = final_state(trained), checkpoint.list_checkpoints(finished)[-1]
     name = "manifest.json" if damage == "missing manifest" else "shard-*.safetensors"
     target = next(newest.glob(name))
     content = bytearray(target.read_bytes())
@@ -145,7 +172,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, tars, 
     pretrain(recipe)
     said = capsys.readouterr().out
     assert "passed over" in said and "after step 7" in said
-    assert_equal_bits(final_state(run_dir), whole)
+    assert_equal_bits(final_state(finished), whole)
 
 
 @pytest.mark.parametrize("left", [".dataset.json.tmp", "dataset.json", ".recipe.yaml.tmp"])
@@ -153,11 +180,61 @@ def test_a_start_that_was_killed_does_not_lock_the_folder(tmp_path, left):
     recipe = small_recipe(tmp_path, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / left).write_text("{")
-    assert run_folder.claim(recipe, "0" * 64) == []
+    with run_folder.claimed(recipe, "0" * 64) as changes:
+        assert changes == []
     (tmp_path / "run" / "recipe.yaml").unlink()
     (tmp_path / "run" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="is not a run's folder"):
-        run_folder.claim(recipe, "0" * 64)
+    with (
+        pytest.raises(UserError, match="is not a run's folder"),
+        run_folder.claimed(recipe, "0" * 64),
+    ):
+        pass
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 7 on node1 since today")
+file.flush()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_runs_never_share_a_folder_and_one_that_was_killed_leaves_it(
+    tmp_path, tars, monkeypatch
+):
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.5)
+    (run_dir := tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", HOLDER, str(run_dir / ".lock")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert other.stdout and other.stdout.readline() == b"held\n"
+    recipe = small_recipe(tmp_path, tars)
+    with pytest.raises(UserError, match="in use by process 7 on node1 since today"):
+        pretrain(recipe)
+    assert [x.name for x in run_dir.iterdir()] == [".lock"]
+    other.kill()
+    pretrain(recipe)
+    assert checkpoint.list_checkpoints(run_dir)[-1].name == "step-00000008"
+    other.communicate()
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether another process than this one would have to wait."""
+    program = (
+        "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    )
+    command = [sys.executable, "-c", program, str(run_dir / ".lock")]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0
+
+
+def test_a_run_holds_its_folder_from_its_first_to_its_last_step(tmp_path, tars, monkeypatch):
+    locked = {}
+    run_dir = tmp_path / "run"
+    after_each_step(monkeypatch, lambda step: locked.update({step: is_locked(run_dir)}))
+    pretrain(small_recipe(tmp_path, tars, "run.steps=3"))
+    assert locked == {1: True, 2: True, 3: True} and not is_locked(run_dir)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, tars):
@@ -167,15 +244,12 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, tars):
     assert names == ["step-00000007", "step-00000008"]
 
 
-def test_a_torn_last_metrics_line_is_cut(tmp_path, tars):
-    recipe = small_recipe(tmp_path, tars, *EVERY_STEP)
-    pretrain(recipe)
-    run_dir = Path(recipe.run.dir)
-    for folder in checkpoint.list_checkpoints(run_dir)[5:]:
+def test_a_torn_last_metrics_line_is_cut(tmp_path, tars, finished):
+    for folder in checkpoint.list_checkpoints(finished)[5:]:
         shutil.rmtree(folder)
-    metrics = run_dir / "metrics.jsonl"
+    metrics = finished / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 9, "lo')
-    pretrain(recipe)
+    pretrain(small_recipe(tmp_path, tars, *EVERY_STEP))
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 9))
 
@@ -189,22 +263,34 @@ def test_a_torn_last_metrics_line_is_cut(tmp_path, tars):
         ("data.global_batch=8", "data.global_batch=12"),
     ],
 )
-def test_another_recipe_in_the_run_folder_is_refused_by_key(tmp_path, tars, override, key):
-    pretrain(small_recipe(tmp_path, tars))
+def test_another_recipe_in_the_run_folder_is_refused_by_key(
+    tmp_path, tars, finished, override, key
+):
     with pytest.raises(UserError, match=key):
         pretrain(small_recipe(tmp_path, tars, override))
 
 
-def test_allowed_changes_are_logged_and_the_run_grows(tmp_path, tars, capsys):
-    pretrain(small_recipe(tmp_path, tars))
+def test_allowed_changes_are_logged_and_the_run_grows(tmp_path, tars, finished, capsys):
+    run_folder.add_results(finished, {"linear": {"top1": 0.5}})  # of step 8
     pretrain(small_recipe(tmp_path, tars, "run.steps=10", "run.log_every=5"))
+    assert run_folder.read_results(finished).keys() == {"run", "groups", "knn"}
+    assert has_ended(finished)
     out = capsys.readouterr().out
     assert "run.steps: 8 -> 10" in out and "run.log_every: 1 -> 5" in out
-    assert checkpoint.list_checkpoints(tmp_path / "run")[-1].name == "step-00000010"
+    assert checkpoint.list_checkpoints(finished)[-1].name == "step-00000010"
 
 
-def test_another_dataset_or_a_foreign_folder_is_refused(tmp_path, tars):
-    pretrain(small_recipe(tmp_path, tars))
+def test_a_machine_with_less_disk_or_memory_can_go_on_with_the_run(tmp_path, tars):
+    with run_folder.claimed(small_recipe(tmp_path, tars), "hash"):
+        pass
+    keys = ("data.cache_gib=1", "data.cache_dir=x", "evaluation.batch=8", "run.evaluate_every=4")
+    with run_folder.claimed(small_recipe(tmp_path, tars, *keys), "hash") as changes:
+        assert [line.partition(":")[0] for line in sorted(changes)] == [
+            key.partition("=")[0] for key in sorted(keys)
+        ]
+
+
+def test_another_dataset_or_a_foreign_folder_is_refused(tmp_path, tars, finished):
     other = shutil.copytree(tars, tmp_path / "other")
     manifest = other / "manifest.json"
     manifest.write_text(manifest.read_text().replace("class0", "class9"))
@@ -232,33 +318,24 @@ def test_a_run_outlives_a_disk_that_fills_and_goes_on_when_there_is_room(small_d
     assert_equal_bits(final_state(small_disk / "run"), final_state(Path(whole.run.dir)))
 
 
-SLOW_TO_SAVE = """
-import sys, time
-from scale_smog import UserError, load_recipe, loop
-from scale_smog.checkpoint import Checkpoints
-from scale_smog.pretrain import pretrain
-write, step = Checkpoints._write, loop.train_step
+def test_a_checkpoint_on_its_way_arrives_though_the_run_ends_by_an_error(
+    tmp_path, tars, monkeypatch
+):
+    write, step = Checkpoints._write, loop.train_step
 
-def write_slowly(self, number, partitions):
-    time.sleep(2)
-    write(self, number, partitions)
+    def write_slowly(self, number, partitions):
+        time.sleep(0.5)
+        write(self, number, partitions)
 
-def step_or_fail(state, batch, now):
-    if state.step == 3:
-        raise UserError("no step is finite")
-    return step(state, batch, now)
+    def step_or_fail(state, batch, now):
+        if state.step == 3:
+            raise UserError("no step is finite")
+        return step(state, batch, now)
 
-Checkpoints._write, loop.train_step = write_slowly, step_or_fail
-pretrain(load_recipe(sys.argv[1]))
-"""
-
-
-def test_a_checkpoint_on_its_way_arrives_though_the_run_ends_by_an_error(tmp_path, tars):
-    recipe = write_small_recipe(tmp_path, tars)
-    recipe.write_text(recipe.read_text().replace("checkpoint_every: 0", "checkpoint_every: 2"))
-    command = [sys.executable, "-c", SLOW_TO_SAVE, str(recipe)]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert "no step is finite" in ended.stderr
+    monkeypatch.setattr(Checkpoints, "_write", write_slowly)
+    monkeypatch.setattr(loop, "train_step", step_or_fail)
+    with pytest.raises(UserError, match="no step is finite"):
+        pretrain(small_recipe(tmp_path, tars, "run.checkpoint_every=2"))
     assert [folder.name[-1] for folder in checkpoint.list_checkpoints(tmp_path / "run")] == ["2"]
 
 

@@ -36,6 +36,12 @@ def test_epochs_are_counted_in_samples():
     assert make().at(4).epoch == 1.0
 
 
+def test_a_run_that_is_all_warm_up_says_so():
+    assert make().remarks() == []
+    (line,) = make(num_steps=10).remarks()
+    assert "all 10 steps are warm-up" in line
+
+
 def test_nothing_is_due_every_0_steps():
     assert not due(0, 0) and not due(7, 0)
     assert due(300, 300) and not due(301, 300)

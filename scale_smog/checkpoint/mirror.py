@@ -3,9 +3,10 @@
 A copy is valid when its manifest is there, which is written last and removed first. What comes back
 is compared with it like any checkpoint, and brings the files by which a run's folder is known, so
 that another recipe or dataset is refused as it is on the disk. A store that fails costs a line on
-stderr and the copy of one checkpoint: the next one is tried again.
+stderr: the newest checkpoint is copied as soon as it answers again.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -28,23 +29,37 @@ from scale_smog.errors import UserError
 from scale_smog.runtime.files import rename_durably
 from scale_smog.runtime.stores import Store
 
-OF_THE_FOLDER = ("dataset.json", "recipe.yaml")  # by the last a run's folder is known
+DATASET_FILE = "dataset.json"
+OF_THE_FOLDER = (DATASET_FILE, "recipe.yaml")  # by the last a run's folder is known
+RETRY_S = 30.0  # after a copy that failed, besides the patience of the store's own requests
 _MANIFEST = re.compile(rf"step-(\d{{8}})/{re.escape(MANIFEST_FILE)}")
 
 
 def bring_back(run: RunConfig) -> None:
-    """Puts the newest whole copy where a run's folder has no checkpoint, and says so; a collective.
+    """Puts the newest whole copy into a run's folder that has none as new, and says so.
+
+    A collective. A store that does not answer keeps no run with checkpoints of its own from going
+    on.
 
     Raises:
-        UserError: the mirror cannot be read, or none of its copies is whole.
+        UserError: the mirror cannot be read or written, is another run's, or has no whole copy.
     """
     run_dir = Path(run.dir).absolute()
 
     def look() -> None:
-        if not list_checkpoints(run_dir):
-            mirror = Mirror(run)
+        mirror = Mirror(run)
+        try:
             if name := mirror.pull(run_dir):
                 print(f"{name} came back from {mirror}", file=sys.stderr, flush=True)
+            mirror.require_writable()
+        except (OSError, NotImplementedError) as error:
+            reason = f"run.mirror={mirror}: {getattr(error, 'strerror', None) or error}"
+            if not list_checkpoints(run_dir):
+                raise UserError(
+                    f"{reason}; it may hold this run's checkpoints: try again, or begin anew "
+                    "without run.mirror"
+                ) from None
+            _warn(f"{reason}; going on without it")
 
     if run.mirror:
         distributed.call_on_main(look)
@@ -62,13 +77,14 @@ class Mirror:
         self._changed = threading.Condition()
         self._next: Path | None = None  # to be copied: the newest one only
         self._current: Path | None = None
+        self._refusal: str | None = None
         self._thread: threading.Thread | None = None
 
     def __str__(self) -> str:
         return str(self._store)
 
     def push(self, folder: Path) -> None:
-        """Begins to copy a committed checkpoint, unless one is on its way: then after that."""
+        """Begins to copy a committed checkpoint; after the one that is on its way, if one is."""
         with self._changed:
             self._next = folder
             if self._thread is None:
@@ -82,10 +98,10 @@ class Mirror:
             return folder in (self._current, self._next)
 
     def wait(self, seconds: float) -> str | None:
-        """Waits for the copy that is on its way; None, or in words what is not there yet."""
+        """Waits for the newest copy; None, or in words what is not there."""
         with self._changed:
             if self._changed.wait_for(lambda: not (self._next or self._current), seconds):
-                return None
+                return self._refusal
             last = self._next or self._current
         return f"{last.name if last else 'a checkpoint'} is not in {self} yet"
 
@@ -93,28 +109,53 @@ class Mirror:
         """Brings the newest whole copy into a run's folder, with what the folder is known by.
 
         Returns:
-            Its name; None if there is none.
+            Its name; None if there is none that is newer than the folder's own checkpoints.
 
         Raises:
-            UserError: the store cannot be read, or none of its copies is whole.
+            OSError: the store cannot be read.
+            UserError: it is another run's, or none of its copies is whole.
         """
-        damages = []
-        try:
-            for step in reversed(_whole_steps(self._names())):
-                final = step_folder(run_dir / "checkpoints", step)
-                try:
-                    self._bring(final)
-                    return final.name
-                except DamagedCheckpoint as error:
-                    damages.append(str(error))
-        except OSError as error:
-            raise UserError(
-                f"run.mirror={self}: {error.strerror or error}; it may hold this run's "
-                "checkpoints: try again, or begin anew without run.mirror"
-            ) from None
-        if damages:
+        own, damages = list_checkpoints(run_dir), []
+        steps = _whole_steps(self._names())
+        if steps and not self._is_same_run(run_dir) and own:
+            return None
+        for step in reversed(steps):
+            final = step_folder(run_dir / "checkpoints", step)
+            if own and final.name <= own[-1].name:
+                return None
+            try:
+                self._bring(final)
+                return final.name
+            except DamagedCheckpoint as error:
+                damages.append(str(error))
+        if damages and not own:
             raise UserError(f"run.mirror={self} has no whole checkpoint: {damages[0]}")
         return None
+
+    def require_writable(self) -> None:
+        """Writes and removes a file.
+
+        Raises:
+            OSError: the store does not take it.
+        """
+        self._store.write(".probe", b"")
+        self._store.remove(".probe")
+
+    def _is_same_run(self, run_dir: Path) -> bool:
+        """Whether it is known to hold copies of the folder's run.
+
+        Raises:
+            UserError: it is known to hold those of another.
+        """
+        file = run_dir / DATASET_FILE
+        here = _run_id(file.read_bytes()) if file.exists() else None
+        is_there = self._store.size(DATASET_FILE) is not None
+        there = _run_id(self._store.read(DATASET_FILE)) if is_there else None
+        if here and there and here != there:
+            raise UserError(
+                f"run.mirror={self} holds another run than {run_dir}: give each a place of its own"
+            )
+        return here is not None and here == there
 
     def _bring(self, final: Path) -> None:
         staging = final.with_name(f".{final.name}.tmp") / final.name
@@ -153,17 +194,23 @@ class Mirror:
             try:
                 self._copy(folder)
                 self._tidy(read_manifest(folder).step)
+                self._refusal = None
+            except UserError as error:
+                self._refusal = str(error)
+                _warn(f"no copy of {folder.name}: {error}")
             except Exception as error:  # whatever a store's library raises: training goes on
                 reason = (isinstance(error, OSError) and error.strerror) or error
-                print(
-                    f"warning: no copy of {folder.name} in {self}: {reason}; training goes on, "
-                    "and the next checkpoint is copied again",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _warn(f"no copy of {folder.name} in {self} yet: {reason}; training goes on")
+                with self._changed:  # the checkpoint stays until then, unless a newer one comes
+                    self._changed.wait_for(lambda: self._next is not None, RETRY_S)
+                    self._next = self._next or folder
 
     def _copy(self, folder: Path) -> None:
         manifest = read_manifest(folder)
+        if _whole_steps(self._names()):  # else there is nothing to lose
+            self._is_same_run(folder.parent.parent)
+        if self._holds(folder):
+            return
         for file in (folder.parent.parent / name for name in OF_THE_FOLDER):
             if file.exists():
                 self._store.upload(file, file.name)
@@ -171,6 +218,11 @@ class Mirror:
         for name in manifest.files:
             self._store.upload(folder / name, f"{folder.name}/{name}")
         self._store.upload(folder / MANIFEST_FILE, f"{folder.name}/{MANIFEST_FILE}")
+
+    def _holds(self, folder: Path) -> bool:
+        name = f"{folder.name}/{MANIFEST_FILE}"
+        own = (folder / MANIFEST_FILE).read_bytes()
+        return self._store.size(name) == len(own) and self._store.read(name) == own
 
     def _tidy(self, step: int) -> None:
         """Keeps the copies that `run.dir` would keep, and nothing of unfinished ones before."""
@@ -188,6 +240,18 @@ class Mirror:
 
     def _names(self) -> list[str]:
         return list(self._store.sizes("step-????????/*"))
+
+
+def _run_id(content: bytes) -> str | None:
+    """The name of the run in a dataset.json; None in one that is older or torn."""
+    try:
+        return json.loads(content).get("run")
+    except (ValueError, AttributeError):
+        return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _whole_steps(names: list[str]) -> list[int]:

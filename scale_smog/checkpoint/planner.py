@@ -44,6 +44,8 @@ class Writer(HuggingFaceStorageWriter):
 
     def __init__(self, folder: Path):
         super().__init__(str(folder), save_distributed=True)
+        # Tensors are in host memory: a copy ahead would only wait for the GPU, and so for steps.
+        self.per_thread_copy_ahead = 0
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Numbers the file by the rank, who plans alone."""

@@ -153,6 +153,8 @@ class Checkpoints:
                 continue
             values = read(folder, manifest, partitions, self._group)
             self.newest_step = manifest.step
+            if self._mirror:  # the run may have ended before its copy was there
+                self._mirror.push(folder)
             return Restored(manifest.step, manifest.facts, values, passed_over)
         if passed_over:
             raise UserError(

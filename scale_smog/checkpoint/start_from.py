@@ -16,11 +16,10 @@ from scale_smog.checkpoint.manifest import list_checkpoints
 from scale_smog.checkpoint.nets import find_checkpoint
 from scale_smog.distributed import Partition
 from scale_smog.errors import UserError
-from scale_smog.models.hub import HUB, fetch
+from scale_smog.models.hub import HUB, STATE_FILE, NotOnHub, fetch
 from scale_smog.models.weights import read_weights
 
 PARTS = ("online", "momentum", "groups")  # of a checkpoint, and of an export with everything
-STATE_FILE = "training_state.safetensors"
 OF_IMAGES = "groups.features"  # a row an image, by its id: of no use with other images
 
 
@@ -65,7 +64,7 @@ def read_start(source: str, sha256: str = "") -> Start:
 def _read(source: str) -> Start:
     path = Path(source).absolute()
     if source.startswith(HUB):
-        with suppress(UserError):  # most have the backbone only
+        with suppress(NotOnHub):  # most have the backbone only
             return Start(load_file(fetch(source, STATE_FILE)), None)
     elif is_checkpoint(path):
         folder, run_dir = find_checkpoint(path)
@@ -110,7 +109,8 @@ def fitting(
             misfit = "of the images that the start was trained on"
         if misfit and part == "backbone":
             raise UserError(f"run.start_from={source} holds another net: {misfit}")
-        lines.append(f"{part}: {f'begin anew ({misfit})' if misfit else f'from {source}'}")
+        begun = f"initialised as usual ({misfit})" if misfit else f"from {source}"
+        lines.append(f"{part}: {begun}")
         if not misfit:
             taken |= {name: start.tensors[name] for name in names}
             has_heads |= part == "heads"

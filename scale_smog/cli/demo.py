@@ -7,11 +7,10 @@ on a CPU. The pictures stay, and the same command goes on where it was stopped.
 import argparse
 import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 from scale_smog.cli.arguments import add_overrides
+from scale_smog.runtime.child import run_child
 
 FOLDER = "demo_data"
 MOST_RANKS = 2
@@ -32,9 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     command = _launcher(arguments.ranks or _num_ranks())
     command += ["scale_smog", "pretrain", "demo", f"data.path={FOLDER}", *arguments.overrides]
     print(f"== training: {' '.join(command)}", flush=True)
-    # DeepSpeed compiles a small op at its first start and looks for ninja on the PATH.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return subprocess.run(command, env=os.environ | {"PATH": path}).returncode
+    return run_child(command)
 
 
 def _launcher(num_ranks: int) -> list[str]:

@@ -4,11 +4,12 @@ CHECKPOINT is a run folder (its newest checkpoint) or one of its `checkpoints/st
 Overrides change the run's recipe (`evaluation.k=200`, `data.path=another/set`) or the protocol
 (`linear.setting=swav`, `finetune.share=0.1`, `segmentation.path=VOCdevkit/VOC2012`).
 `groups` takes several checkpoints, and .npz files with `features` and `labels`, and overlays them.
-The same command goes on where it was interrupted.
+Interrupted, the same command resumes evaluations that train (`linear` but for logistic, `finetune`,
+`segmentation`, `detection`) and starts the others over.
 """
 
 import argparse
-from pathlib import Path
+import os
 
 EVALUATIONS = ("knn", "linear", "finetune", "segmentation", "detection", "groups", "features")
 
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from scale_smog.evaluation.program import PROGRAMS
 
     # A folder may be called lr=0.1, and a setting is no folder.
-    checkpoints = [x for x in arguments.arguments if "=" not in x or Path(x).exists()]
+    checkpoints = [x for x in arguments.arguments if "=" not in x or os.path.exists(x)]
     overrides = [x for x in arguments.arguments if x not in checkpoints]
     PROGRAMS[arguments.evaluation](checkpoints, overrides, arguments.compare)
     return 0

@@ -53,6 +53,17 @@ def split_sha256(path: str | Path, split: str) -> str:
     return FolderDataset(path, _sub_folder(path, split)).sha256
 
 
+def has_labels(path: str | Path, split: str) -> bool:
+    """Whether every image of a split has a label; of a folder, which is only listed, a class.
+
+    Raises:
+        UserError: there is no such dataset or split.
+    """
+    if is_tars(path):
+        return bool((TarDataset(path, split).labels >= 0).all())
+    return bool(list_folder(Path(path, _sub_folder(path, split))).classes)
+
+
 def remarks(dataset: Images) -> list[str]:
     """Lines for the user on images that are left out, and on what tars would spare."""
     return dataset.notes if isinstance(dataset, FolderDataset) else []

@@ -122,6 +122,10 @@ class FolderDataset:
             raise UserError(f"{printable(path)} has changed since this program looked at it")
         return content if row["as_stored"] else preprocess(content, AS_STORED).content
 
+    def name_of(self, sample_id: int) -> str:
+        """Where a sample lies, in words: its file."""
+        return printable(f"{self.folder}/{self.names[sample_id]}")
+
     def _content_sha256(self) -> str:
         digest = hashlib.sha256()
         for name, label, row in zip(self.names, self.labels, self._rows, strict=True):

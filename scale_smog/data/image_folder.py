@@ -151,11 +151,11 @@ def split_folders(folder: Path) -> dict[str, Path]:
         UserError: two folders may be the same split.
     """
     names = _sub_folders(folder)
-    if not any(_split_kind(name) for name in names):
+    if not any(split_kind(name) for name in names):
         return {}
     found: dict[str, Path] = {}
     for name in _splits_among(name for name in names if holds_images(folder / name)):
-        kind = _split_kind(name)
+        kind = split_kind(name)
         if kind in found and found[kind].name != kind and name != kind:
             raise UserError(
                 f"{found[kind]} and {folder / name} may both be the split {kind}: name one {kind}"
@@ -176,7 +176,7 @@ def _sub_folders(folder: Path) -> list[str]:
 
 def _splits_among(names: Iterable[str]) -> list[str]:
     """Those of the names of sub-folders that are splits, [] where classes may have such names."""
-    kinds = {name: _split_kind(name) for name in names}
+    kinds = {name: split_kind(name) for name in names}
     splits = [name for name in kinds if kinds[name]]
     are_splits = len(splits) == len(kinds) or len({kinds[name] for name in splits}) > 1
     return splits if are_splits else []
@@ -188,12 +188,12 @@ def _refuse_splits(folder: Path, classes: Sequence[str]) -> None:
         first = folder / splits[0]
         raise UserError(
             f"{folder} holds the splits {', '.join(splits)}, which would be its classes: shard "
-            f"each alone, as {first} --split {_split_kind(splits[0])}"
+            f"each alone, as {first} --split {split_kind(splits[0])}"
         )
 
 
-def _split_kind(name: str) -> str:
-    """The split that a folder's name means, "" for none."""
+def split_kind(name: str) -> str:
+    """The split that a name means, such as "val" for "Validation images"; "" for none."""
     word = re.sub(r"[\W\d_]+|images?|set|data|split", "", name.casefold())
     return next((kind for kind, words in SPLIT_WORDS.items() if word in words), "")
 

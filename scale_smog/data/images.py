@@ -112,7 +112,7 @@ def preprocess(content: bytes, options: Preprocessing = Preprocessing()) -> Enco
     if may_pass and exif_is_readable and _reads_alike_everywhere(image, content):
         return EncodedImage(content, _PASS_THROUGH[str(image.format)], *image.size)
     try:
-        if has_deep_pixels(image, content):
+        if _has_deep_pixels(image, content):
             _require_full_range(image)
         if exif_is_readable:
             image = ImageOps.exif_transpose(image)
@@ -129,13 +129,23 @@ def preprocess(content: bytes, options: Preprocessing = Preprocessing()) -> Enco
 
 
 def _reads_alike_everywhere(image: "Image.Image", content: bytes) -> bool:
-    if image.format not in _PASS_THROUGH or image.mode not in ("RGB", "L"):
-        return False
-    if getattr(image, "is_animated", False):
-        return False
-    if has_deep_pixels(image, content):
+    if why_not_as_stored(image, content) or image.mode not in ("RGB", "L"):
         return False
     return image.getexif().get(_ORIENTATION, 1) == 1
+
+
+def why_not_as_stored(image: "Image.Image", content: bytes) -> str:
+    """Why some loader cannot decode an image as it lies in its file; "" if each can.
+
+    Args:
+        image: as `decode` returns it.
+        content: its file.
+    """
+    if image.format not in _PASS_THROUGH:
+        return f"a {image.format}"
+    if getattr(image, "is_animated", False):
+        return f"an animated {image.format}"
+    return "16 bits a channel" if _has_deep_pixels(image, content) else ""
 
 
 def _has_readable_exif(image: "Image.Image") -> bool:
@@ -148,7 +158,7 @@ def _has_readable_exif(image: "Image.Image") -> bool:
     return True
 
 
-def has_deep_pixels(image: "Image.Image", content: bytes) -> bool:
+def _has_deep_pixels(image: "Image.Image", content: bytes) -> bool:
     """Whether an image has 16 bits a channel, which Pillow does not tell of an RGB PNG."""
     if image.format == "PNG":
         return content[24] > 8  # the depth, in the header chunk

@@ -70,6 +70,7 @@ class TarDataset:
         widths: int32 [N], px.
         heights: int32 [N], px.
         shard_sizes: samples of each shard.
+        sha256: hex SHA-256 that names the split's content, of the manifest.
     """
 
     def __init__(self, path: str | Path, split: str) -> None:
@@ -84,7 +85,7 @@ class TarDataset:
         shards = manifest.split(split).shards
         if isinstance(place, Folder):
             _check_tar_sizes(place.path, shards)
-        self._sha256 = split_sha256(manifest, split)
+        self.sha256 = split_sha256(manifest, split)
         self._index = TarIndex(shards, [load_sidecar(described, entry) for entry in shards])
         self._open(place)
 
@@ -100,7 +101,7 @@ class TarDataset:
     def _open(self, place: Folder | Store) -> None:
         self._place = place
         if isinstance(place, Store):
-            space, name = cache_space(), f"{self._split}-{self._sha256[:16]}"
+            space, name = cache_space(), f"{self._split}-{self.sha256[:16]}"
             folder = space.of_dataset(place.url) / name
             self._tars = RemoteTars(place, self._index, folder, space.limit_bytes)
         else:
@@ -138,12 +139,16 @@ class TarDataset:
             tar = self._index.place(sample_id).tar
             raise UserError(f"cannot read {self._place}/{tar}: {error.strerror}") from error
         if not self._index.is_whole(sample_id, content):
-            key, tar = self._index.rows["key"][sample_id], self._index.place(sample_id).tar
             raise UserError(
-                f"{tar}: sample {key:012d} (id {sample_id}) is damaged; "
+                f"{self.name_of(sample_id)} (id {sample_id}) is damaged; "
                 f"run data_tools/verify.py {self._place}"
             )
         return content
+
+    def name_of(self, sample_id: int) -> str:
+        """Where a sample lies, in words: its tar and its key."""
+        key, tar = self._index.rows["key"][sample_id], self._index.place(sample_id).tar
+        return f"{self._place}/{tar}: sample {key:012d}"
 
 
 def _check_tar_sizes(folder: Path, shards: Iterable[ShardEntry]) -> None:

@@ -15,6 +15,7 @@ from scale_smog.distributed.collectives import (
 from scale_smog.distributed.partition import Partition
 from scale_smog.distributed.process_group import (
     background_group,
+    collective_timeout,
     destroy_process_group,
     end_process,
     init_process_group,
@@ -38,6 +39,7 @@ __all__ = [
     "broadcast_object",
     "call_on_all_ranks",
     "call_on_main",
+    "collective_timeout",
     "destroy_process_group",
     "differentiable_all_gather",
     "differentiable_all_reduce",

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 from scale_smog.distributed.rendezvous import rendezvous
-from scale_smog.errors import RankError, UserError
+from scale_smog.errors import CommonError, RankError, UserError
 
 COMMON_FAILURE_S, POLL_S = 10.0, 0.1
 TIMEOUT_EXIT_CODE = 3  # 1 is any exception, 2 a user's error; launcher/slurm.sbatch asks for it
 _store: dist.Store | None = None  # of the rendezvous
 _num_sharing_ranks = 1
+_timeout = timedelta(minutes=30)  # of collectives
 
 
 def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 600) -> torch.device:
@@ -30,8 +31,8 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
     travel through gloo, CUDA tensors through NCCL.
 
     Raises:
-        UserError: ranks have not come within `rendezvous_timeout_s`, named; or more ranks than
-            GPUs here.
+        UserError: ranks have not come within `rendezvous_timeout_s`, named; more ranks than GPUs
+            here; or hosts without a GPU beside others with one, named.
     """
     env = rank_environment()
     has_gpu = torch.cuda.is_available()
@@ -43,8 +44,10 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    global _store
+    global _store, _timeout
+    _timeout = timedelta(seconds=timeout_s)
     _store = rendezvous(env["RANK"], env["WORLD_SIZE"], rendezvous_timeout_s)
+    require_same_device(_store, has_gpu, env["WORLD_SIZE"])
     # Each rank of a gloo group connects to those it talks to, not to all others in each group.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     _raise_file_limit()
@@ -54,13 +57,30 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
             rank=env["RANK"],
             world_size=env["WORLD_SIZE"],
             store=_store,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=_timeout,
             device_id=device if has_gpu else None,  # NCCL connects here, not at the first use
         )
     count_sharing_ranks()
     if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(_cores()) // num_sharing_ranks()))
     return device
+
+
+def require_same_device(store: dist.Store, has_gpu: bool, world_size: int) -> None:
+    """A host whose driver fails has no GPU for torch, and NCCL's other ranks would wait for it.
+
+    Raises:
+        UserError: some ranks have a GPU and some have none; on every rank, names the hosts.
+    """
+    if not has_gpu:
+        number = store.add("num_without_gpu", 1)
+        store.set(f"without_gpu_{number}", socket.gethostname())
+    if store.add("num_looked_for_gpu", 1) == world_size:  # the last one tells all
+        num_without = store.add("num_without_gpu", 0)
+        hosts = {store.get(f"without_gpu_{1 + n}").decode() for n in range(num_without)}
+        store.set("hosts_without_gpu", ", ".join(sorted(hosts)) if num_without < world_size else "")
+    if names := store.get("hosts_without_gpu").decode():
+        raise CommonError(f"torch finds no GPU on {names}, but on other hosts: nvidia-smi there")
 
 
 def _raise_file_limit() -> None:
@@ -163,7 +183,9 @@ def _number(name: str, value: str | None) -> int:
 
 @contextmanager
 def process_group(
-    rendezvous_timeout_s: float = 600, meeting: AbstractContextManager | None = None
+    rendezvous_timeout_s: float = 600,
+    meeting: AbstractContextManager | None = None,
+    timeout_s: float = 1800,
 ) -> Iterator[torch.device]:
     """The process group from its start to its end (`with`); yields this rank's device.
 
@@ -173,13 +195,15 @@ def process_group(
     Args:
         rendezvous_timeout_s: how long ranks wait for one another.
         meeting: is entered while they do.
+        timeout_s: how long a rank waits for the others in a collective.
 
     Raises:
         UserError: as `init_process_group`.
-        RankError: in place of a UserError that only this rank has met.
+        CommonError: in place of a UserError that all ranks have met.
+        RankError: in place of one that only this rank has met.
     """
     with meeting or nullcontext():
-        device = init_process_group(rendezvous_timeout_s=rendezvous_timeout_s)
+        device = init_process_group(timeout_s, rendezvous_timeout_s)
     name = rank_and_host()  # without a group every rank is 0
     try:
         yield device
@@ -188,7 +212,9 @@ def process_group(
         is_common = may_be_common and _all_ranks_fail()
         if is_common or device.type == "cpu":
             destroy_process_group()
-        if may_be_common and not is_common:
+        if is_common:
+            raise CommonError(str(error)) from error
+        if may_be_common:
             raise RankError(f"{name}: {error}") from error
         raise
     destroy_process_group()
@@ -264,14 +290,19 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def background_group() -> dist.ProcessGroup | None:
-    """A second group of all ranks, on the CPU, for collectives of a background thread.
+def collective_timeout() -> timedelta:
+    """How long a rank waits for the others in a collective of the run's; groups take it too."""
+    return _timeout
 
-    None for a single rank.
+
+def background_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """A second group of all ranks, on the CPU, for a background thread or for long waits.
+
+    None for a single rank. `timeout` is `collective_timeout` unless given.
     """
     if world_size() == 1:
         return None
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=timeout or _timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

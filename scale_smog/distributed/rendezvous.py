@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 import torch.distributed as dist
 
-from scale_smog.errors import RankError, UserError
+from scale_smog.errors import CommonError, RankError, UserError
 
 MAX_NAMED = 8
 EXTRA_WAIT_S = 10.0  # of the other ranks, so that rank 0 says first who is missing
@@ -69,7 +69,7 @@ def _connect(rank: int, world_size: int, timeout_s: float) -> dist.TCPStore:
         return dist.TCPStore(host, port, world_size, is_server, timeout, wait_for_workers=False)
     except (RuntimeError, OSError) as error:
         is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-        kind = RankError if is_first_here else UserError
+        kind = RankError if is_first_here else CommonError
         raise kind(_unreachable(host, port, is_server, timeout_s)) from error
 
 
@@ -100,7 +100,7 @@ def _open_round(server: dist.Store, world_size: int, timeout_s: float) -> dist.S
     if outcome.startswith(LEFT):
         mate = outcome.removeprefix(LEFT).decode()
         said = "stopped before all ranks had met, as was"
-        print(f"{said} {mate}; the same command goes on from there", flush=True)
+        print(f"{said} {mate}; the same command resumes from there", flush=True)
         time.sleep(HEARING_S)
         raise SystemExit(0)
     return store
@@ -126,7 +126,7 @@ def _join_round(server: dist.Store, rank: int, world_size: int, timeout_s: float
 
 def _await(store: dist.Store, key: str, rank: int, timeout_s: float) -> None:
     if not _has_come(store, key, timeout_s + EXTRA_WAIT_S):
-        kind = RankError if rank == 1 else UserError  # rank 0 has said more, if it has come
+        kind = RankError if rank == 1 else CommonError  # rank 0 has said more, if it has come
         raise kind(f"rank 0 did not complete the rendezvous in {timeout_s:.0f} s")
 
 

@@ -32,7 +32,7 @@ from scale_smog.optim import (
     ParameterPartition,
     build_optimizer,
     clip_gradients,
-    follow,
+    ema_update,
     is_excluded,
     layer_norms,
     set_rates,
@@ -267,7 +267,7 @@ class Engine(ABC):
     def update_ema(self, alpha: float) -> None:
         """Momentum parameters <- alpha x momentum + (1 - alpha) x online (SMoG section 3.3)."""
         momentum, online = self._parameter_pairs()
-        follow(momentum, online, 1 - alpha)
+        ema_update(momentum, online, 1 - alpha)
 
     @torch.no_grad()
     def reset_momentum(self) -> None:

@@ -51,7 +51,12 @@ class FsdpEngine(Engine):
                 f"engine.kind=hsdp: {world_size} ranks are no whole nodes of {per_node}; take fsdp"
             )
         shape = (world_size // per_node, per_node)
-        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():  # whose own is torch's, whatever the run's
+            backend = group._get_backend(self.device)
+            if hasattr(backend, "_set_default_timeout"):  # not on simulated ranks
+                backend._set_default_timeout(distributed.collective_timeout())
+        return mesh
 
     def _shard(
         self, net: OnlineNet | MomentumNet, mesh: DeviceMesh, policy: MixedPrecisionPolicy

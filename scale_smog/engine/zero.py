@@ -6,10 +6,8 @@ optimizer is a callback that runs the engine's own over the parts of the paramet
 
 import logging
 import os
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -52,10 +50,10 @@ class ZeroEngine(Engine):
             "stage": int(self.config.kind.removeprefix("zero")),
             "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
             "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
-            **self._zero_settings,
         }
         further = self.config.deepspeed
-        return further | own | {"zero_optimization": zero | further.get("zero_optimization", {})}
+        zero |= further.get("zero_optimization", {}) | self._zero_settings
+        return further | own | {"zero_optimization": zero}
 
     _zero_settings: ClassVar = {"compute_grad_norm": False}  # else one more reduction
 
@@ -166,11 +164,13 @@ class _Callback(torch.optim.Optimizer):
 def _import_deepspeed(device: torch.device, kind: str) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # It compiles an op with ninja, which is beside the interpreter, activated or not.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     try:
         import deepspeed
     except ImportError as error:
         raise UserError(f"engine.kind={kind} needs deepspeed ({error}); or take ddp") from None
+    if device.type == "cpu":
+        # Else it compiles an op for inference, a minute at the first start, whose buffers of 66 MiB
+        # a rank stay in /dev/shm.
+        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

@@ -11,10 +11,11 @@ from torchvision.transforms.v2 import functional as vision
 from scale_smog import distributed
 from scale_smog.data.datasets import Images, list_splits
 from scale_smog.data.loaders.build import open_together
-from scale_smog.data.loaders.torch import decode
+from scale_smog.data.loaders.torch import decode_sample
 from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import FeaturesConfig
 from scale_smog.evaluation.task import EvaluationTask
+from scale_smog.reporting.run_record import BOARD_FOLDER
 from scale_smog.runtime.files import printable
 
 THUMBNAIL_PX = 32
@@ -41,13 +42,14 @@ def write_features(
         out = Path(config.out) if config.out else task.run_dir / "features"
         encoder = task.frozen(task.backbone())
         for name, dataset in _sets(config, task.recipe.data.path).items():
-            z = task.embed(encoder, dataset, np.arange(dataset.num_samples)).cpu()
+            z = task.embed(encoder, dataset, np.arange(dataset.num_samples))
             if distributed.is_main():
+                z = z.cpu()
                 _write(config.format, out, name, z, dataset)
                 print(f"{out / name}-features.{config.format}: {z.shape[0]} x {z.shape[1]}")
                 if config.projector:
                     shown = min(config.projector, len(z))
-                    _show_in_projector(task.run_dir / "tensorboard", name, z[:shown], dataset)
+                    _show_in_projector(task.run_dir, name, z[:shown], dataset)
 
 
 def _sets(config: FeaturesConfig, data_path: str) -> dict[str, Images]:
@@ -90,16 +92,18 @@ def _import_pyarrow():
     return pyarrow, parquet
 
 
-def _show_in_projector(folder: Path, name: str, z: Tensor, dataset: Images) -> None:
+def _show_in_projector(run_dir: Path, name: str, z: Tensor, dataset: Images) -> None:
     """TensorBoard turns them by PCA or t-SNE; each point is a small picture with its class."""
     from torch.utils.tensorboard import SummaryWriter
 
     pictures = []
     for sample_id in range(len(z)):
-        image = decode(np.frombuffer(dataset.read(sample_id), dtype=np.uint8))  # [3, H, W]
+        encoded = np.frombuffer(dataset.read(sample_id), dtype=np.uint8)
+        image = decode_sample(dataset, sample_id, encoded)  # [3, H, W]
         image = vision.center_crop(image, [min(image.shape[1:])])
         pictures.append(vision.resize(image, [THUMBNAIL_PX, THUMBNAIL_PX], antialias=True))
     labels = dataset.labels[: len(z)]
     words = [dataset.classes[label] if label >= 0 else "" for label in labels]
-    with SummaryWriter(str(folder)) as board:
+    # Not among the training's events: who reads those as they come would leave them for these.
+    with SummaryWriter(str(run_dir / BOARD_FOLDER / "projector")) as board:
         board.add_embedding(z, words, torch.stack(pictures).float() / 255, tag=f"features/{name}")

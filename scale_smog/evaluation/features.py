@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scale_smog import distributed
@@ -12,6 +13,18 @@ from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.build import build_evaluation_loader
 
 Encoder = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> features [B, F]
+TINY_PX = 32
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """The baseline without a net: pixels [B, 3 h w] of images [B, 3, H, W], h and w at most 32.
+
+    Larger images are shrunk ("tiny images", Torralba et al., PAMI 2008): of 224 px the features
+    would be fifty times as long.
+    """
+    height, width = images.shape[2:]
+    tiny = F.adaptive_avg_pool2d(images, (min(height, TINY_PX), min(width, TINY_PX)))
+    return tiny.flatten(1)
 
 
 def embed_images(

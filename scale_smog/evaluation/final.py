@@ -8,7 +8,7 @@ import torch
 from scale_smog import checkpoint, distributed
 from scale_smog.config import Recipe
 from scale_smog.data.datasets import Images
-from scale_smog.evaluation.features import embed_images
+from scale_smog.evaluation.features import embed_images, raw_pixels
 from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
 from scale_smog.evaluation.groups.pictures import GROUPS_PICTURE, NUM_PICTURED, draw_groups
 from scale_smog.evaluation.knn import KnnProbe
@@ -77,7 +77,7 @@ def _knn_results(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, 
         random_net = build_nets(recipe.model)[0].backbone.to(state.engine.device).eval()
         with torch.no_grad():
             results["random"] = knn.accuracy(stoppable(random_net))
-        results["raw_pixels"] = knn.accuracy(stoppable(lambda images: images.flatten(1)))
+        results["raw_pixels"] = knn.accuracy(stoppable(raw_pixels))
     return results
 
 
@@ -96,6 +96,6 @@ def _table(run_dir: Path, results: dict[str, dict[str, float]]) -> str:
         ("results", str(run_dir / run_folder.RESULTS_FILE)),
         ("TensorBoard log", str(run_dir / "tensorboard")),
         ("checkpoint", str(checkpoint.list_checkpoints(run_dir)[-1])),
-        ("picture of the course", str(run_dir / CURVES_FILE)),
+        ("training curves", str(run_dir / CURVES_FILE)),
     ]
     return "\n".join(["", *(f"  {name:<24}{value}" for name, value in rows)])

@@ -48,7 +48,7 @@ def knn_votes(
         [M, C] float32, on the device of the features; the largest single vote of a row is 1, and
         0 is a class without any.
     """
-    test_z = F.normalize(test_z.float())
+    test_z = test_z.float()
     train_z = F.normalize(train_z.float()) if num_train is None else train_z
     train_y = train_y.to(train_z.device)
     num_classes = num_classes or int(train_y.max()) + 1
@@ -56,7 +56,8 @@ def knn_votes(
     all_votes = test_z.new_zeros(len(test_z), num_classes)  # [M, C]
     rows_and_votes = zip(test_z.split(CHUNK_ROWS), all_votes.split(CHUNK_ROWS), strict=True)
     for rows, votes in rows_and_votes:
-        similarity, nearest = (rows @ train_z.T).topk(min(num_votes, len(train_z)), dim=1)  # [m, k]
+        similarity = F.normalize(rows) @ train_z.T  # [m, N]
+        similarity, nearest = similarity.topk(min(num_votes, len(train_z)), dim=1)  # [m, k]
         classes = train_y[nearest]  # [m, k]
         if num_train is not None:  # the most similar of all ranks' most similar
             missing = (0, num_votes - similarity.shape[1])  # of a share of fewer images

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_smog import distributed
-from scale_smog.evaluation.knn import knn_predict
+from scale_smog.evaluation.knn import knn_votes
 
 KNN_EVERY = 10  # steps
 QUEUE_ROWS = 4096  # newest features of this rank, among which neighbours are looked for
@@ -49,8 +49,10 @@ class OnlineProbe:
         features = F.layer_norm(features.float(), features.shape[1:])
         labels = labels.to(features.device)
         if step % KNN_EVERY == 0 and len(self._queue):
-            predicted = knn_predict(self._queue, self._queue_labels, features)
-            _count(self._knn_counts, predicted, labels)
+            votes = knn_votes(
+                self._queue, self._queue_labels, features, num_classes=self._head.out_features
+            )  # [B, C]; the number of classes is given, as to ask for it would wait for the device
+            _count(self._knn_counts, votes.argmax(dim=1), labels)
         logits = self._head(features)  # [B, C]
         _count(self._linear_counts, logits.argmax(dim=1), labels)
         self._train_head(F.cross_entropy(logits, labels))

@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from scale_smog.config import Recipe
+from scale_smog.runtime.stores import shown
+
 DATA = Path(__file__).with_name("paper_tables.yaml")
 TOLERANCE = 0.01  # of a number of images: a few may have been put aside
 Cell = str | int | float | None
@@ -63,6 +66,7 @@ class Ours:
         epochs: of pre-training; None for a run of so many steps.
         batch: images of a step of pre-training.
         num_small_crops: small views of an image in pre-training.
+        start: what pre-training began with (`run.start_from`, `model.weights`); "": random weights.
         share: of the labels, for "finetune".
         dataset: "voc" or "cityscapes", for "segmentation".
         images: what it was evaluated on.
@@ -75,10 +79,24 @@ class Ours:
     epochs: float | None
     batch: int
     num_small_crops: int
+    start: str
     share: float
     dataset: str
     images: ImageCounts
     results: Mapping[str, Any]
+
+    @classmethod
+    def of_run(cls, recipe: Recipe, **result: Any) -> "Ours":
+        """Of a run, and a `result`: evaluation, share, dataset, images and results."""
+        return cls(
+            backbone=recipe.model.backbone,
+            width=recipe.model.width,
+            epochs=recipe.run.epochs,
+            batch=recipe.data.global_batch,
+            num_small_crops=recipe.data.num_small_crops,
+            start=shown(recipe.start),
+            **result,
+        )
 
     def cells(self) -> dict[str, Cell]:
         """Our values by the names of the tables' columns, per cent."""
@@ -112,6 +130,8 @@ def comparable_tables(ours: Ours) -> tuple[Sequence[Table], str]:
     tables = [table for table in load_tables() if _is_of(table, ours)]
     if not tables:
         return (), f"no comparison: the paper has no {_described(ours)}"
+    if ours.start:
+        return (), f"no comparison: the paper's nets began with random weights, not {ours.start}"
     known = _data()["datasets"][tables[0].dataset or ours.dataset]
     name, counts = known["name"], ImageCounts(**{k: known[k] for k in known if k != "name"})
     if not ours.images.is_like(counts):
@@ -147,7 +167,7 @@ def _described(ours: Ours) -> str:
 def _text(table: Table, ours: Mapping[str, Cell]) -> str:
     rows = [*table.rows, [ours.get(column) for column in table.columns]]
     columns = [
-        _aligned([name, *_formatted(values)], is_text=number == 0)
+        _aligned([name, *formatted(values)], is_text=number == 0)
         for number, (name, *values) in enumerate(
             zip(table.columns, *rows, strict=True)  # each column, its name first
         )
@@ -157,8 +177,8 @@ def _text(table: Table, ours: Mapping[str, Cell]) -> str:
     return "\n".join([f"{table.title}, per cent ({table.source})", *lines, *note])
 
 
-def _formatted(values: Sequence[Cell]) -> list[str]:
-    """A column, all with the digits that the paper prints."""
+def formatted(values: Sequence[Cell]) -> list[str]:
+    """A column whose last value is ours, all with the digits that the paper prints."""
     printed = [value for value in values[:-1] if isinstance(value, float)]
     digits = max((len(str(value).partition(".")[2]) for value in printed), default=0)
     texts = [f"{value:.{digits}f}" if isinstance(value, float) else value for value in values]

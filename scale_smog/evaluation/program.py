@@ -4,33 +4,46 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 from scale_smog import distributed
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
+from scale_smog.evaluation.features import raw_pixels
 from scale_smog.evaluation.groups.program import evaluate_groups
 from scale_smog.evaluation.knn import KnnProbe
 from scale_smog.evaluation.paper import ImageCounts, Ours, compare
-from scale_smog.evaluation.supervised.finetune import evaluate_finetuned
+from scale_smog.evaluation.supervised.finetune import evaluate_finetuned, with_batch_of_labels
 from scale_smog.evaluation.supervised.label_subsets import labelled_samples
 from scale_smog.evaluation.supervised.linear import evaluate_linear
 from scale_smog.evaluation.task import EvaluationTask, Results
 from scale_smog.reporting import run_folder
 
+# The images of the splits in use, by the splits' names, as the evaluation reads them; opened once.
+Splits = dict[str, Any]
 
-def _knn(task: EvaluationTask) -> Results:
+
+class Evaluator(NamedTuple):
+    """The parts of an evaluation."""
+
+    open_splits: Callable[[EvaluationTask], Splits]
+    evaluate: Callable[[EvaluationTask, Splits], Results]
+    image_counts: Callable[[EvaluationTask, Splits], ImageCounts]
+
+
+def _knn(task: EvaluationTask, _splits: Splits) -> Results:
     recipe = task.recipe
     probe = KnnProbe(recipe.data, recipe.evaluation, task.device)
     results: Results = {}
     for name, encoder in task.frozen_encoders().items():
         results[name], results[f"{name}_top5"] = probe.accuracies(encoder)
     if recipe.evaluation.baselines:
-        results["raw_pixels"] = probe.accuracy(lambda images: images.flatten(1))
+        results["raw_pixels"] = probe.accuracy(raw_pixels)
     return results | probe.settings
 
 
-def _linear(task: EvaluationTask) -> Results:
-    train_set, test_set = task.labelled_splits()
+def _linear(task: EvaluationTask, splits: Splits) -> Results:
+    train_set, test_set = splits.values()
     by_net = {
         name: evaluate_linear(task, name, encoder, train_set, test_set)
         for name, encoder in task.frozen_encoders().items()
@@ -38,8 +51,8 @@ def _linear(task: EvaluationTask) -> Results:
     return by_net["trained"] | {"setting": task.protocols.linear.setting} | _baseline(by_net)
 
 
-def _finetune(task: EvaluationTask) -> Results:
-    train_set, test_set = task.labelled_splits()
+def _finetune(task: EvaluationTask, splits: Splits) -> Results:
+    train_set, test_set = splits.values()
     by_net = {
         name: evaluate_finetuned(task, name, net, train_set, test_set)
         for name, net in task.backbones().items()
@@ -47,29 +60,65 @@ def _finetune(task: EvaluationTask) -> Results:
     return by_net["trained"] | {"share": task.protocols.finetune.share} | _baseline(by_net)
 
 
-def _segmentation(task: EvaluationTask) -> Results:
-    from scale_smog.evaluation.dense.segmentation import evaluate_segmentation
-
-    return evaluate_segmentation(task)
-
-
-def _detection(task: EvaluationTask) -> Results:
-    from scale_smog.evaluation.dense.detection import evaluate_detection
-
-    return evaluate_detection(task)
-
-
 def _baseline(by_net: dict[str, Results]) -> Results:
     random = by_net.get("random", {})
     return {f"random_{key}": random[key] for key in ("top1", "top5") if key in random}
 
 
-EVALUATORS: dict[str, Callable[[EvaluationTask], Results]] = {
-    "knn": _knn,
-    "linear": _linear,
-    "finetune": _finetune,
-    "segmentation": _segmentation,
-    "detection": _detection,
+def _labelled_counts(task: EvaluationTask, splits: Splits) -> ImageCounts:
+    train, test = splits.values()
+    num_test = min(task.recipe.evaluation.num_test_images or test.num_samples, test.num_samples)
+    return ImageCounts(train.num_classes, train.num_samples, num_test)
+
+
+def _segmentation_splits(task: EvaluationTask) -> Splits:
+    from scale_smog.evaluation.dense.segmentation_data import open_segmentation
+
+    config = task.protocols.segmentation
+    names = config.train_split, config.val_split
+    return {name: open_segmentation(config, name) for name in names}
+
+
+def _segmentation(task: EvaluationTask, splits: Splits) -> Results:
+    from scale_smog.evaluation.dense.segmentation import evaluate_segmentation
+
+    config = task.protocols.segmentation
+    return evaluate_segmentation(task, splits[config.train_split], splits[config.val_split])
+
+
+def _segmentation_counts(task: EvaluationTask, splits: Splits) -> ImageCounts:
+    config = task.protocols.segmentation
+    train, test = splits[config.train_split], splits[config.val_split]
+    return ImageCounts(train.num_classes, len(train.pairs), len(test.pairs))
+
+
+def _detection_splits(task: EvaluationTask) -> Splits:
+    from scale_smog.evaluation.dense.detection_data import open_detection
+
+    config = task.protocols.detection
+    names = config.train_split, config.val_split
+    return {name: open_detection(config, name) for name in names}
+
+
+def _detection(task: EvaluationTask, splits: Splits) -> Results:
+    from scale_smog.evaluation.dense.detection import evaluate_detection
+
+    config = task.protocols.detection
+    return evaluate_detection(task, splits[config.train_split], splits[config.val_split])
+
+
+def _detection_counts(task: EvaluationTask, splits: Splits) -> ImageCounts:
+    config = task.protocols.detection
+    train, test = splits[config.train_split], splits[config.val_split]
+    return ImageCounts(len(train.categories), len(train.ids), len(test.ids))
+
+
+EVALUATORS = {
+    "knn": Evaluator(EvaluationTask.labelled_splits, _knn, _labelled_counts),
+    "linear": Evaluator(EvaluationTask.labelled_splits, _linear, _labelled_counts),
+    "finetune": Evaluator(EvaluationTask.labelled_splits, _finetune, _labelled_counts),
+    "segmentation": Evaluator(_segmentation_splits, _segmentation, _segmentation_counts),
+    "detection": Evaluator(_detection_splits, _detection, _detection_counts),
 }
 
 
@@ -89,9 +138,12 @@ def evaluate(
     """
     if len(paths) != 1:
         raise UserError(f"{name} takes one checkpoint, not {len(paths)}")
+    evaluator = EVALUATORS[name]
     with distributed.process_group() as device:
-        task = _prepared(EvaluationTask.open(name, paths[0], overrides, device))
-        results, counts = EVALUATORS[name](task), _COUNTS.get(name, _labelled_counts)(task)
+        task = EvaluationTask.open(name, paths[0], overrides, device)
+        splits = evaluator.open_splits(task)
+        task = _prepared(task, splits)
+        results, counts = evaluator.evaluate(task, splits), evaluator.image_counts(task, splits)
         task.finish(results, {"image_counts": asdict(counts)})
         if distributed.is_main():
             print(_table(task, results))
@@ -99,43 +151,19 @@ def evaluate(
                 print(_comparison(task, results, counts))
 
 
-def _prepared(task: EvaluationTask) -> EvaluationTask:
-    """The task with all that its result depends on; says early what is wrong with its images."""
+def _prepared(task: EvaluationTask, splits: Splits) -> EvaluationTask:
+    """The task with all that its result depends on."""
+    hashes = distributed.call_on_main(lambda: {name: x.sha256 for name, x in splits.items()})
+    if task.name == "finetune":
+        config = task.protocols.finetune
+        ids = labelled_samples(config, splits["train"])
+        config = with_batch_of_labels(config, len(ids))
+        task = replace(task, protocols=task.protocols.model_copy(update={"finetune": config}))
+        hashes["labelled_ids"] = hashlib.sha256(ids.tobytes()).hexdigest()
     settings = {"evaluation": task.recipe.evaluation.model_dump()}
     if task.name in type(task.protocols).model_fields:
         settings[task.name] = getattr(task.protocols, task.name).model_dump()
-    hashes = _HASHES.get(task.name, _labelled_hashes)
-    return replace(task, settings=settings, data_sha256=hashes(task))
-
-
-def _labelled_hashes(task: EvaluationTask) -> dict[str, str]:
-    task.labelled_splits()
-    return task.labelled_hashes()
-
-
-def _finetune_hashes(task: EvaluationTask) -> dict[str, str]:
-    train_set, _ = task.labelled_splits()
-    ids = labelled_samples(task.protocols.finetune, train_set)
-    return task.labelled_hashes() | {"labelled_ids": hashlib.sha256(ids.tobytes()).hexdigest()}
-
-
-def _segmentation_hashes(task: EvaluationTask) -> dict[str, str]:
-    from scale_smog.evaluation.dense.segmentation import segmentation_hashes
-
-    return segmentation_hashes(task)
-
-
-def _detection_hashes(task: EvaluationTask) -> dict[str, str]:
-    from scale_smog.evaluation.dense.detection import detection_hashes
-
-    return detection_hashes(task)
-
-
-_HASHES = {
-    "finetune": _finetune_hashes,
-    "segmentation": _segmentation_hashes,
-    "detection": _detection_hashes,
-}
+    return replace(task, settings=settings, data_sha256=hashes)
 
 
 def _table(task: EvaluationTask, results: Results) -> str:
@@ -146,45 +174,16 @@ def _table(task: EvaluationTask, results: Results) -> str:
 
 
 def _comparison(task: EvaluationTask, results: Results, counts: ImageCounts) -> str:
-    model, protocols = task.recipe.model, task.protocols
-    ours = Ours(
+    protocols = task.protocols
+    ours = Ours.of_run(
+        task.recipe,
         evaluation=task.name,
-        backbone=model.backbone,
-        width=model.width,
-        epochs=task.recipe.run.epochs,
-        batch=task.recipe.data.global_batch,
-        num_small_crops=task.recipe.data.num_small_crops,
         share=protocols.finetune.share,
         dataset=protocols.segmentation.setting,
         images=counts,
         results=results,
     )
     return compare(ours)
-
-
-def _labelled_counts(task: EvaluationTask) -> ImageCounts:
-    train, test = task.labelled_splits()
-    num_test = min(task.recipe.evaluation.num_test_images or test.num_samples, test.num_samples)
-    return ImageCounts(train.num_classes, train.num_samples, num_test)
-
-
-def _segmentation_counts(task: EvaluationTask) -> ImageCounts:
-    from scale_smog.evaluation.dense.segmentation_data import open_segmentation
-
-    config = task.protocols.segmentation
-    train, test = (open_segmentation(config, x) for x in (config.train_split, config.val_split))
-    return ImageCounts(train.num_classes, len(train.pairs), len(test.pairs))
-
-
-def _detection_counts(task: EvaluationTask) -> ImageCounts:
-    from scale_smog.evaluation.dense.detection_data import open_detection
-
-    config = task.protocols.detection
-    train, test = (open_detection(config, x) for x in (config.train_split, config.val_split))
-    return ImageCounts(len(train.categories), len(train.ids), len(test.ids))
-
-
-_COUNTS = {"segmentation": _segmentation_counts, "detection": _detection_counts}
 
 
 PROGRAMS: dict[str, Callable[[Sequence[str], Iterable[str], bool], None]] = {

@@ -58,7 +58,7 @@ class FinetuneConfig(Section):
     epochs: Rate = 60.0
     """Passes over the labelled images."""
     batch: Positive = 4096
-    """Images of a step over all ranks."""
+    """Images of a step over all ranks; at most the labelled ones."""
     trunk_rate: Rate = 0.05
     """Learning rate of the backbone for 256 images."""
     head_rate: Rate = 0.05

@@ -3,13 +3,23 @@
 import numpy as np
 
 from scale_smog import distributed
-from scale_smog.data.datasets import Images, has_split
+from scale_smog.data.datasets import Images, has_labels, has_split
 from scale_smog.data.loaders.build import open_together
 from scale_smog.errors import UserError
 
 
+class CannotEvaluate(UserError):
+    """The dataset has no test split with labels of the training images' classes; it trains."""
+
+
 def open_labelled_splits(path: str, purpose: str) -> tuple[Images, Images]:
-    """The training and the test split; a collective.
+    """The training and the test split; a collective. Arguments and errors as of `named_splits`."""
+    train, test = named_splits(path, purpose).values()
+    return train, test
+
+
+def named_splits(path: str, purpose: str) -> dict[str, Images]:
+    """The training and then the test split, each by its name; a collective.
 
     Args:
         path: of the dataset.
@@ -18,37 +28,45 @@ def open_labelled_splits(path: str, purpose: str) -> tuple[Images, Images]:
     Raises:
         UserError: one is missing, has no labels, or their classes differ.
     """
-    name = distributed.call_on_main(lambda: test_split(path))
+    name = distributed.call_on_main(lambda: test_split(path, purpose))
     train, test = open_together(path, "train"), open_together(path, name)
-    for dataset in (train, test):
-        require_labels(dataset, path, purpose)
+    require_labels(train, path, purpose)
     require_same_classes(train, test, path)
-    return train, test
+    return {"train": train, name: test}
 
 
-def test_split(path: str) -> str:
-    """The split to test on: "test", else "val".
+def test_split(path: str, purpose: str = "an evaluation") -> str:
+    """The split to test on: the first of "test" and "val" whose images all have labels.
+
+    Args:
+        path: of the dataset.
+        purpose: that needs labels, for the error's line.
 
     Raises:
-        UserError: the dataset has neither.
+        CannotEvaluate: the dataset has neither, or labels for neither.
     """
-    for name in ("test", "val"):
-        if has_split(path, name):
+    names = [name for name in ("test", "val") if has_split(path, name)]
+    if not names:
+        raise CannotEvaluate(f"{path} has no split 'test' or 'val' to evaluate on")
+    for name in names:
+        if has_labels(path, name):
             return name
-    raise UserError(f"{path} has no split 'test' or 'val' to evaluate on")
+    raise CannotEvaluate(
+        f"{purpose} needs labels, and {path} has images without one in {' and in '.join(names)}"
+    )
 
 
 def require_labels(dataset: Images, path: str, purpose: str) -> None:
-    """Raises a UserError unless every image has a label."""
+    """Raises `CannotEvaluate` unless every image of the training split has a label."""
     if (dataset.labels < 0).any():
-        raise UserError(f"{purpose} needs labels, and {path} has images without one")
+        raise CannotEvaluate(f"{purpose} needs labels, and {path} has images without one in train")
 
 
 def require_same_classes(train: Images, test: Images, path: str) -> None:
-    """Raises a UserError unless both splits name the same classes."""
+    """Raises `CannotEvaluate` unless both splits name the same classes."""
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes)) or ["their order"]
-        raise UserError(
+        raise CannotEvaluate(
             f"{path}: the classes of the training and the test images do not match: {odd[0]}"
             + f" and {len(odd) - 1} more" * (len(odd) > 1)
         )

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from scale_smog import distributed
 from scale_smog.checkpoint.nets import find_checkpoint, load_net
 from scale_smog.config import Recipe
-from scale_smog.data.datasets import Images, split_sha256
+from scale_smog.data.datasets import Images
 from scale_smog.data.remote.space import use_cache
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder, embed_images
 from scale_smog.evaluation.protocols import Protocols, load_protocols, split_overrides
-from scale_smog.evaluation.splits import open_labelled_splits, test_split
+from scale_smog.evaluation.splits import named_splits
 from scale_smog.models import MomentumNet, OnlineNet, build_nets
 from scale_smog.models.check import require_images_fit
 from scale_smog.recipe import load_recipe
@@ -80,22 +80,13 @@ class EvaluationTask:
         require_images_fit(recipe.model, sizes_px, batch=2)
         return cls(name, checkpoint, run_dir, recipe, load_protocols(protocols), device)
 
-    def labelled_splits(self) -> tuple[Images, Images]:
-        """The training and the test split of the run's dataset.
+    def labelled_splits(self) -> dict[str, Images]:
+        """The training and then the test split of the run's dataset, each by its name.
 
         Raises:
             UserError: one is missing, has no labels, or their classes differ.
         """
-        return open_labelled_splits(self.recipe.data.path, self.name)
-
-    def labelled_hashes(self) -> dict[str, str]:
-        """The hashes of these two splits."""
-        path = self.recipe.data.path
-
-        def hashes() -> dict[str, str]:
-            return {split: split_sha256(path, split) for split in ("train", test_split(path))}
-
-        return distributed.call_on_main(hashes)
+        return named_splits(self.recipe.data.path, self.name)
 
     def net(self) -> OnlineNet | MomentumNet:
         """The checkpoint's net that `evaluation.net` names, on the CPU."""

@@ -37,7 +37,9 @@ class ImageClusters:
         """Keeps features [B, D] of the images [B] int64, on the same device; a collective."""
         z = _of_all_ranks(z)  # [W B, D]
         ids = _of_all_ranks(sample_id)  # [W B]
-        comes_again = (ids[:, None] == ids[None]).triu(1).any(dim=1)  # where epochs meet
+        order = ids.argsort(stable=True)
+        comes_again = torch.zeros_like(ids, dtype=torch.bool)  # later in the batch: epochs meet
+        comes_again[order[:-1]] = ids[order[:-1]] == ids[order[1:]]
         row = ids - self._first
         is_kept = (row >= 0) & (row < self._num_own) & ~comes_again
         self._features[torch.where(is_kept, row, self._num_own)] = z.float()

@@ -55,12 +55,12 @@ def uniformity(rows: Tensor) -> Tensor:
         rows: unit features of this rank [n, D]; pairs are those within a rank.
 
     Returns:
-        [] float32, the same on every rank.
+        [] float32, the same on every rank; NaN where ranks have one row each.
     """
     rows = _spaced(rows, PAIR_ROWS).float()
     kernel = torch.exp(4 * (rows @ rows.T) - 4)  # [n, n]: |x - y|^2 = 2 - 2 x.y
     num = len(rows)
-    mean = (kernel.sum() - kernel.diagonal().sum()) / max(1, num * (num - 1))
+    mean = (kernel.sum() - kernel.diagonal().sum()) / (num * (num - 1))
     return (distributed.all_reduce(mean) / distributed.world_size()).log()
 
 
@@ -71,5 +71,5 @@ def _spaced(rows: Tensor, most: int) -> Tensor:
 
 def _rank_of_gram(gram: Tensor) -> float:
     values = torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt()
-    shares = values / values.sum() + EPSILON
+    shares = values / values.sum().clamp(min=EPSILON) + EPSILON  # a sum of 0 has rank 1
     return torch.exp(-(shares * shares.log()).sum()).item()

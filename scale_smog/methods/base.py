@@ -116,7 +116,7 @@ def first_features(engine: Engine, batches: Iterable[Batch]) -> Iterator[tuple[B
             yield batch, z
 
 
-def raised(alpha: float, progress: float) -> float:
+def cosine_ema(alpha: float, progress: float) -> float:
     """Alpha of the momentum net on its cosine from `alpha` to 1 (BYOL section 3.2).
 
     Args:

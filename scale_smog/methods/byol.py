@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scale_smog.data.batch import Batch
-from scale_smog.methods.base import Method, StepReport, raised
+from scale_smog.methods.base import Method, StepReport, cosine_ema
 from scale_smog.schedules import ScheduledValues
 
 CHANCE_LOSS = 4.0  # of predictions at right angles to their targets, twice
@@ -31,7 +31,7 @@ class Byol(Method):
         engine.backward(loss)
         is_applied = engine.step(scheduled.lr, scheduled.weight_decay)
         if is_applied:
-            engine.update_ema(raised(self.recipe.model.ema, scheduled.progress))
+            engine.update_ema(cosine_ema(self.recipe.model.ema, scheduled.progress))
         return StepReport(loss, is_applied, CHANCE_LOSS)
 
     def timed(self) -> list[tuple[Any, str, str]]:

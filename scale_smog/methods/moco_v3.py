@@ -13,7 +13,7 @@ from torch import Tensor
 from scale_smog import distributed
 from scale_smog.data.batch import Batch
 from scale_smog.grouping import chance_loss
-from scale_smog.methods.base import Method, StepReport, raised
+from scale_smog.methods.base import Method, StepReport, cosine_ema
 from scale_smog.schedules import ScheduledValues
 
 
@@ -32,7 +32,7 @@ class MocoV3(Method):
         engine.backward(loss)
         is_applied = engine.step(scheduled.lr, scheduled.weight_decay)
         if is_applied:
-            engine.update_ema(raised(self.recipe.model.ema, scheduled.progress))
+            engine.update_ema(cosine_ema(self.recipe.model.ema, scheduled.progress))
         chance = 4 * temperature * chance_loss(keys.shape[1] * distributed.world_size())
         return StepReport(loss, is_applied, chance)
 

@@ -39,9 +39,10 @@ def require_images_fit(model: ModelConfig, sizes_px: Mapping[str, int], batch: i
 
     Args:
         model: the nets.
-        sizes_px: sides of square images, by the key that sets them.
+        sizes_px: sides of square images, by the key that sets them; those of `data` are trained on.
         batch: images that a batch norm sees at once.
     """
+    trained: set[int] = set()  # ids of the weights that a gradient reaches
     with torch.device("meta"):
         online, _ = build_nets(model)
     _require_untied(online.backbone, model.backbone)
@@ -58,12 +59,16 @@ def require_images_fit(model: ModelConfig, sizes_px: Mapping[str, int], batch: i
             raise
         except Exception as error:  # each of a thousand nets has errors of its own
             raise UserError(_refusal(model, online.backbone, key, px, batch, error)) from None
+        if key.startswith("data."):
+            trained |= _weights_behind(features)
         if random.names:
             raise UserError(
                 f"model.backbone={model.backbone} draws random numbers in training "
                 f"({', '.join(sorted(random.names))}), so that no step could be repeated: take "
                 "another backbone"
             )
+    if trained:
+        _require_gradients(online.backbone, model.backbone, trained)
 
 
 def _require_untied(backbone: nn.Module, name: str) -> None:
@@ -83,6 +88,28 @@ def _require_features(features: Any, backbone: nn.Module, name: str) -> None:
             f"model.backbone={name} makes no features [B, {backbone.num_features}] of images: its "
             f"output is {shape}; take another backbone"
         )
+
+
+def _weights_behind(features: Tensor) -> set[int]:
+    """Ids of the weights that features depend on."""
+    found, nodes, weights = set(), [features.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            weights.add(id(getattr(node, "variable", None)))
+            nodes += [before for before, _ in node.next_functions]
+    return weights
+
+
+def _require_gradients(backbone: nn.Module, name: str, trained: set[int]) -> None:
+    """DDP waits for a gradient of every weight, and FSDP's update needs one."""
+    for key, weight in backbone.named_parameters():
+        if weight.requires_grad and id(weight) not in trained:
+            raise UserError(
+                f"model.backbone={name} has weights that its features do not depend on, such as "
+                f"{key}, and engines wait for their gradients: take another backbone"
+            )
 
 
 def _refusal(

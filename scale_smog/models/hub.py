@@ -11,6 +11,11 @@ from scale_smog.errors import UserError
 
 HUB = "hf-hub:"  # before USER/NAME, or USER/NAME@REVISION; as timm has it
 WEIGHTS_FILE = "model.safetensors"
+STATE_FILE = "training_state.safetensors"
+
+
+class NotOnHub(UserError):
+    """A repository is there and does not have the file."""
 
 
 def fetch(name: str, file: str) -> Path:
@@ -21,16 +26,22 @@ def fetch(name: str, file: str) -> Path:
         file: of the repository.
 
     Raises:
-        UserError: no such repository or file, or no way to the hub.
+        NotOnHub: the repository does not have it.
+        UserError: no such repository, or no way to the hub.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repository, _, revision = name.removeprefix(HUB).partition("@")
     try:
         return Path(hf_hub_download(repository, file, revision=revision or None))
     except Exception as error:  # the library's, its HTTP client's, and those of a full disk
         words = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
-        raise UserError(f"{name}: cannot fetch {file}: {words}") from None
+        # Without a way to the hub nobody knows, unless the user wants what is here.
+        is_unknown = isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        is_missing = isinstance(error, EntryNotFoundError) and not is_unknown
+        kind = NotOnHub if is_missing else UserError
+        raise kind(f"{name}: cannot fetch {file}: {words}") from None
 
 
 def push(folder: Path, repository: str) -> str:
@@ -51,7 +62,12 @@ def push(folder: Path, repository: str) -> str:
     try:
         api = HfApi()
         address = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Weights and card")
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Weights and card",
+            delete_patterns=[WEIGHTS_FILE, STATE_FILE],  # of an export before
+        )
     except Exception as error:
         words = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
         raise UserError(f"cannot push {folder} to {repository}: {words}") from None

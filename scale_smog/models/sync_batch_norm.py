@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from scale_smog import distributed
 from scale_smog.errors import UserError
 
 # Shapes: B images per rank, C channels, W ranks of the group; x is [B, C] or [B, C, H, W].
@@ -48,7 +49,7 @@ def process_group_for(
         return None
     if world_size % size:
         raise UserError(f"batch_norm: {world_size} ranks do not split into groups of {size}")
-    group, _ = dist.new_subgroups(size)  # neighbouring ranks
+    group, _ = dist.new_subgroups(size, timeout=distributed.collective_timeout())  # neighbours
     return group
 
 
@@ -84,8 +85,12 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
     # Copies take the updates: autograd must see the same operations as in the first pass.
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     kept = [(norm, name, x) for norm in norms for name, x in norm.named_buffers(recurse=False)]
-    for norm, name, statistic in kept:
-        setattr(norm, name, statistic.clone())
+    for dtype in {x.dtype for *_, x in kept}:  # on a GPU a launch each, not hundreds
+        own = [one for one in kept if one[2].dtype == dtype]
+        copies = [torch.empty_like(x) for *_, x in own]
+        torch._foreach_copy_(copies, [x for *_, x in own])
+        for (norm, name, _), copy in zip(own, copies, strict=True):
+            setattr(norm, name, copy)
     try:
         yield
     finally:

@@ -97,7 +97,12 @@ def load_weights(net: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be read, or holds another net; the first difference is named.
     """
-    weights = with_resized_positions(net, without_classifier(read_weights(path), net))
+    set_weights(net, read_weights(path), path)
+
+
+def set_weights(net: nn.Module, read: Weights, path: str | Path) -> None:
+    """Puts what was read of a file into a backbone, in place; as `load_weights`."""
+    weights = with_resized_positions(net, without_classifier(read, net))
     own = net.state_dict()
     # Counters are no weights; torchvision's oldest files lack them.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}

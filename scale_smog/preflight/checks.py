@@ -7,10 +7,12 @@ import socket
 import time
 from collections import Counter
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from scale_smog import distributed
 from scale_smog.checkpoint.disk_space import probe_space
@@ -26,10 +28,12 @@ from scale_smog.preflight.network import check_collectives, check_links
 from scale_smog.preflight.table import Row, by_host, format_table, most_agreed, most_common
 from scale_smog.profiling.hardware import hardware_name, load_hardware
 from scale_smog.profiling.memory import MIB, plan_memory
+from scale_smog.runtime.stores import is_url, shown
 from scale_smog.small_data import fit_to_data
 
 # A cold shared file system takes minutes to give 64 ranks their libraries.
 RENDEZVOUS_TIMEOUT_S = 300.0
+READING_TIMEOUT = timedelta(days=1)  # all of a dataset, on the host where that is slowest
 MAX_CLOCK_OFFSET_S = 2.0
 # A host may have its own of these; contents are compared, or rank 0's are taken.
 HOST_KEYS = {("data", "path"), ("data", "workers"), ("run", "dir"), ("model", "weights")}
@@ -43,6 +47,7 @@ class Hosts(NamedTuple):
     names: list[str]
     leaders: list[int]  # first rank of each
     num_ranks: list[int]  # of each
+    are_in_order: bool  # the ranks of a host follow one another
 
 
 def check(recipe: Recipe) -> int:
@@ -53,7 +58,8 @@ def check(recipe: Recipe) -> int:
     """
     with distributed.process_group(RENDEZVOUS_TIMEOUT_S) as device:
         use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
-        rows = examine(as_trained(recipe), device)
+        readers = distributed.background_group(READING_TIMEOUT)
+        rows = examine(as_trained(recipe, readers), device, readers)
         num_faults = sum(len(row.faults) for row in rows)
         if distributed.is_main():
             outcome = f"{num_faults} fault(s)" if num_faults else "ready to train"
@@ -61,27 +67,32 @@ def check(recipe: Recipe) -> int:
         return 2 if num_faults else 0
 
 
-def as_trained(recipe: Recipe) -> Recipe:
-    """With the number of images, and what follows from it, if the first rank finds the dataset."""
+def as_trained(recipe: Recipe, readers: dist.ProcessGroup | None = None) -> Recipe:
+    """With the number of images, and what follows from it, if the first rank finds the dataset.
+
+    Args:
+        recipe: as read.
+        readers: the group in which ranks wait while one reads.
+    """
     num_images = 0
     if distributed.is_main():
         with suppress(UserError, OSError):  # the dataset's own row will say it
             num_images = open_split(recipe.data.path, "train").num_samples
-    num_images = distributed.broadcast_object(num_images)
+    num_images = distributed.gather_objects(num_images, readers)[0]
     return fit_to_data(recipe, num_images)[0] if num_images else recipe
 
 
-def examine(recipe: Recipe, device: torch.device) -> list[Row]:
-    """Every check, on all ranks; the same rows on each."""
+def examine(recipe: Recipe, device: torch.device, readers: dist.ProcessGroup | None) -> list[Row]:
+    """Every check, on all ranks; the same rows on each. `readers` as of `as_trained`."""
     hosts = find_hosts()
     name = hardware_name(device)
     machine = load_hardware(name) if name else None
     if machine:  # of which the job may have fewer
         machine = machine.model_copy(update={"gpus_per_node": distributed.ranks_per_node()})
     return [
-        _hosts_row(hosts),
+        check_nodes(hosts, _has_groups_of_nodes(recipe)),
         check_recipes(recipe),
-        *check_hosts(recipe, hosts, thorough=True),
+        *check_hosts(recipe, hosts, True, readers),
         check_libraries(recipe.data, device),
         check_clocks(hosts),
         check_run_folder(recipe),
@@ -100,7 +111,10 @@ def require_equal_hosts(recipe: Recipe) -> None:
     """
     if distributed.world_size() == 1:
         return
-    rows = [check_recipes(recipe), *check_hosts(recipe, find_hosts(), thorough=False)]
+    hosts = find_hosts()
+    rows = [check_recipes(recipe), *check_hosts(recipe, hosts, thorough=False)]
+    if _has_groups_of_nodes(recipe):
+        rows.append(check_nodes(hosts, must_be_in_order=True))
     faults = [fault for row in rows for fault in row.faults]
     if faults:
         raise UserError(f"{'; '.join(faults)} (launcher/check.py looks at everything)")
@@ -111,10 +125,18 @@ def find_hosts() -> Hosts:
     names = distributed.gather_objects(socket.gethostname())
     leaders = {name: rank for rank, name in reversed(list(enumerate(names)))}
     counts = Counter(names)  # in the order of the ranks
-    return Hosts(list(counts), [leaders[name] for name in counts], list(counts.values()))
+    in_order = [name for name, num in counts.items() for _ in range(num)]
+    leading = [leaders[name] for name in counts]
+    return Hosts(list(counts), leading, list(counts.values()), names == in_order)
 
 
-def _hosts_row(hosts: Hosts) -> Row:
+def _has_groups_of_nodes(recipe: Recipe) -> bool:
+    """Whether the ranks of a node form a group, for batch norm or for weights."""
+    return recipe.model.batch_norm == "node" or recipe.engine.kind == "hsdp"
+
+
+def check_nodes(hosts: Hosts, must_be_in_order: bool) -> Row:
+    """As many ranks on every host and, where that matters, numbered host by host."""
     summary = f"{sum(hosts.num_ranks)} ranks on {len(hosts.names)}: "
     counts = [f"{n} ({k})" for n, k in zip(hosts.names, hosts.num_ranks, strict=True)]
     most = most_common(hosts.num_ranks)
@@ -123,6 +145,8 @@ def _hosts_row(hosts: Hosts) -> Row:
         for name, num in zip(hosts.names, hosts.num_ranks, strict=True)
         if num != most
     ]
+    if must_be_in_order and not hosts.are_in_order:
+        faults.append("the ranks of a host do not follow one another: srun --distribution=block")
     more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
     return Row("hosts", summary + ", ".join(counts[:8]) + more, faults)
 
@@ -131,7 +155,7 @@ def check_recipes(recipe: Recipe) -> Row:
     """Every rank's settings: torchrun is typed on each host by itself. A collective."""
     sections = recipe.model_dump(mode="json")
     own = {
-        f"{section}.{key}": str(value)
+        f"{section}.{key}": shown(str(value))
         for section, values in sections.items()
         for key, value in values.items()
         if (section, key) not in HOST_KEYS
@@ -145,12 +169,23 @@ def check_recipes(recipe: Recipe) -> Row:
     return same._replace(faults=faults)
 
 
-def check_hosts(recipe: Recipe, hosts: Hosts, thorough: bool) -> list[Row]:
-    """Versions and dataset; the first rank of each host looks. A collective."""
+def check_hosts(
+    recipe: Recipe, hosts: Hosts, thorough: bool, readers: dist.ProcessGroup | None = None
+) -> list[Row]:
+    """Versions and dataset; the first rank of each host looks. A collective.
+
+    Args:
+        recipe: as trained.
+        hosts: of all ranks.
+        thorough: whether they read all of it.
+        readers: the group in which the others wait.
+    """
     path, seen = recipe.data.path, None
+    if thorough and distributed.is_main() and not is_url(path):
+        print(f"reading all of {path} on every host", flush=True)
     if distributed.rank() in hosts.leaders:
         seen = versions.installed_versions(), dataset.inspect(path, thorough)
-    looks = by_host(distributed.gather_objects(seen), hosts.leaders)
+    looks = by_host(distributed.gather_objects(seen, readers), hosts.leaders)
     return [
         versions.compare(hosts.names, [found for found, _ in looks]),
         dataset.compare(hosts.names, [view for _, view in looks], path, thorough),
@@ -207,7 +242,7 @@ def check_memory(recipe: Recipe, device: torch.device) -> Row:
     said = f"a rank plans {planned:.0f} MiB of {have:.0f}"
     if planned <= MAX_MEMORY_SHARE * have:
         return Row("memory", said)
-    advice = "more ranks, engine.accumulate, engine.activation_checkpointing or engine.kind=fsdp"
+    advice = "more ranks, engine.accumulate, engine.activation_checkpointing or engine.kind=hsdp"
     return Row("memory", "", [f"{said}: take {advice}"])
 
 

@@ -11,7 +11,7 @@ from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest,
 from scale_smog.data.remote.copies import check_tars
 from scale_smog.errors import UserError
 from scale_smog.preflight.table import Row, most_common
-from scale_smog.runtime.stores import Store, is_url
+from scale_smog.runtime.stores import Store, is_url, shown
 
 NUM_READERS = 8
 MAX_NAMED = 5
@@ -104,6 +104,7 @@ def compare(hosts: Sequence[str], views: Sequence[DatasetView], path: str, thoro
         path: of the dataset's folder.
         thorough: whether bytes were read.
     """
+    path, is_in_store = shown(path), is_url(path)
     most = most_common([each.sha256 for each in views if each.sha256] or [""])
     faults = []
     for host, each in zip(hosts, views, strict=True):
@@ -115,7 +116,7 @@ def compare(hosts: Sequence[str], views: Sequence[DatasetView], path: str, thoro
             faults.append(f"{host}: {len(each.problems) - MAX_NAMED} more files ({path})")
     how = (
         "every byte read on every host"
-        if thorough and not is_url(path)
+        if thorough and not is_in_store
         else "all there on every host"
     )
     return Row("dataset", f"{path}: {views[0].files}, {how}", faults)

@@ -1,5 +1,6 @@
 """The course of runs as figures of plotly.js: plain data and layout, which the page draws."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,8 @@ def _line(name: str, curve: Curve, colour: str, is_dashed: bool) -> dict[str, An
         "mode": "lines" if len(steps) > 40 else "lines+markers",
         "name": name,
         "x": steps,
-        "y": [float(f"{value:.5g}") for value in values],
+        # JSON knows no NaN; a gap in the line.
+        "y": [float(f"{value:.5g}") if math.isfinite(value) else None for value in values],
         "line": {"color": colour, "width": 1.8, "dash": dash},
         "marker": {"size": 4},
     }

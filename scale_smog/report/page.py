@@ -121,10 +121,19 @@ def _key_figures(record: RunRecord) -> dict[str, str]:
     found = {}
     for name, (words, form) in kinds.items():
         _, values = record.curve(name)
-        final = record.results.get("knn", {}).get("trained") if name == "knn" else None
-        if final is not None or len(values):
-            found[words] = format(final if final is not None else values[-1], form)
+        if name == "knn" and (final := _final_knn(record)) is not None:
+            values = [*values, final]
+        if len(values):
+            found[words] = format(values[-1], form)
     return found
+
+
+def _final_knn(record: RunRecord) -> float | None:
+    """The accuracy of the run's results, unless the run has gone on since its end."""
+    step = record.results.get("run", {}).get("step", 0)
+    if record.logged and step < record.logged[-1]["step"]:
+        return None
+    return record.results.get("knn", {}).get("trained")
 
 
 def _key_figure_rows(records: Mapping[str, RunRecord]) -> dict[str, list[str]]:

@@ -12,8 +12,9 @@ import yaml
 
 from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
 from scale_smog.config import Recipe, StrictModel
-from scale_smog.evaluation.paper import ImageCounts, Ours, Table, comparable_tables
+from scale_smog.evaluation.paper import ImageCounts, Ours, Table, comparable_tables, formatted
 from scale_smog.reporting.run_record import RunRecord
+from scale_smog.runtime.stores import shown
 
 PATHS = {"data.path", "run.dir"}
 
@@ -79,7 +80,7 @@ def _plain(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, tuple):
         return ", ".join(map(_plain, value))
-    return str(value) if not isinstance(value, bool | dict) else _flow(value)
+    return shown(str(value)) if not isinstance(value, bool | dict) else _flow(value)
 
 
 def _flow(value: Any) -> str:
@@ -111,13 +112,13 @@ def start_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
 
 
 def checkpoint_rows(folder: Path) -> list[tuple[str, str, str]]:
-    """Of each checkpoint, newest first: name, size, and whether it is whole."""
+    """Of each checkpoint, newest first: name, size, and whether its files are all there."""
     rows = []
     for path in reversed(list_checkpoints(folder)):
-        damage = find_damage(path)
+        damage = find_damage(path, reads=False)
         with suppress(FileNotFoundError):  # training has removed it meanwhile
             mib = sum(file.stat().st_size for file in path.iterdir()) / 2**20
-            rows.append((path.name, f"{mib:,.1f} MiB", damage or "whole"))
+            rows.append((path.name, f"{mib:,.1f} MiB", damage or "complete"))
     return rows
 
 
@@ -156,13 +157,9 @@ def _paper(recipe: Recipe, written: Mapping[str, Any]) -> tuple[list[PaperTable]
         return [], ""
     name = str(written["evaluation"])
     settings = written["settings"].get(name, {})
-    ours = Ours(
+    ours = Ours.of_run(
+        recipe,
         evaluation=name,
-        backbone=recipe.model.backbone,
-        width=recipe.model.width,
-        epochs=recipe.run.epochs,
-        batch=recipe.data.global_batch,
-        num_small_crops=recipe.data.num_small_crops,
         share=settings.get("share", 0.0),
         dataset=settings.get("setting", ""),
         images=ImageCounts(**written["image_counts"]),
@@ -175,9 +172,6 @@ def _paper(recipe: Recipe, written: Mapping[str, Any]) -> tuple[list[PaperTable]
 def _paper_table(table: Table, ours: Ours) -> PaperTable:
     cells = ours.cells()
     rows = [*table.rows, [cells.get(column) for column in table.columns]]
-    texts = [["–" if x is None else _cell(x) for x in row] for row in rows]
+    columns = [formatted(values) for values in zip(*rows, strict=True)]
+    texts = list(zip(*columns, strict=True))
     return PaperTable(table.title, table.source, table.columns, texts, table.note)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)

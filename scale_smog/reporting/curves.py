@@ -1,5 +1,6 @@
 """The course of a run as one picture: loss, usage of the groups, accuracies, and the resets."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +17,18 @@ MOST_RESETS_DRAWN = 60  # more lines would be a surface
 
 
 def draw_run_curves(run_dir: Path) -> None:
-    """Writes `curves.png` from the run's metrics.jsonl and TensorBoard events; on rank 0 only."""
+    """Writes `curves.png` from the run's metrics.jsonl and TensorBoard events; on rank 0 only.
+
+    A full disk costs the picture and not the run's success.
+    """
     record = RunRecord.read(run_dir)
     if record.logged:
         curves = {ACCURACIES[tag]: record.curve(tag) for tag in ACCURACIES}
         accuracies = {name: curve for name, curve in curves.items() if curve[0]}
-        draw_curves(run_dir / CURVES_FILE, record.logged, accuracies, record.reset_steps)
+        try:
+            draw_curves(run_dir / CURVES_FILE, record.logged, accuracies, record.reset_steps)
+        except OSError as error:
+            print(f"warning: no {CURVES_FILE}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def draw_curves(

@@ -16,8 +16,10 @@ from scale_smog.errors import UserError
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
 from scale_smog.reporting.run_record import BOARD_FOLDER, METRICS_FILE, BoardEvents, read_lines
+from scale_smog.reporting.starts import has_ended
 from scale_smog.reporting.trackers import TRACKERS, Point, Tracker
 from scale_smog.runtime.files import write_atomically
+from scale_smog.runtime.stores import shown
 
 LINES_A_BATCH = 50
 LONGEST_WAIT_S = 60.0
@@ -61,13 +63,6 @@ class Follower:
                 curve = zip(*self._events.curve(tag), strict=True)
                 self._send(tag, [Point(step, {tag: value}) for step, value in curve])
         self._send_pictures()
-
-    def is_finished(self) -> bool:
-        """Whether the run has come to its end, and its last evaluation with it."""
-        lines = read_lines(self._run_dir / METRICS_FILE)
-        end = run_folder.read_results(self._run_dir).get("run", {}).get("step")
-        # A last step that was not applied has no line.
-        return bool(lines) and end is not None and lines[-1]["step"] <= end
 
     def close(self) -> None:
         """Waits until the tracker has all of it."""
@@ -125,7 +120,7 @@ def follow(
     follower = Follower(run_dir, kind, TRACKERS[kind](project, server, run_dir))
     wait_s = every_s
     while True:
-        is_last = once or follower.is_finished()  # asked first: what came since is sent too
+        is_last = once or has_ended(run_dir)  # asked first: what came since is sent too
         try:
             follower.advance()
             if wait_s > every_s:
@@ -146,9 +141,10 @@ def follow(
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's settings by their keys, such as "data.path"."""
+    """A recipe's settings by their keys, such as "data.path"; secrets in URLs are left out."""
     sections = recipe.model_dump(mode="json").items()
-    return {f"{section}.{key}": value for section, own in sections for key, value in own.items()}
+    settings = {f"{section}.{key}": x for section, own in sections for key, x in own.items()}
+    return {key: shown(x) if isinstance(x, str) else x for key, x in settings.items()}
 
 
 def _point(line: dict[str, Any]) -> Point:

@@ -7,17 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from scale_smog import distributed
 from scale_smog.config import Figure, RunConfig
 from scale_smog.data.batch import Batch
-from scale_smog.errors import UserError
+from scale_smog.errors import RunEnded
 from scale_smog.grouping import perplexity
 
 COLLAPSED_SHARE = 0.1  # of the groups
-ENOUGH_FEATURES = 10  # a group, on average, before a warning
+# A group, on average, before a warning: even use of half as many features as groups has four times
+# the perplexity that is warned of, and 40 steps of a small batch have no more.
+ENOUGH_FEATURES = 0.5
 
 
 def collapse_warning(counts: Tensor) -> str | None:
@@ -51,7 +54,7 @@ class Floors:
         """Takes note of newly logged figures; `step` is among them."""
         for name, floor in self._floors.items():
             if name in figures:
-                is_below = figures[name] < floor
+                is_below = not figures[name] >= floor  # nor is a figure that is not a number
                 self._num_below[name] = self._num_below[name] + 1 if is_below else 0
                 if self._num_below[name] == self._patience:
                     self.problem = (
@@ -83,7 +86,7 @@ class SkippedSteps:
         """Takes note of a finished step; a collective if it was left out.
 
         Raises:
-            UserError: on all ranks, after `run.max_skipped` in a row; their last batch is dumped.
+            RunEnded: on all ranks, after `run.max_skipped` in a row; their last batch is dumped.
         """
         if is_applied:
             self._num_in_a_row = 0
@@ -95,10 +98,10 @@ class SkippedSteps:
         say(f"warning: step {step} left out, not finite ({cause})")
         if self._num_in_a_row >= self._run.max_skipped:
             folder = Path(self._run.dir) / "not_finite" / f"step-{step:08d}"
-            _dump(folder, step, causes[distributed.rank()], batch)
-            raise UserError(
+            where = _dump(folder, step, causes[distributed.rank()], batch)
+            raise RunEnded(
                 f"{self._num_in_a_row} steps in a row were not finite, the last one {step} "
-                f"({cause}): the batches are in {folder}; begin another run from the newest "
+                f"({cause}){where}; begin another run from the newest "
                 f"checkpoint, with run.start_from={self._run.dir}, another run.dir and a lower "
                 "optimizer.base_lr or optimizer.clip_norm"
             )
@@ -113,14 +116,18 @@ def _what_is_not_finite(loss: Tensor, batch: Batch) -> str:
     return "" if loss.isfinite() else f"loss {loss.item()} on {socket.gethostname()}"
 
 
-def _dump(folder: Path, step: int, cause: str, batch: Batch) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _dump(folder: Path, step: int, cause: str, batch: Batch) -> str:
+    """Writes this rank's batch; returns where it is, for a message on what it ends with."""
     tensors = {f"large_{i}": view for i, view in enumerate(batch.large)}
     tensors |= {f"small_{i}": view for i, view in enumerate(batch.small)}
-    tensors["sample_id"] = batch.sample_id
+    tensors = {key: x.cpu().contiguous() for key, x in tensors.items()}
+    tensors["sample_id"] = batch.sample_id.cpu()
     name = f"rank-{distributed.rank()}"
-    save_file(
-        {key: x.cpu().contiguous() for key, x in tensors.items()}, folder / f"{name}.safetensors"
-    )
     facts = {"step": step, "cause": cause, "host": socket.gethostname(), "pid": os.getpid()}
-    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    except (OSError, SafetensorError) as error:  # such as a full disk
+        return f"; the batches cannot be written: {error}"
+    return f": the batches are in {folder}"

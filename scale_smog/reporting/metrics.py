@@ -1,6 +1,7 @@
 """What a run says of itself: progress bar, metrics.jsonl, TensorBoard; rank 0 speaks."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,12 +61,13 @@ class Metrics:
             self._bar.update()
 
     def log(self, line: dict[str, float]) -> None:
-        """Writes one logged step everywhere; `line` holds `step`."""
+        """Writes one logged step everywhere, the file finite values only; `line` holds `step`."""
         if not self._is_main:
             return
         self.floors.note(line)
+        finite = {name: value for name, value in line.items() if math.isfinite(value)}
         with self._disk_may_be_full():
-            self._lines.write(json.dumps(line) + "\n")
+            self._lines.write(json.dumps(finite) + "\n")  # JSON knows no NaN
             self._lines.flush()
         with self._disk_may_be_full():
             for name, value in line.items():

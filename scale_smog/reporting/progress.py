@@ -9,7 +9,7 @@ from torch import Tensor
 from scale_smog import distributed
 from scale_smog.config import Recipe
 from scale_smog.data.batch import Batch
-from scale_smog.errors import RankError, UserError
+from scale_smog.errors import RankError, RunEnded, UserError
 from scale_smog.grouping import perplexity
 from scale_smog.grouping.quality import effective_rank, effective_rank_of_few, uniformity
 from scale_smog.methods import StepReport
@@ -104,7 +104,7 @@ class Progress:
             features: of the backbone [B, F], of this rank's images.
 
         Raises:
-            UserError: too many steps in a row were not finite, or a figure stays too low.
+            RunEnded: too many steps in a row were not finite, or a figure stays too low.
         """
         metrics = self.metrics
         if report.reset:
@@ -147,7 +147,7 @@ class Progress:
         """Ends the run, on all ranks, where a figure has been below `run.stop_below` for long."""
         if self._recipe.run.stop_below:
             if problem := distributed.broadcast_object(self.metrics.floors.problem):
-                raise UserError(problem)
+                raise RunEnded(problem)
 
     def _report_usage(self, step: int, counts: Tensor) -> None:
         self.metrics.histogram(step, "group_usage", counts)

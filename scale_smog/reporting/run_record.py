@@ -60,7 +60,7 @@ class RunRecord:
             logged=logged,
             scalars={tag: events.curve(tag) for tag in events.scalar_tags if tag not in own},
             pictures=events.pictures(),
-            starts=read_lines(folder / STARTS_FILE),
+            starts=[x for x in read_lines(folder / STARTS_FILE) if "ended" not in x],
             results=run_folder.read_results(folder),
         )
 

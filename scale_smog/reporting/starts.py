@@ -1,4 +1,4 @@
-"""Where and when a run began and went on: a line of starts.jsonl each time."""
+"""Where and when a run began, went on and ended for good: a line of starts.jsonl each time."""
 
 import json
 import platform
@@ -6,12 +6,13 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scale_smog import distributed
 from scale_smog.config import Recipe
-from scale_smog.reporting.run_record import STARTS_FILE
+from scale_smog.reporting.run_record import STARTS_FILE, read_lines
 
 CPU_FILE = Path("/proc/cpuinfo")
 
@@ -25,21 +26,36 @@ def note_start(recipe: Recipe, step: int, device: torch.device) -> None:
         device: of this rank.
     """
     hosts = distributed.gather_objects(socket.gethostname())
+    facts = {
+        "ranks": distributed.world_size(),
+        "hosts": list(dict.fromkeys(hosts)),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "engine": recipe.engine.kind,
+        "precision": recipe.engine.precision,
+    }
+    _add_line(Path(recipe.run.dir), step, facts)
+
+
+def note_end(run_dir: Path, step: int) -> None:
+    """Adds a line on the end of the run, when all that it logs is in its files."""
+    _add_line(run_dir, step, {"ended": True})
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Whether the run has come to its end, and was not started again since."""
+    lines = read_lines(run_dir / STARTS_FILE)
+    return bool(lines) and "ended" in lines[-1]
+
+
+def _add_line(run_dir: Path, step: int, facts: dict[str, Any]) -> None:
     if distributed.is_main():
-        line = {
-            "time": round(time.time()),
-            "step": step,
-            "ranks": distributed.world_size(),
-            "hosts": list(dict.fromkeys(hosts)),
-            "device": device_name(device),
-            "torch": torch.__version__,
-            "engine": recipe.engine.kind,
-            "precision": recipe.engine.precision,
-        }
+        line = {"time": round(time.time()), "step": step, **facts}
         # As with metrics, a full disk is no reason to end a run.
-        path = Path(recipe.run.dir) / STARTS_FILE
-        with suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with suppress(OSError), open(run_dir / STARTS_FILE, "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a line that a full disk has torn
+            file.write(json.dumps(line).encode() + b"\n")
 
 
 def device_name(device: torch.device) -> str:

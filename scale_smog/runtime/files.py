@@ -1,11 +1,13 @@
 """Files that survive a crash: atomic writes, synced folders, hashes."""
 
+import errno
 import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 def file_sha256(path: Path) -> str:
@@ -40,15 +42,30 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, by a file beside `path` that is there as long."""
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "a") as file:  # NFS locks only what may be written
+            with suppress(OSError):  # some network filesystems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(lock, file):  # the process before has removed it
+                continue
+            try:
+                return (yield)
+            finally:
+                lock.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
     try:
-        with suppress(OSError):  # some network filesystems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # NFS's word for it
+            return False
+        raise
 
 
 def printable(name: str) -> str:

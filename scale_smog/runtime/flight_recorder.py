@@ -9,7 +9,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-BACKENDS = ("gloo", "nccl")
+BACKENDS = ("gloo", "nccl2", "nccl")  # torch calls its newer NCCL nccl2; each has a recorder
 NUM_KEPT = 2000  # collectives; a step of a deep net with BatchNorm over all ranks begins some 200
 NUM_COMPARED = 600
 MAX_NAMED = 8
 DIFFERENCE = "where the others began"
-FILE_PREFIX = "flight-recorder-rank-"
+FILE_PREFIX = "flight-recorder-"
 
 
 class Collective(NamedTuple):
@@ -47,27 +47,46 @@ def configure(folder: Path) -> None:
 
 
 def dump(rank: int) -> None:
-    """Writes this rank's file; a dump that fails must not keep a run from ending."""
+    """Writes this rank's flight-recorder-BACKEND-RANK, one for each backend that it has used."""
     for backend in BACKENDS:
-        with suppress(Exception):
-            c10d._dump_fr_trace_file(rank, backend=backend)
+        with suppress(Exception):  # a dump that fails must not keep a run from ending
+            if _entries(backend):
+                path = Path(f"{os.environ['TORCH_FR_DUMP_TEMP_FILE']}{backend}-{rank}")
+                path.write_bytes(_pickled(backend))
 
 
 def history() -> History:
-    """This rank's newest collectives, oldest first; sends and receives left out."""
+    """This rank's newest collectives, oldest first of each backend; no sends and receives."""
     found: History = []
     for backend in BACKENDS:
         with suppress(Exception):  # a build of torch without it
-            trace = json.loads(c10d._dump_fr_trace_json(True, False, backend))
-            entries = [entry for entry in trace.get("entries", []) if not entry["is_p2p"]]
-            found += [_collective(entry) for entry in entries[-NUM_COMPARED:]]
+            entries = [entry for entry in _entries(backend) if not entry["is_p2p"]]
+            found += [_collective(backend, entry) for entry in entries[-NUM_COMPARED:]]
     return found
 
 
-def _collective(entry: dict) -> Collective:
+def _entries(backend: str) -> list[dict]:
+    if backend == "nccl":  # its recorder is apart from the others
+        return json.loads(_of_nccl("_dump_nccl_trace_json")(True, False)).get("entries", [])
+    return json.loads(c10d._dump_fr_trace_json(True, False, backend)).get("entries", [])
+
+
+def _pickled(backend: str) -> bytes:
+    """As `torchfrtrace` reads it."""
+    if backend == "nccl":
+        return _of_nccl("_dump_nccl_trace")()
+    return c10d._dump_fr_trace(backend=backend)
+
+
+def _of_nccl(name: str) -> Callable[..., bytes]:
+    return getattr(c10d, name)  # builds of torch without CUDA have none
+
+
+def _collective(backend: str, entry: dict) -> Collective:
     name = entry["profiling_name"].rpartition(":")[2]
     sizes = ", ".join(str(size) for size in entry["input_sizes"])
-    return Collective(entry["process_group"][0], entry["collective_seq_id"], f"{name} {sizes}")
+    group = f"{entry['process_group'][0]} of {backend}"  # each backend of a group counts for itself
+    return Collective(group, entry["collective_seq_id"], f"{name} {sizes}")
 
 
 def publish(store: dist.Store, rank: int) -> None:
@@ -140,6 +159,8 @@ def _difference_in_group(
     last = max(max(numbers) for numbers in begun.values())
     for number in range(first, last + 1):
         there = {rank: numbers[number] for rank, numbers in begun.items() if number in numbers}
+        if not there:
+            continue
         most, _ = Counter(there.values()).most_common(1)[0]
         if others := [rank for rank, collective in there.items() if collective != most]:
             return others, f"began {there[others[0]].what} {DIFFERENCE} {most}"

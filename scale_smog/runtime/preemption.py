@@ -66,7 +66,7 @@ class Preemption:
                 is_asked = number[0] in STOP_SIGNALS
             if is_asked and not is_over.wait(MEETING_GRACE_S):
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    said = "stopped before all ranks had met; the same command goes on from there"
+                    said = "stopped before all ranks had met; the same command resumes from there"
                     print(f"{said} ({socket.gethostname()})", flush=True)
                 distributed.leave_rendezvous()
                 os._exit(0)

@@ -36,8 +36,12 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def shown(url: str) -> str:
-    """A URL, or a text with some, without the parts that may hold secrets."""
-    return re.sub(r"\?[^\s'\"]+", "?...", re.sub(r"://[^/@\s]+@", "://", url))
+    """A URL, or a text with some, without the parts that may hold secrets.
+
+    Of a command (`pipe:curl -H ... URL`) nothing is left.
+    """
+    url = re.sub(r"pipe:[\s\S]*", "pipe:...", url)
+    return re.sub(r"\?[^\s'\"#]+", "?...", re.sub(r"://[^/\s]+@", "://", url))
 
 
 class Store:

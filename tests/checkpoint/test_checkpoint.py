@@ -16,7 +16,7 @@ from unittest import mock
 import engine_runs as runs
 import pytest
 import torch
-from ranks import PRELOADED, run_on_ranks
+from ranks import run_on_ranks
 from small_recipe import small_recipe
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -212,7 +212,6 @@ def save_and_die(run: RunConfig, point: int) -> None:
 
 def test_a_save_killed_at_any_write_leaves_a_whole_checkpoint(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     steps: list[int | None] = []
     while True:
         run = RunConfig(dir=str(tmp_path / f"{len(steps)}"), steps=1, keep_checkpoints=1)

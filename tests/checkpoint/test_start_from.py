@@ -66,7 +66,7 @@ def test_other_groups_crops_and_batch_are_allowed_and_said(tmp_path, tars, sourc
     other = ["grouping.num_groups=7", "data.global_batch=8", "data.num_small_crops=1"]
     run_dir = begun(tmp_path, tars, source, *other)
     out = capsys.readouterr().out
-    assert "groups: begin anew (groups.centroids is (10, 16), not (7, 16))" in out
+    assert "groups: initialised as usual (groups.centroids is (10, 16), not (7, 16))" in out
     for key, change in (
         ("data.global_batch", "12 -> 8"),
         ("data.num_small_crops", "0 -> 1"),
@@ -78,11 +78,15 @@ def test_other_groups_crops_and_batch_are_allowed_and_said(tmp_path, tars, sourc
     )
 
 
-def test_heads_that_do_not_fit_begin_anew_and_the_groups_with_them(tmp_path, tars, source, capsys):
+def test_heads_that_do_not_fit_are_initialised_anew_and_the_groups_with_them(
+    tmp_path, tars, source, capsys
+):
     run_dir = begun(tmp_path, tars, source, "model.dim=8")
     out = capsys.readouterr().out
-    assert "heads: begin anew (online.projector.bn2.running_mean is (16,), not (8,))" in out
-    assert "momentum: begin anew" in out and "groups: begin anew" in out
+    assert (
+        "heads: initialised as usual (online.projector.bn2.running_mean is (16,), not (8,))" in out
+    )
+    assert "momentum: initialised as usual" in out and "groups: initialised as usual" in out
     before, after = final_state(source), final_state(run_dir)
     own = parameters(before, "online.backbone")
     assert_close(parameters(after, "online.backbone"), own)
@@ -90,7 +94,7 @@ def test_heads_that_do_not_fit_begin_anew_and_the_groups_with_them(tmp_path, tar
     assert_close(parameters(after, "momentum.backbone"), leaders)  # a copy of the online net
 
 
-def test_groups_and_momentum_net_begin_anew_where_heads_do_though_their_shapes_fit():
+def test_groups_and_momentum_net_are_initialised_anew_where_heads_are_though_their_shapes_fit():
     shapes = {
         "online.backbone.w": 4, "online.projector.w": 4, "momentum.backbone.w": 4,
         "momentum.projector.w": 4, "groups.centroids": 4,
@@ -100,7 +104,9 @@ def test_groups_and_momentum_net_begin_anew_where_heads_do_though_their_shapes_f
     start = Start(tensors | {"online.projector.w": torch.ones(3)}, None)
     values, lines = fitting(start, own, ["backbone", "heads", "momentum", "groups"], "it")
     assert set(values) == {"online.backbone.w", "momentum.backbone.w"}  # a copy of the first
-    assert lines[2:] == [f"{part}: begin anew (of other heads)" for part in ("momentum", "groups")]
+    assert lines[2:] == [
+        f"{part}: initialised as usual (of other heads)" for part in ("momentum", "groups")
+    ]
 
 
 def test_what_is_known_of_each_image_is_not_taken_to_other_images():
@@ -109,7 +115,7 @@ def test_what_is_known_of_each_image_is_not_taken_to_other_images():
     start = Start({name: torch.ones(4) for name in names}, None)
     values, lines = fitting(start, own, ["backbone", "heads", "groups"], "it")
     assert "groups.centroids" not in values
-    assert lines[2] == "groups: begin anew (of the images that the start was trained on)"
+    assert lines[2] == "groups: initialised as usual (of the images that the start was trained on)"
 
 
 def test_parts_can_be_chosen(tmp_path, tars, source):

@@ -22,6 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
+from ports import free_port
+
 PRELOADED = (
     "scale_smog.pretrain",
     "scale_smog.engine.ddp",
@@ -291,10 +294,3 @@ class CountingProxy:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             self._pid = 0
-
-
-def free_port() -> int:
-    """One that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

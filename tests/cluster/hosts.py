@@ -6,13 +6,15 @@ which the kernel ends all others. Needs root and Debian's openssh-server, pdsh a
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
+from ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -29,7 +31,7 @@ PROGRAMS = (
     "setpriv",
     "taskset",
 )
-PATIENCE_S = 240.0
+PATIENCE_S = 1200.0  # it guards against a hang, not against a busy machine
 DEEPSPEED = (BIN / "deepspeed",)
 FORWARDED = {  # to the programs on the hosts
     "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -66,7 +68,7 @@ Host *
   StrictHostKeyChecking no
   UserKnownHostsFile /dev/null
   LogLevel ERROR
-  ConnectTimeout 5
+  ConnectTimeout 30
   ServerAliveInterval 2
   ServerAliveCountMax 3
 """
@@ -201,7 +203,9 @@ def _host(name: str, folder: Path) -> Iterator[Host]:
         _wait_for(lambda: children.read_text().strip(), f"{name} did not start")
         host = Host(name, own, int(children.read_text()))
         server = f"{name} has no sshd: {folder / name}.log"
-        _wait_for(lambda: b"sshd" in Path(f"/proc/{host.pid}/cmdline").read_bytes(), server)
+        names = (b"/usr/sbin/sshd", b"sshd:")  # after the shell has become it
+        command_line = Path(f"/proc/{host.pid}/cmdline")
+        _wait_for(lambda: command_line.read_bytes().startswith(names), server)
         yield host
     finally:
         starter.kill()
@@ -228,7 +232,7 @@ def _answers(host: Host, other: str) -> bool:
     return subprocess.run(command, capture_output=True, env=_environment()).returncode == 0
 
 
-def _wait_for(condition: Callable[[], object], complaint: str, patience_s: float = 10.0) -> None:
+def _wait_for(condition: Callable[[], object], complaint: str, patience_s: float = 120.0) -> None:
     end = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > end:
@@ -247,11 +251,6 @@ class Cluster:
     def __init__(self, folder: Path, hosts: list[Host]):
         self.folder, self.hosts = folder, hosts
         self.hostfile = folder / "hostfile"
-        # DeepSpeed's compiled op; a host that is ended while it compiles leaves its lock behind.
-        self.extensions = folder / "extensions"
-        default = next(Path.home().glob(".cache/torch_extensions/*"), "")
-        if built := os.environ.get("TORCH_EXTENSIONS_DIR", default):
-            shutil.copytree(built, self.extensions, ignore=shutil.ignore_patterns("*lock"))
 
     def deepspeed(
         self,
@@ -261,15 +260,21 @@ class Cluster:
     ) -> "subprocess.Popen[bytes]":
         """`deepspeed --hostfile` on the first host, in the folder `work`; its console is a file."""
         work.mkdir(parents=True, exist_ok=True)
-        forwarded = FORWARDED | {"TORCH_EXTENSIONS_DIR": str(self.extensions)}
-        (work / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in forwarded.items()))
-        command = [*launcher, "--hostfile", self.hostfile, "--master_port", free_port(), *program]
+        (work / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in FORWARDED.items()))
+        command = [
+            *launcher,
+            "--hostfile",
+            self.hostfile,
+            "--master_port",
+            str(free_port()),
+            *program,
+        ]
         return self.hosts[0].start(command, work, console(work))
 
     def torchrun(self, work: Path, *program: str | Path) -> "list[subprocess.Popen[bytes]]":
         """`torchrun --nnodes 2` on each host."""
         work.mkdir(parents=True, exist_ok=True)
-        port = free_port()
+        port = str(free_port())
         jobs = []
         for number, host in enumerate(self.hosts):
             command = [BIN / "torchrun", "--nnodes", "2", "--nproc_per_node", "1"]
@@ -294,9 +299,3 @@ def finish(jobs: "Sequence[subprocess.Popen[bytes]]", work: Path) -> int:
     finally:
         for job in jobs:
             job.kill()
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return str(probe.getsockname()[1])

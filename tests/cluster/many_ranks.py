@@ -373,7 +373,7 @@ def skip(campaign: Campaign) -> bool:
     )
     seconds = ended - float(skipped.group(1)) if skipped else 0.0
     campaign.facts.append(f"{found and found.group()}; ended {seconds:.0f} s after it")
-    dumps = len(list(campaign.run_dir.glob("logs/flight-recorder-rank-*")))
+    dumps = len(list(campaign.run_dir.glob("logs/flight-recorder-gloo-*")))
     campaign.facts.append(f"{dumps} dumps")
     if not found:
         print(f"exit codes {codes}\n{said[-8000:]}", flush=True)

@@ -1,8 +1,12 @@
 """`check.py RECIPE` over two hosts."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from hosts import Cluster, console, finish
 from inject_fault import FAKETIME, FAULTS, injected
 from programs import CHECK, OVERRIDES, RECIPE
@@ -81,6 +85,27 @@ def test_a_rank_with_other_settings_is_named(tmp_path, tars):
         assert re.search(r"^rank 2 on .* has optimizer.base_lr 0.2, rank 0 on .* has 0.1$", fault)
 
 
+def patience_for_readers(folder: Path, data: Path) -> list[float]:
+    """Seconds that ranks wait in each exchange that follows a look at the dataset."""
+    looks, gather = [], distributed.gather_objects
+
+    def recorded(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        if group is not None:
+            backend: Any = group._get_backend(torch.device("cpu"))
+            looks.append(backend.options._timeout.total_seconds())
+        return gather(value, group)
+
+    distributed.gather_objects = recorded
+    distributed.process_group = lambda _: nullcontext(torch.device("cpu"))  # there is one
+    checks.check(small_recipe(folder, data))
+    return looks
+
+
+def test_a_host_may_read_its_dataset_for_hours(tmp_path, tars):
+    for looks in run_on_ranks(2, patience_for_readers, tmp_path, tars):
+        assert looks == [checks.READING_TIMEOUT.total_seconds()] * 2
+
+
 def test_a_slow_link_is_one_the_network_or_most_links_beat():
     fast, slow = Link("a", "b", 1e-5, 40e9), Link("b", "c", 4e-4, 40e9)
     assert find_slow_links([fast], load_hardware("h200")).faults == []
@@ -99,6 +124,18 @@ def test_no_host_sends_to_two_at_a_time():
             ends = [end for pair in pairs.values() for end in pair]
             assert len(ends) == len(set(ends))
         assert sum(map(len, rounds)) == (num if num > 2 else 1)
+
+
+def test_ranks_that_are_no_whole_nodes_are_named():
+    even = checks.Hosts(["a", "b"], [0, 2], [2, 2], are_in_order=True)
+    assert checks.check_nodes(even, True).faults == []
+    uneven = even._replace(num_ranks=[2, 1, 2], names=["a", "b", "c"])
+    (fault,) = checks.check_nodes(uneven, False).faults
+    assert fault.startswith("b has 1 ranks, the others 2")
+    mixed = even._replace(are_in_order=False)
+    (fault,) = checks.check_nodes(mixed, True).faults
+    assert "srun --distribution=block" in fault
+    assert checks.check_nodes(mixed, False).faults == []
 
 
 def test_every_fault_has_its_line():

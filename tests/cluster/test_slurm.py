@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 from hosts import ROOT
 
+PATIENCE_S = 120
 SCRIPT = ROOT / "launcher" / "slurm.sbatch"
 # srun starts its program twice, with the variables of two tasks on two nodes, as SLURM would.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 echo "srun $MASTER_ADDR $MASTER_PORT $*" >> "$LOG"
 export SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE="1(x2)"
-for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=0 "$@" & pids+=($!); done
+pids=()
 trap 'kill -USR1 "${pids[@]}"' USR1
 trap 'kill -TERM "${pids[@]}"' TERM
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=0 "$@" & pids+=($!); done
 worst=0
 for pid in "${pids[@]}"; do
     while wait "$pid" && status=0 || status=$?; kill -0 "$pid" 2>/dev/null; do :; done
@@ -30,13 +32,15 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$LOG"
 [[ $1 != show ]] || printf 'localhost\\nother\\n'
 """
-# Stands for Python: a program that ends at once, or, as the training, when it is told to.
+# Stands for Python: a program that ends at once, or, as the training, when it is told to. It says
+# that it is there when it listens to signals.
 PYTHON = """#!/bin/bash
+[[ $1 == *check.py ]] || trap 'echo "$SLURM_PROCID saved" >> "$LOG"; exit 0' USR1 TERM
 echo "$SLURM_PROCID $*" >> "$LOG"
+[[ $1 == *check.py && -n ${CHECK_HANGS:-} ]] && sleep 20
 [[ $1 == *check.py ]] && exit "${CHECK_STATUS:-0}"
 [[ -z ${TRAIN_STATUS:-} ]] || exit "$TRAIN_STATUS"
-trap 'echo "$SLURM_PROCID saved" >> "$LOG"; exit 0' USR1 TERM
-for _ in $(seq 200); do sleep 0.05; done
+for _ in $(seq 4000); do sleep 0.05; done
 """
 
 
@@ -53,7 +57,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> "subprocess.Pope
 
 
 def wait_for_line(log: Path, line: str) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE_S
     while not (log.exists() and line in log.read_text()):
         assert time.monotonic() < end, log.read_text() if log.exists() else "no log"
         time.sleep(0.02)
@@ -63,9 +67,8 @@ def test_a_job_that_runs_out_of_time_saves_and_goes_back_into_the_queue(tmp_path
     job, log = start(tmp_path, "r.yaml", "run.seed=1"), tmp_path / "log"
     for task in (0, 1):
         wait_for_line(log, f"{task} launcher/pretrain.py r.yaml run.seed=1")
-    time.sleep(0.2)  # until they listen
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(20) == 0
+    assert job.wait(PATIENCE_S) == 0
     lines = log.read_text().splitlines()
     assert lines.index("0 launcher/check.py r.yaml run.seed=1") < lines.index("1 saved")
     assert {"0 saved", "1 saved"} <= set(lines) and lines[-1] == "scontrol requeue 17"
@@ -80,25 +83,33 @@ def test_a_job_that_lost_a_node_comes_back_and_one_that_is_wrong_does_not(
     tmp_path, status, restarts, comes_back
 ):
     facts = {"TRAIN_STATUS": str(status), "SLURM_RESTART_COUNT": str(restarts)}
-    assert start(tmp_path, "r.yaml", **facts).wait(20) == status
+    assert start(tmp_path, "r.yaml", **facts).wait(PATIENCE_S) == status
     last = (tmp_path / "log").read_text().splitlines()[-1]
     assert (last == "scontrol requeue 17") == comes_back
 
 
 def test_a_job_that_is_cancelled_saves_and_does_not_come_back(tmp_path):
     job, log = start(tmp_path, "r.yaml", SLURM_RESTART_COUNT="1"), tmp_path / "log"
-    wait_for_line(log, "1 launcher/pretrain.py r.yaml")
-    time.sleep(0.2)
+    for task in (0, 1):
+        wait_for_line(log, f"{task} launcher/pretrain.py r.yaml")
     job.send_signal(signal.SIGTERM)
-    assert job.wait(20) == 0
+    assert job.wait(PATIENCE_S) == 0
     said = log.read_text()
     assert "1 saved" in said and "requeue" not in said and "check.py" not in said
 
 
 def test_a_fault_ends_the_job_before_the_training(tmp_path):
-    assert start(tmp_path, "r.yaml", CHECK_STATUS="2").wait(20) == 2
+    assert start(tmp_path, "r.yaml", CHECK_STATUS="2").wait(PATIENCE_S) == 2
     assert "pretrain.py" not in (tmp_path / "log").read_text()
     assert subprocess.run(["bash", SCRIPT], capture_output=True).returncode == 2
+
+
+def test_a_time_limit_that_comes_while_the_dataset_is_read_loses_no_job(tmp_path):
+    job, log = start(tmp_path, "r.yaml", CHECK_HANGS="yes"), tmp_path / "log"
+    wait_for_line(log, "1 launcher/check.py r.yaml")
+    job.send_signal(signal.SIGUSR1)
+    job.wait(PATIENCE_S)
+    assert "scontrol requeue 17" in log.read_text() and "pretrain.py" not in log.read_text()
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")

@@ -44,7 +44,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ran
     }
     found = {}
     for engine, process in running.items():
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=1800)
         assert (folder / engine).exists(), errors[-2000:]
         texts = json.loads((folder / engine).read_text())
         found[engine] = {k: RankReport.from_json(json.dumps(v)) for k, v in texts.items()}

@@ -3,6 +3,7 @@
 import tarfile
 from collections import Counter
 from io import BytesIO
+from itertools import combinations
 
 import pytest
 import torch
@@ -31,11 +32,10 @@ def many(tmp_path_factory):
     return TarDataset(folder / "tars", "train")
 
 
-def load(dataset, steps, batch, rank=0, world_size=1):
+def load(dataset, steps, batch, rank=0, world_size=1, augment=None):
     fast = pytest.importorskip("scale_smog.data.loaders.dali_fast")
-    views = training_views(
-        DataConfig(path="", num_small_crops=1, large_px=24, small_px=16), AugmentConfig()
-    )
+    data = DataConfig(path="", num_small_crops=1, large_px=24, small_px=16)
+    views = training_views(data, augment or AugmentConfig())
     plan = EpochPlan(dataset.num_samples, batch * world_size)
     source = BatchSource(dataset, plan, views, 3, rank, world_size)
     return list(fast.FastDaliLoader(source, steps, 1, CPU, on_gpu=False))
@@ -60,6 +60,20 @@ def test_batches_have_the_form_of_the_other_loaders(many):
     assert batch.large[0].is_contiguous(memory_format=torch.channels_last)
     assert not torch.equal(batch.large[0], batch.large[1])
     assert batch.label.dtype == torch.int64
+
+
+def test_no_rank_and_no_view_draws_the_crops_of_another(tmp_path):
+    for i in range(16):  # the same image everywhere: views of one crop would be alike
+        path = tmp_path / "images" / "0" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(40, 30, seed=0))
+    shard_folder(tmp_path / "images", tmp_path / "tars", workers=1, shard_samples=4)
+    plain = AugmentConfig(flip=0, jitter=0, grey=0, blur=(0, 0), solarize=(0, 0))
+    dataset = TarDataset(tmp_path / "tars", "train")
+    parts = [load(dataset, range(1), 8, rank, 2, plain)[0] for rank in range(2)]
+    views = [view for batch in parts for view in batch.large]
+    for a, b in combinations(views, 2):
+        assert not (a == b).flatten(1).all(dim=1).any()
 
 
 def test_tars_of_others_with_other_names_and_no_labels_are_read(tmp_path):

@@ -115,7 +115,7 @@ def test_shards_are_listed_in_order_whichever_finishes_first(source, tmp_path, m
 def test_resume_after_kill_9_waits_for_the_workers_and_gives_the_same_bytes(tmp_path, monkeypatch):
     source, out = tmp_path / "images", tmp_path / "out"
     source.mkdir()
-    for index in range(40):  # slow enough to be killed in the middle
+    for index in range(120):  # slow enough to be killed in the middle
         (source / f"{index}.bmp").write_bytes(_encoded(_photo(index, 600, 600), "BMP"))
     command = [sys.executable, str(ROOT / "data_tools" / "shard.py"), str(source), str(out)]
     process = subprocess.Popen([*command, "--shard-samples", "2", "--workers", "2"])
@@ -127,6 +127,9 @@ def test_resume_after_kill_9_waits_for_the_workers_and_gives_the_same_bytes(tmp_
     workers = [worker for server in servers for worker in server.children()]
     for worker in workers:
         worker.suspend()
+    ended = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    while any(worker.status() not in ended for worker in workers):
+        time.sleep(0.002)  # a thread may run on until another has taken the signal
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert workers and not (out / "manifest.json").exists()
@@ -136,9 +139,10 @@ def test_resume_after_kill_9_waits_for_the_workers_and_gives_the_same_bytes(tmp_
     for worker in workers:
         worker.resume()  # and they end, as their parent is gone
     finished = [out / f"{path.stem}.tar" for path in work.glob("train-*.json")]
-    assert len(finished) < 20
+    assert len(finished) < 60
     times = [path.stat().st_mtime_ns for path in finished]
 
+    monkeypatch.setattr(work_folders, "LOCK_PATIENCE_S", 60.0)  # on a busy machine, for the workers
     resumed = _shard(source, out, shard_samples=2)
     assert [path.stat().st_mtime_ns for path in finished] == times  # not written again
     assert resumed == _shard(source, tmp_path / "fresh", shard_samples=2)

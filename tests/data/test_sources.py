@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from field_sets import write_tar
 from images import jpeg
 from PIL import ExifTags, Image
 
@@ -135,6 +136,39 @@ def test_pixels_of_16_bits_are_put_aside_by_the_index(tmp_path):
     index_folder(tmp_path, max_bad=0.5)
     assert TarDataset(tmp_path, "train").num_samples == 1
     assert "16 bits a channel" in (tmp_path / "train-quarantine.jsonl").read_text()
+
+
+def animation() -> bytes:
+    """Two frames as a WebP file, which torchvision does not decode."""
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    content = BytesIO()
+    frames[0].save(content, "WEBP", save_all=True, append_images=frames[1:])
+    return content.getvalue()
+
+
+def test_an_animation_is_put_aside_by_the_index(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(20, 20, 0), "1.webp": animation()})
+    index_folder(tmp_path, max_bad=0.5)
+    assert TarDataset(tmp_path, "train").num_samples == 1
+    assert "an animated WEBP; write the tars" in (tmp_path / "train-quarantine.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("loader", "workers"), [("torch", 0), ("torch", 1), ("memory", 0)])
+def test_an_image_that_a_loader_cannot_decode_is_one_line_with_its_id_and_tar(
+    tmp_path, monkeypatch, loader, workers
+):
+    write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(20, 20, 0), "1.webp": animation()})
+    monkeypatch.setattr("scale_smog.data.prepare.index.why_not_as_stored", lambda *_: "")
+    index_folder(tmp_path)
+    keys = {"global_batch": 2, "workers": workers, "large_px": 16, "loader": loader}
+    data = DataConfig.model_validate({"path": str(tmp_path), **keys})
+    dataset, plan = TarDataset(tmp_path, "train"), EpochPlan(2, 2)
+    views = training_views(data, AugmentConfig())
+    with pytest.raises(UserError) as error:
+        list(build_training_loader(data, views, dataset, plan, range(1), torch.device("cpu")))
+    line = str(error.value)
+    assert line.startswith(f"{tmp_path}/a.tar: sample 000000000001 (id 1) cannot be decoded: ")
+    assert "\n" not in line
 
 
 def test_a_list_names_its_missing_column_or_file(tmp_path):

@@ -1,16 +1,35 @@
 """Who a rank is, by the names of each launcher, and what becomes of one that fails."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from ranks import free_port, run_on_ranks
+import torch
+import torch.distributed as dist
+from ports import free_port
+from ranks import run_on_ranks
+from small_recipe import small_recipe
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scale_smog import distributed
-from scale_smog.distributed.process_group import count_sharing_ranks, rank_environment
+from scale_smog.config import EngineConfig
+from scale_smog.distributed.process_group import (
+    count_sharing_ranks,
+    rank_environment,
+    require_same_device,
+)
+from scale_smog.engine.fsdp import FsdpEngine
 from scale_smog.errors import UserError
+from scale_smog.models.sync_batch_norm import process_group_for
+from scale_smog.pretrain import in_main_folder
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR")
 
@@ -72,7 +91,7 @@ FAILING = """
 import sys
 from scale_smog import distributed
 from scale_smog.errors import UserError, exits_on_user_error
-sys.modules['scale_smog.distributed.process_group'].COMMON_FAILURE_S = 2.0
+sys.modules['scale_smog.distributed.process_group'].COMMON_FAILURE_S = float(sys.argv[2])
 with exits_on_user_error(), distributed.process_group():
     if str(distributed.rank()) in sys.argv[1]:
         raise UserError("a file is missing")
@@ -80,20 +99,20 @@ with exits_on_user_error(), distributed.process_group():
 """
 
 
-@pytest.mark.parametrize("who", ["01", "1"])
-def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(who):
+@pytest.mark.parametrize(("who", "wait_s"), [("01", "60"), ("1", "2")])
+def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(who, wait_s):
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common["CUDA_VISIBLE_DEVICES"] = ""
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", FAILING, who],
+            [sys.executable, "-c", FAILING, who, wait_s],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in (0, 1)
     ]
-    said = [rank.communicate(timeout=60)[1].splitlines() for rank in ranks]
+    said = [rank.communicate(timeout=600)[1].splitlines() for rank in ranks]
     assert ranks[1].returncode == 2 and ranks[0].returncode != 0
     if who == "01":
         assert said == [["error: a file is missing"], []]
@@ -150,3 +169,69 @@ def test_what_rank_0_reads_or_meets_all_ranks_are_told(tmp_path):
     first, second = run_on_ranks(2, asks_rank_0, tmp_path)
     assert first == second and first[0] == "rank 0" and first[2] == "UserError no such dataset"
     assert first[1].startswith("OSError rank 0 on ") and "gone: No such file" in first[1]
+
+
+def test_processes_of_tests_fork_from_one_that_has_imported_torch():
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        assert pool.apply(eval, ["'torch' in __import__('sys').modules"])
+
+
+def looks(store: dist.Store, has_gpu: list[bool]) -> list[str]:
+    """What each rank is told of those without a GPU; "" if it goes on."""
+
+    def look(has_one: bool) -> str:
+        try:
+            require_same_device(store, has_one, len(has_gpu))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(has_gpu)) as pool:
+        return list(pool.map(look, has_gpu))
+
+
+def test_a_host_whose_gpu_is_gone_is_named_on_every_rank():
+    for has_gpu in ([True] * 3, [False] * 3):
+        assert looks(dist.HashStore(), has_gpu) == [""] * 3
+    for said in looks(dist.HashStore(), [True, False, True]):
+        assert said.startswith(f"torch finds no GPU on {socket.gethostname()}, ")
+
+
+def timeouts_of_groups() -> list[float]:
+    """Seconds that ranks wait in each kind of group of a run with long deadlines."""
+    module = sys.modules["scale_smog.distributed.process_group"]
+    module._timeout = timedelta(seconds=5000)
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    engine = SimpleNamespace(config=EngineConfig(kind="hsdp"), device=torch.device("cpu"))
+    mesh = FsdpEngine._mesh(engine)
+    groups = [distributed.background_group(), process_group_for("global"), *mesh.get_all_groups()]
+    backends: list[Any] = [group._get_backend(torch.device("cpu")) for group in groups]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def shape_on_simulated_ranks() -> tuple[int, ...]:
+    """Of hsdp's mesh on the second of two simulated nodes, whose groups have no timeout."""
+    os.environ["LOCAL_WORLD_SIZE"] = "4"
+    dist.init_process_group("fake", rank=5, world_size=8, store=FakeStore())
+    engine = SimpleNamespace(config=EngineConfig(kind="hsdp"), device=torch.device("cpu"))
+    return tuple(FsdpEngine._mesh(engine).shape)
+
+
+def test_nodes_are_simulated_too():
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        assert pool.apply(shape_on_simulated_ranks) == (2, 4)
+
+
+def test_every_group_waits_as_long_as_the_run_allows():
+    assert run_on_ranks(2, timeouts_of_groups) == [[5000.0] * 4] * 2
+
+
+def folder_of_run(folder: Path) -> str:
+    os.chdir(folder / str(distributed.rank()))
+    return in_main_folder(small_recipe(Path("recipe"), "x", "run.dir=runs/a")).run.dir
+
+
+def test_ranks_that_start_in_another_folder_write_into_rank_0s_run(tmp_path):
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    assert run_on_ranks(2, folder_of_run, tmp_path) == ["runs/a", str(tmp_path / "0/runs/a")]

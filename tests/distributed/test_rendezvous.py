@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
-from hosts import free_port
+from ports import free_port
 
+from scale_smog.distributed import rendezvous as module
 from scale_smog.distributed.rendezvous import leave_rendezvous, rendezvous
 from scale_smog.errors import RankError, UserError
 
@@ -15,14 +16,21 @@ from scale_smog.errors import RankError, UserError
 @pytest.fixture
 def port(monkeypatch) -> str:
     monkeypatch.setattr("scale_smog.distributed.rendezvous.EXTRA_WAIT_S", 0.5)
-    port = free_port()
+    port = str(free_port())
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     return port
 
 
 @pytest.fixture
-def agent_store(port, monkeypatch) -> dist.TCPStore:
+def patient(monkeypatch) -> None:
+    """Connects for long: a name server that does not answer costs seconds each time."""
+    connect = module._connect
+    monkeypatch.setattr(module, "_connect", lambda rank, size, _: connect(rank, size, 120.0))
+
+
+@pytest.fixture
+def agent_store(port, patient, monkeypatch) -> dist.TCPStore:
     """The store of an elastic agent, which outlives the ranks."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     return dist.TCPStore("127.0.0.1", int(port), None, True)
@@ -39,7 +47,7 @@ def have_met(stores: list[dist.Store]) -> bool:
     return all(store.get("word") == b"of this round" for store in stores)
 
 
-def test_a_missing_rank_is_named_with_the_hosts_of_the_others(port, monkeypatch):
+def test_a_missing_rank_is_named_with_the_hosts_of_the_others(port, patient, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     with pytest.raises(UserError) as error:
         rendezvous(0, 3, 1.0)
@@ -87,6 +95,7 @@ def test_ranks_that_find_a_round_of_the_dead_wait_for_the_next(agent_store):
         others = [pool.submit(rendezvous, rank, 4, 20.0) for rank in (1, 2, 3)]
         first = pool.submit(rank_0)
         while not agent_store.check(["round-1/all"]):
+            assert not any(other.done() for other in others)
             time.sleep(0.01)
         late.set()
         assert have_met([first.result(), *(other.result() for other in others)])
@@ -98,6 +107,7 @@ def test_a_round_with_fewer_ranks_meets(agent_store):
 
 
 def test_who_leaves_when_all_have_met_stops_nobody(port, monkeypatch):
+    monkeypatch.setattr(module, "LEAVING_S", 60.0)
     stores = come([0, 1], 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

@@ -26,6 +26,7 @@ from scale_smog.profiling.memory import _SavedTensors, plan_memory, sent_mib
         ("{zero_optimization: {stage: 3}}", "engine.kind"),
         ("{zero_optimization: {zero_quantized_gradients: true}}", "overlap_comm"),
         ("{zero_optimisation: {overlap_comm: true}}", "zero_optimization"),
+        ("{zero_optimization: {round_robin_gradients: true}}", "round_robin_gradients might"),
     ],
 )
 def test_deepspeed_settings_that_change_the_training_are_refused(tmp_path, setting, words):
@@ -38,6 +39,21 @@ def test_deepspeed_settings_that_change_the_training_are_refused(tmp_path, setti
     [
         (["engine.deepspeed={dump_state: true}"], "not engine.kind=ddp"),
         (["engine.kind=zero3", "engine.compile=true"], "take fsdp"),
+        (
+            ["engine.kind=zero3", "engine.deepspeed={zero_optimization: {overlap_comm: true}}"],
+            "does not wait for the last step's updates",
+        ),
+        (["method.name=moco_v3", "model.identity_predictor=true"], "moco_v3 has no predictor"),
+        (["run.stop_below={knn: 0.2}"], "knn is logged only with run.evaluate_every"),
+        (["run.stop_below={group_perplexity: 9}", "method.name=simclr"], "a method with groups"),
+        (["run.dir=~/runs/x"], "no shell replaces ~"),
+        (
+            [
+                *("grouping.init=random", "grouping.kmeans=false", "grouping.bank_steps=1"),
+                *("grouping.instance_warmup_steps=9", "grouping.num_groups=20"),
+            ],
+            "more than the 12 features",
+        ),
         (["engine.kind=zero2", "engine.precision=fp64"], "ddp, fsdp and hsdp"),
         (["engine.precision=fp64", "engine.reduce_precision=bf16"], "reduce_precision"),
     ],

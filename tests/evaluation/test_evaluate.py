@@ -11,19 +11,21 @@ import pytest
 import torch
 from images import jpeg
 from PIL import Image
-from ranks import free_port
+from ports import free_port
 from small_recipe import small_recipe
 
 from scale_smog.checkpoint import list_checkpoints
 from scale_smog.checkpoint.nets import read_part
 from scale_smog.cli.main import main
+from scale_smog.data.folder_dataset import FolderDataset
 from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
+from scale_smog.evaluation.groups import program as groups
 from scale_smog.evaluation.groups.program import evaluate_groups
 from scale_smog.evaluation.program import PROGRAMS, evaluate
-from scale_smog.evaluation.supervised import linear
-from scale_smog.evaluation.task import weights_sha256
+from scale_smog.evaluation.supervised import finetune, linear
+from scale_smog.evaluation.task import EvaluationTask, weights_sha256
 from scale_smog.models import build_backbone
 from scale_smog.pretrain import pretrain
 
@@ -148,6 +150,28 @@ def test_a_list_of_other_images_is_another_result(run_dir, image_folder, tmp_pat
     assert len(list((run_dir / "evaluations").glob("finetune-*"))) >= 2
 
 
+def test_fine_tuning_on_few_labels_takes_many_small_steps_and_says_how_many(
+    run_dir, monkeypatch, capsys
+):
+    rates = []
+    original = finetune.build_optimizer
+
+    def build_optimizer(*args):
+        optimizer = original(*args)
+        rates.append(optimizer.param_groups[0]["lr"])
+        return optimizer
+
+    monkeypatch.setattr(finetune, "build_optimizer", build_optimizer)
+    for epochs, steps in ((3, 3), (100, 100)):
+        keys = ["finetune.share=0.2", f"finetune.epochs={epochs}"]  # 8 of 40 labels
+        evaluate("finetune", [str(run_dir)], keys)
+        said = capsys.readouterr().out
+        assert f"finetune: 8 labelled images, {steps} steps of 8" in said
+        assert ("fewer than 100 steps teach little" in said) == (steps < 100)
+        assert results(run_dir, "finetune")["settings"]["finetune"]["batch"] == 8
+    assert rates == pytest.approx([0.05 * 8 / 256] * 2)
+
+
 def test_features_are_written_in_the_order_of_their_labels(run_dir, image_folder, tmp_path):
     both = [f"features.path={image_folder}", f"features.out={tmp_path / 'out'}"]
     write_features([str(run_dir)], both)
@@ -215,6 +239,36 @@ def other_classes(folder: Path) -> list[str]:
     return [f"data.path={folder}"]
 
 
+def test_a_method_without_groups_is_refused_before_an_image_is_read(run_dir, monkeypatch):
+    monkeypatch.setattr(groups, "open_together", None)
+    monkeypatch.setattr(EvaluationTask, "embed", None)
+    with pytest.raises(UserError, match=r"method\.name=simclr has no groups"):
+        groups.evaluate_groups([str(run_dir), str(run_dir)], ["method.name=simclr"])
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "opened"),
+    [
+        ("linear", SHORT, ["train", "test"]),
+        ("finetune", ["finetune.share=0.2", "finetune.epochs=1"], ["train", "test"]),
+        ("groups", [], ["train"]),
+    ],
+)
+def test_an_evaluation_opens_each_split_once(
+    run_dir, image_folder, monkeypatch, name, keys, opened
+):
+    found = []
+    original = FolderDataset.__init__
+
+    def init(self, path, sub_folder=""):
+        found.append(sub_folder)
+        original(self, path, sub_folder)
+
+    monkeypatch.setattr(FolderDataset, "__init__", init)
+    PROGRAMS[name]([str(run_dir)], [*keys, f"data.path={image_folder}"], False)
+    assert found == opened
+
+
 def no_test(folder: Path) -> list[str]:
     (folder / "train" / "a").mkdir(parents=True)
     (folder / "train" / "a" / "0.jpg").write_bytes(jpeg(20, 20, 0))
@@ -243,32 +297,33 @@ def test_bad_input_is_one_clear_line(tmp_path, run_dir, name, make, words):
 
 
 @pytest.mark.launcher
-def test_torchrun_and_deepspeed_find_what_one_process_finds(run_dir, tmp_path):
-    program, command = str(ROOT / "launcher" / "evaluate.py"), ["linear", str(run_dir), *SHORT]
-    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    one, port = "linear.seed=7", f"--master_port={free_port()}"
-    evaluate("linear", [str(run_dir)], [*SHORT, one])
+def test_deepspeeds_launcher_finds_what_one_process_finds(run_dir, tmp_path):
+    """It gives ranks what torchrun gives them, and an argument more."""
+    program, own = str(ROOT / "launcher" / "evaluate.py"), [*SHORT, "linear.seed=7"]
+    evaluate("linear", [str(run_dir)], own)
     expected = results(run_dir, "linear")
     folder = max((run_dir / "evaluations").glob("linear-*"), key=lambda x: x.stat().st_mtime)
     weights = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
-    for launcher in (["torchrun", "--nproc_per_node=2"], ["deepspeed", "--num_gpus=2"]):
-        for path in folder.iterdir():
-            path.unlink()
-        whole = [*launcher, port, program, *command, one]
-        ended = subprocess.run(whole, env=environment, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        assert results(run_dir, "linear")["figures"]["top5"] == expected["figures"]["top5"]
-        again = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
-        for name, value in weights.items():
-            assert torch.allclose(value, again[name], atol=1e-4 * value.abs().max().item() + 1e-6)
+    for path in folder.iterdir():
+        path.unlink()
+    launcher = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}"]
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    command = [*launcher, program, "linear", str(run_dir), *own]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert results(run_dir, "linear")["figures"]["top5"] == expected["figures"]["top5"]
+    again = torch.load(folder / "trained-progress.pt", weights_only=True)["net"]
+    for name, value in weights.items():
+        assert torch.allclose(value, again[name], atol=1e-4 * value.abs().max().item() + 1e-6)
 
 
 def test_a_folder_with_an_equals_sign_is_a_checkpoint(tmp_path, monkeypatch):
     given = []
     monkeypatch.setitem(PROGRAMS, "knn", lambda *arguments: given.append(arguments))
     (tmp_path / "lr=0.1").mkdir()
+    rates = f"linear.learning_rates={[0.1] * 99}"  # longer than a file's name may be
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", "knn", "lr=0.1", "evaluation.k=5"])
+        main(["evaluate", "knn", "lr=0.1", "evaluation.k=5", rates])
     assert not ended.value.code
-    assert given == [(["lr=0.1"], ["evaluation.k=5"], False)]
+    assert given == [(["lr=0.1"], ["evaluation.k=5", rates], False)]

@@ -9,6 +9,7 @@ from ranks import run_on_ranks
 from sklearn.neighbors import KNeighborsClassifier
 
 from scale_smog.evaluation import knn_accuracy, knn_predict
+from scale_smog.evaluation.features import raw_pixels
 from scale_smog.evaluation.knn import knn_votes
 
 
@@ -30,6 +31,13 @@ def test_predictions_are_those_of_scikit_learn():
     assert 0.4 < (expected == test_y).double().mean() < 0.99  # neither trivial nor hopeless
     accuracy = knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07)
     assert abs(accuracy - (expected == test_y).double().mean()) <= 0.001
+
+
+def test_raw_pixels_are_the_image_up_to_32_px_and_its_means_above():
+    images = torch.randn(2, 3, 64, 32)
+    assert torch.equal(raw_pixels(images[..., :32, :]), images[..., :32, :].flatten(1))
+    means = images.view(2, 3, 32, 2, 32).mean(dim=3).flatten(1)
+    torch.testing.assert_close(raw_pixels(images), means)
 
 
 def test_more_neighbours_than_images_are_all_of_them():

@@ -17,6 +17,7 @@ OURS = Ours(
     epochs=400.0,
     batch=4096,
     num_small_crops=4,
+    start="",
     share=0.01,
     dataset="voc",
     images=IMAGENET,

@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from images import make_dataset
 from jobs import Job
+from ports import free_port
 from small_recipe import write_small_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,7 +52,7 @@ class Agents:
         torchrun = str(Path(sys.executable).parent / "torchrun")
         command = [torchrun, "--nnodes", str(num_agents), "--nproc-per-node", str(num_ranks)]
         command += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "elastic"]
-        command += ["--rdzv-endpoint", f"127.0.0.1:{_free_port()}", "--local-addr", "127.0.0.1"]
+        command += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
         self._command = [*command, str(announcing), *program]
         self.jobs = [self._start(number) for number in range(num_agents)]
 
@@ -101,12 +101,6 @@ class Agents:
         for job in self.jobs:
             job.terminate()
             job.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def campaign(folder: Path, num_agents: int, num_ranks: int, num_steps: int) -> bool:

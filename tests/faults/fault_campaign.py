@@ -17,8 +17,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
-from images import make_dataset
-from jobs import Job, Strike, differing
+from jobs import Job, Strike, Undisturbed, differing
 
 from scale_smog.runtime import phases
 
@@ -79,19 +78,13 @@ def strike_and_go_on(job: Job, strike: Strike, whole: dict[str, torch.Tensor]) -
     )
 
 
-def campaign(folder: Path, seed: int, num_kills: int, world_size: int) -> list[Outcome]:
+def campaign(folder: Path, whole: Undisturbed, seed: int, num_kills: int) -> list[Outcome]:
     """`num_kills` killed runs, one after another."""
-    data = make_dataset(folder / "data")
-    undisturbed = Job(folder / "undisturbed", data, world_size=world_size)
-    assert undisturbed.run() == [0] * world_size, undisturbed.console()
-    undisturbed.clear()
-    start = time.monotonic()  # once more: the first start imports
-    undisturbed.run()
-    duration_s = time.monotonic() - start
-    whole, rng, outcomes = undisturbed.final_state(), random.Random(seed), []
+    rng, outcomes = random.Random(seed), []
     while len(outcomes) < num_kills:
-        job = Job(folder / "killed", data, world_size=world_size)
-        outcome = strike_and_go_on(job, draw(rng, world_size, duration_s), whole)
+        job = Job(folder / "killed", whole.data, world_size=whole.world_size)
+        strike = draw(rng, whole.world_size, whole.seconds)
+        outcome = strike_and_go_on(job, strike, whole.state)
         if outcome is not None:
             outcomes.append(outcome)
             _say(len(outcomes), outcome)
@@ -113,7 +106,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = campaign(Path(folder), arguments.seed, arguments.kills, arguments.ranks)
+        whole = Undisturbed.trained(Path(folder), arguments.ranks)
+        outcomes = campaign(Path(folder), whole, arguments.seed, arguments.kills)
     lost = [outcome.num_lost_steps for outcome in outcomes]
     num_good = sum(outcome.is_good for outcome in outcomes)
     print(f"runs that end with the undisturbed run's bits: {num_good} of {len(outcomes)}")

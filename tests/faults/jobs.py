@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,13 +17,15 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
+from images import make_dataset
+from ports import free_port
+from ranks import start_forkserver
 from small_recipe import small_recipe
 
 from scale_smog import checkpoint
 from scale_smog.runtime import phases
 
-PRELOADED = ["scale_smog.pretrain", "scale_smog.engine.ddp", "small_recipe"]
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 GRACE_S = 10.0  # for the others, when a rank has failed
 OVERRIDES = (
     "run.steps=12",
@@ -72,8 +73,8 @@ class Job:
         """Starts all ranks."""
         (self.folder / "struck").unlink(missing_ok=True)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        port = _free_port()
+        start_forkserver()
+        port = free_port()
         self.processes = [
             context.Process(target=_run_rank, args=(rank, port, self._bare(), strike), daemon=True)
             for rank in range(self.world_size)
@@ -143,6 +144,29 @@ class Job:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nobody disturbs: what the others are compared with."""
+
+    data: Path
+    world_size: int
+    state: dict[str, torch.Tensor]  # of its last checkpoint
+    seconds: float  # that it took, without what each first start imports
+
+    @classmethod
+    def trained(cls, folder: Path, world_size: int = 2) -> "Undisturbed":
+        """Makes a small dataset and trains on it."""
+        data = make_dataset(folder / "data")
+        job = Job(folder / "undisturbed", data, world_size=world_size)
+        start_forkserver()
+        imported = multiprocessing.get_context("forkserver").Process(target=int)
+        imported.start()
+        imported.join()
+        start = time.monotonic()
+        assert not any(job.run()), job.console()
+        return cls(data, world_size, job.final_state(), time.monotonic() - start)
+
+
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     """Names of tensors that do not have the same bits."""
     same = a.keys() & b.keys()
@@ -203,9 +227,3 @@ def _arm(strike: Strike, folder: Path) -> None:
                 fire()
 
     phases.on_enter.append(entered)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -7,7 +7,7 @@ from elastic import Agents
 MEETING = """
 from scale_smog import distributed
 
-with distributed.process_group(60):
+with distributed.process_group(600):
     ranks = distributed.gather_objects(distributed.rank())
     print("met " + " ".join(map(str, ranks)), flush=True)  # in one piece: two ranks write at once
 """

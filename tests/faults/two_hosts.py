@@ -124,8 +124,6 @@ class Cluster:
         self.recipe = write_small_recipe(folder / "job", make_dataset(folder / "data"))
         self.run_dir = folder / "job" / "run"
         environment = ["DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "OMP_NUM_THREADS=1"]
-        # What DeepSpeed compiles depends on the interpreter's path: not into the user's cache.
-        environment += [f"TORCH_EXTENSIONS_DIR={folder / 'extensions'}"]
         environment += [f"PYTHONPATH={ROOT}", f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
         (folder / ".deepspeed_env").write_text("\n".join(environment) + "\n")
 
@@ -145,7 +143,6 @@ class Cluster:
             "DS_ACCELERATOR": "cpu",
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": "1",
-            "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
             "PYTHONPATH": str(ROOT),
         }
         with open(self.folder / f"console-{len(hosts)}.log", "wb") as log:

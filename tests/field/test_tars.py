@@ -24,6 +24,9 @@ from scale_smog.data import EpochPlan, TarDataset
 from scale_smog.data.augment import training_views
 from scale_smog.data.loaders.build import build_training_loader
 from scale_smog.data.loaders.stream import read_tar
+from scale_smog.data.prepare.index import index_folder
+from scale_smog.data.prepare.sources import SourceOptions
+from scale_smog.data.prepare.verify import verify_folder
 
 NUM = 10  # usual samples
 
@@ -300,6 +303,69 @@ def test_gnu_and_pax_headers_of_any_kind_are_read(tars, tmp_path, read):
         info.size = len(content := jpeg(9, 9, 0))
         tar.addfile(info, __import__("io").BytesIO(content))
     assert read(tars, tmp_path / "out").num_samples == 5
+
+
+# Tars of several splits in one folder: names, and the pattern that the refusal proposes.
+MIXED = {
+    "imagenet": ("imagenet1k-train-0000.tar", "imagenet1k-validation-00.tar", "imagenet1k-train"),
+    "of a count": ("cc_train-0-of-2.tar", "cc_test-1-of-2.tar", "cc_train"),
+    "splits alone": ("training.tar", "validation.tar", "training"),
+    "ours and others": ("train-000000.tar", "a-val-0.tar", "train"),
+    "our kind of names, of another split": ("training-0.tar", "val-0.tar", "training"),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("call", [sharded, indexed])
+def test_tars_of_several_splits_never_become_one_and_a_pattern_tells_them_apart(
+    tars, tmp_path, call, kind
+):
+    first, second, beginning = MIXED[kind]
+    write_tar(tars / first, samples("0101"))
+    write_tar(tars / second, samples("00"))
+    out = [tmp_path / "out"] if call is sharded else []
+    line = refusal(call, tars, *out)
+    pattern = f"{tars}/{beginning}*.tar"
+    assert f"{tars} holds tars of the splits " in line and f"as '{pattern}' --split train" in line
+    if call is sharded:
+        assert sharded(pattern, tmp_path / "out").num_samples == 4
+    else:
+        index_folder(pattern)
+        index_folder(tars, split="val")  # what no split has yet
+        assert TarDataset(tars, "train").num_samples == 4
+        assert TarDataset(tars, "val").num_samples == 2 and verify_folder(tars) == []
+
+
+def test_of_our_own_tars_without_a_manifest_each_split_takes_its_own(tars, tmp_path):
+    write_tar(tars / "train-000000.tar", samples("0101"))
+    write_tar(tars / "val-000000.tar", samples("00"))
+    assert sharded(tars, tmp_path / "out").num_samples == 4
+    about = SourceOptions(split="val")
+    val = sharded(tars, tmp_path / "out-val", split="val", source_options=about)
+    assert labels_by_class(val) == {"0": 2}
+    for split, num_samples in (("train", 4), ("val", 2)):
+        assert index_folder(tars, split).num_samples == num_samples
+    assert verify_folder(tars) == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-000000.tar", "train-000001.tar"),
+        ("val-0.tar", "validation-1.tar"),
+        ("n01440764.tar", "n01443537.tar"),
+        ("train.tar", "truck.tar"),  # a lone word may be a class
+    ],
+)
+def test_tars_whose_names_tell_of_one_split_at_most_are_all_taken(tars, tmp_path, read, names):
+    for name in names:
+        write_tar(tars / name, samples("01"))
+    assert read(tars, tmp_path / "out").num_samples == 4
+
+
+def test_a_pattern_without_a_tar_is_named(tars):
+    write_tar(tars / "a.tar", samples())
+    assert f"no tars {tars}/b*.tar" in refusal(index_folder, tars / "b*.tar")
 
 
 def test_the_programs_end_with_one_line(tmp_path):

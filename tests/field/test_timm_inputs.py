@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from small_recipe import small_recipe
 from timm_sweep import try_name
+from torch import nn
 
 from scale_smog.config import ModelConfig
 from scale_smog.errors import UserError
-from scale_smog.models import build_backbone
+from scale_smog.models import build_backbone, siamese
 from scale_smog.models.check import batch_norm_images, require_images_fit
 from scale_smog.models.weights import load_weights, without_classifier
 from scale_smog.pretrain import pretrain
@@ -47,9 +48,9 @@ def test_a_name_works_or_is_refused_before_training(name, takes_96_px):
         "xcit_nano_12_p16_224",
     ],
 )
-@pytest.mark.parametrize("px", [96, 32])
-def test_transformers_take_small_images(name, px):
-    require_images_fit(ModelConfig(backbone=name), {"data.small_px": px}, batch=4)
+def test_transformers_take_small_images(name):
+    sizes_px = {"data.large_px": 96, "data.small_px": 32}
+    require_images_fit(ModelConfig(backbone=name), sizes_px, batch=4)
 
 
 def test_another_size_leaves_the_features_of_the_own_size_alone():
@@ -106,6 +107,25 @@ def test_dropout_of_every_kind_is_turned_off(monkeypatch):
 def test_position_embeddings_without_noise_in_training():
     model = ModelConfig(backbone="vit_base_patch16_sapiens2")
     require_images_fit(model, {"data.large_px": 64}, batch=2)
+
+
+class WithClassifier(nn.Sequential):
+    """A net that kept its classifier, which makes no feature."""
+
+    num_features = 5
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(5, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[2](self[1](self[0](x)))
+
+
+def test_a_net_with_weights_that_no_gradient_reaches_is_refused_by_their_name(monkeypatch):
+    monkeypatch.setattr(siamese, "build_backbone", lambda *_, **__: WithClassifier())
+    with pytest.raises(UserError, match=r"do not depend on, such as fc\.weight, and engines wait"):
+        require_images_fit(ModelConfig(backbone="theirs"), {"data.large_px": 64}, batch=2)
 
 
 def test_a_run_with_multi_crop_and_a_vit_ends(tmp_path, tars):

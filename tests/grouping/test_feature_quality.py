@@ -33,6 +33,7 @@ def test_effective_rank_is_rankme():
 def test_a_collapse_has_rank_one_and_an_even_spread_all_dimensions():
     point = F.normalize(torch.ones(500, 16))
     assert effective_rank(point) == pytest.approx(1, abs=1e-3)
+    assert effective_rank(torch.zeros(500, 16)) == pytest.approx(1, abs=1e-3)
     assert effective_rank(torch.eye(16).repeat(30, 1)) == pytest.approx(16, abs=1e-3)
 
 
@@ -41,6 +42,7 @@ def test_uniformity_is_the_mean_kernel_over_pairs():
     expected = (-2 * torch.pdist(rows).square()).exp().mean().log().item()
     assert uniformity(rows).item() == pytest.approx(expected, abs=1e-5)
     assert uniformity(F.normalize(torch.ones(10, 8))).item() == pytest.approx(0, abs=1e-5)
+    assert uniformity(rows[:1]).isnan()  # no pair
 
 
 def figures_of_my_part() -> tuple[float, float]:

@@ -11,6 +11,9 @@ from urllib.parse import urlparse
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
+FACTS = {"size": 1, "oid": REVISION}  # nobody looks at these
+
+
 class HubServer:
     """Repositories of models, as folders below `folder` (`with`)."""
 
@@ -51,6 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     file = self.folder / repository / line["value"]["path"]
                     file.write_bytes(b64decode(line["value"]["content"]))
+                if line["key"] == "deletedFile":
+                    (self.folder / repository / line["value"]["path"]).unlink()
             self._answer({"commitUrl": self._url(repository), "commitOid": REVISION})
         else:
             self._answer({}, status=200 if path.endswith("/validate-yaml") else 404)
@@ -64,6 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer_file(file.read_bytes())
             return self._answer({}, 404, {"X-Error-Code": "EntryNotFound"})
         repository = "/".join(parts[2:4])  # of api/models/USER/NAME
+        if parts[4:5] == ["tree"]:
+            files = (self.folder / repository).iterdir()
+            return self._answer([{"type": "file", "path": x.name, **FACTS} for x in files])
         if parts[:2] == ["api", "models"] and (self.folder / repository).is_dir():
             return self._answer({"id": repository, "sha": REVISION, "siblings": []})
         return self._answer({}, 404, {"X-Error-Code": "RepoNotFound"})

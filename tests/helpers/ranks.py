@@ -2,9 +2,9 @@
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +13,31 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# The compiler, because DeepSpeed imports it with its first engine.
-PRELOADED = ["pytest", "scale_smog.loop", "scale_smog.engine.fsdp", "torch._inductor.compile_fx"]
-TIMEOUT_S = 60  # a rank that waits in vain ends its test, not the test run
+# What takes seconds to import: all of a run with its engines, the compiler, because DeepSpeed
+# imports it with its first engine, and what rank 0 draws with.
+PRELOADED = [
+    "pytest",
+    "scale_smog.pretrain",
+    "scale_smog.engine.ddp",
+    "scale_smog.engine.fsdp",
+    "scale_smog.evaluation.program",
+    "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
+    "tensorboard.backend.event_processing.event_accumulator",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "timm",
+]
+TIMEOUT_S = 300  # a rank that waits in vain ends its test, not the test run
+
+
+def start_forkserver() -> None:
+    """Starts, in the background, the clean process that ranks fork from: a third of spawn's time.
+
+    There is one for each pytest process. What the first start of any process has preloaded stays.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
 
 
 def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
@@ -24,8 +46,7 @@ def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[An
     `fn` stands at the top of its module, so that the new processes can import it. If a rank raises,
     the others are stopped and its traceback is part of the exception raised here.
     """
-    # Ranks fork from a clean process that has imported what takes seconds: a third of spawn's time.
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    start_forkserver()
     with TemporaryDirectory() as folder:
         run = (world_size, Path(folder), dict(os.environ), fn, args)
         mp.start_processes(_run_rank, run, nprocs=world_size, start_method="forkserver")
@@ -55,13 +76,6 @@ def _run_rank(
     # Not on errors: the other ranks would fail too, and might be the first to report.
     dist.destroy_process_group()
     os._exit(0)  # as `distributed.end_process`, and for its reason
-
-
-def free_port() -> int:
-    """One that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _result(folder: Path, rank: int) -> Path:

@@ -29,7 +29,7 @@ class Proxy(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int, own_port: int = 0):
+    def __init__(self, port: int, own_port: int):
         super().__init__(("127.0.0.1", own_port), Handler)
         self.to, self.latency_s = port, 0.0
         self.fault: Fault = lambda *_: None
@@ -142,7 +142,7 @@ def s3_server() -> Iterator[int]:
 
 
 @contextmanager
-def proxy_of(port: int, own_port: int = 0) -> Iterator[Proxy]:
+def proxy_of(port: int, own_port: int) -> Iterator[Proxy]:
     """A proxy before the server of a port, at a port of its own."""
     proxy = Proxy(port, own_port)
     threading.Thread(target=proxy.serve_forever, args=[0.02], daemon=True).start()

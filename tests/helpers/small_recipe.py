@@ -1,5 +1,6 @@
 """A recipe that trains in a second, for tests of whole runs."""
 
+import os
 from pathlib import Path
 
 from scale_smog import Recipe, load_recipe
@@ -21,9 +22,10 @@ def small_recipe(folder: Path, data: Path | str, *overrides: str) -> Recipe:
 
 
 def write_small_recipe(folder: Path, data: Path | str) -> Path:
-    """The recipe as a file in `folder`."""
+    """The recipe as a file in `folder`; several ranks may write it at once."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "small.yaml"
     text = TEXT.replace('path: ""', f'path: "{data}"')
-    path.write_text(text.replace("run: {", f'run: {{dir: "{folder / "run"}", '))
-    return path
+    own = folder / f"{os.getpid()}.yaml"
+    own.write_text(text.replace("run: {", f'run: {{dir: "{folder / "run"}", '))
+    return own.rename(path)

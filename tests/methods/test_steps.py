@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scale_smog.loop import train_step
-from scale_smog.methods.base import raised
+from scale_smog.methods.base import cosine_ema
 from scale_smog.methods.swav import PROTOTYPES, Swav, sinkhorn
 from scale_smog.state import TrainState
 
@@ -52,7 +52,7 @@ def test_the_momentum_net_follows_at_an_alpha_that_rises_to_one(tmp_path, name, 
     monkeypatch.setattr(state.engine, "update_ema", alphas.append)
     step(state, runs.NUM_STEPS)
     assert alphas[0] == state.method.recipe.model.ema and alphas == sorted(set(alphas))
-    assert (raised(0.9, 0.5), raised(0.9, 1.0)) == (pytest.approx(0.95), 1.0)
+    assert (cosine_ema(0.9, 0.5), cosine_ema(0.9, 1.0)) == (pytest.approx(0.95), 1.0)
 
 
 def test_prototypes_keep_their_directions_while_they_are_frozen_and_then_move(tmp_path):

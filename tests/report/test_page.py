@@ -1,9 +1,11 @@
 """A run's page: what it holds, and that a browser draws it from disk without a network."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from small_recipe import small_recipe
 
 from scale_smog.errors import UserError
 from scale_smog.evaluation.groups.gallery import GALLERY_FILE
+from scale_smog.evaluation.paper import ImageCounts
 from scale_smog.evaluation.program import evaluate
 from scale_smog.pretrain import pretrain
 from scale_smog.report.figures import MOST_POINTS, thinned
-from scale_smog.report.page import write_comparison, write_report
+from scale_smog.report.page import _key_figures, write_comparison, write_report
+from scale_smog.report.tables import _paper, setting_rows
+from scale_smog.reporting.run_record import RunRecord
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MOST_MIB = 6
@@ -54,7 +59,9 @@ def browser() -> Iterator[Any]:
     if not CHROMIUM:
         pytest.skip("needs a chromium: apt-get install chromium")
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = started.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE_MS
+        )
         yield browser
         browser.close()
 
@@ -119,7 +126,7 @@ def test_no_screen_has_to_scroll_sideways(browser, page, width):
 def test_the_page_names_settings_checkpoints_machine_and_evaluations(page, run_dir):
     text = page.read_text()
     assert page.stat().st_size < MOST_MIB * 2**20
-    assert text.count("<td>whole</td>") == 2
+    assert text.count("<td>complete</td>") == 2
     row = re.search(r"grouping\.num_groups</code></th><td>10</td><td>3000</td><td>(.*?)</td>", text)
     assert row and row[1] == "section 4.1, Table 7c"
     assert "no comparison: the paper has no knn results of resnet_tiny" in text
@@ -127,12 +134,37 @@ def test_the_page_names_settings_checkpoints_machine_and_evaluations(page, run_d
     assert HOSTILE not in text
 
 
+def test_a_table_of_the_paper_has_its_digits_and_ours_as_many(run_dir):
+    images = ImageCounts(num_classes=19, num_train=2975, num_test=500)
+    written = {
+        "evaluation": "segmentation",
+        "settings": {"segmentation": {"setting": "cityscapes"}},
+        "image_counts": asdict(images),
+        "figures": {"miou": 0.76034, "macc": 0.8},
+    }
+    recipe = RunRecord.read(run_dir).recipe
+    model = recipe.model.model_copy(update={"backbone": "resnet50"})
+    (table,), _ = _paper(recipe.model_copy(update={"model": model}), written)
+    rows = {row[0]: list(row[1:]) for row in table.rows}
+    assert "73.83" in {cell for row in rows.values() for cell in row}
+    assert rows["ours †"] == ["76.03", "80.00", "–", "–"]
+
+
+def test_the_newest_knn_is_that_of_the_results_only_if_the_run_ended_with_it(run_dir):
+    record = RunRecord.read(run_dir)
+    assert record.logged[-1]["step"] == 8
+    for step, words in ((8, "0.750"), (4, "0.500")):
+        results = {"run": {"step": step}, "knn": {"trained": 0.75}}
+        newest = replace(record, results=results, scalars={"knn": ([4, 8], [0.25, 0.5])})
+        assert _key_figures(newest)["kNN top-1"] == words
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path, run_dir):
     copy = shutil.copytree(run_dir, tmp_path / "copy")
     file = next((copy / "checkpoints" / "step-00000008").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     text = write_report(copy).read_text()
-    assert text.count("<td>whole</td>") == 1 and f"{file.name} has" in text
+    assert text.count("<td>complete</td>") == 1 and f"{file.name} has" in text
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path, run_dir, browser):
@@ -163,3 +195,20 @@ def test_long_curves_are_thinned_and_keep_their_last_point():
     kept, values = thinned((steps, [float(x) for x in steps]))
     assert len(kept) <= MOST_POINTS and kept[-1] == 50_000 == values[-1]
     assert set(kept) <= set(steps)
+
+
+def test_a_figure_that_is_not_a_number_costs_a_point_and_not_the_page(tmp_path, run_dir, browser):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")
+    metrics = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[2] |= {"rankme_features": math.nan, "uniformity": -math.inf}  # as earlier versions wrote
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tab, complaints = opened(browser, write_report(copy))
+    assert tab.locator(".chart .scatterlayer .trace").count() >= 8 and not complaints
+
+
+def test_a_page_is_passed_on_without_secrets(tmp_path):
+    keys = ["run.mirror=s3://key:s3cret@host/run", "data.stream=https://h/a.tar?sig=s3cret"]
+    recipe = small_recipe(tmp_path, "s3://key:s3cret@h/x", *keys, "data.loader=stream")
+    rows = {row.key: row.value for row in setting_rows(recipe)}
+    assert rows["run.mirror"] == "s3://host/run" and "s3cret" not in str(rows)

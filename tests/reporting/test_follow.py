@@ -5,7 +5,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from small_recipe import small_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from scale_smog.data import TarDataset
 from scale_smog.errors import UserError
+from scale_smog.evaluation.feature_files import _show_in_projector
 from scale_smog.recipe import dump_recipe
 from scale_smog.reporting import run_folder
-from scale_smog.reporting.follow import Follower, follow
+from scale_smog.reporting.follow import Follower, flat, follow
 from scale_smog.reporting.metrics import Metrics
+from scale_smog.reporting.starts import has_ended, note_end, note_start
 from scale_smog.reporting.trackers import TRACKERS, Mlflow, Point, Tracker
 
 LOGGED = ("loss", "lr", "images_per_s")
@@ -50,11 +53,7 @@ class Run:
         self._step += num_steps
 
     def ends(self) -> None:
-        run_folder.add_results(self.dir, {"run": {"step": self._step}})
-
-    def leaves_out(self) -> None:
-        """A step that is not applied has no line."""
-        self._step += 1
+        note_end(self.dir, self._step)
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """As metrics.jsonl has it, or as the run was told."""
@@ -114,6 +113,14 @@ def test_everything_that_was_logged_is_sent_once_and_the_settings_with_it(run):
     assert tracker.config["grouping.num_groups"] == 10 and tracker.config["data.path"] == "nowhere"
 
 
+def test_no_tracker_is_told_a_secret_that_a_url_holds(tmp_path):
+    keys = ["data.stream=pipe:curl -H 'Authorization:Bearer s3cret' https://h/a.tar"]
+    keys += ["data.loader=stream", "data.allow_pipe=true", "run.mirror=s3://key:s3cret@host/run"]
+    settings = flat(small_recipe(tmp_path, "https://h/x?token=s3cret", *keys))
+    assert "s3cret" not in str(settings)
+    assert settings["data.stream"] == "pipe:..." and settings["run.mirror"] == "s3://host/run"
+
+
 def test_a_follower_that_is_started_again_goes_on_where_it_was(run):
     first, second = Recorder(), Recorder()
     Follower(run.dir, "mlflow", first).advance()
@@ -123,15 +130,6 @@ def test_a_follower_that_is_started_again_goes_on_where_it_was(run):
     for name in LOGGED:
         assert first.curve(name) + second.curve(name) == run.curve(name)
     assert [step for step, _ in second.curve("knn")] == [64]
-
-
-def test_a_run_whose_last_step_was_left_out_has_ended(run):
-    run.goes_on(3)
-    run.leaves_out()
-    follower = Follower(run.dir, "mlflow", Recorder())
-    assert not follower.is_finished()
-    run.ends()
-    assert follower.is_finished()
 
 
 def test_what_a_tracker_did_not_take_is_sent_again_and_nothing_twice(run, monkeypatch):
@@ -186,9 +184,7 @@ class Server:
     """A process that listens at a port of its own, and may die and be started again."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "server.log"
         self._folder = folder
@@ -342,3 +338,21 @@ def wandb_records(content: bytes) -> list[bytes]:
             records.append(pieces)
             pieces = b""
     return records
+
+
+def test_other_events_of_the_run_do_not_end_what_is_read(run, tars):
+    tracker = Recorder()
+    follower = Follower(run.dir, "mlflow", tracker)
+    follower.advance()
+    _show_in_projector(run.dir, "train", torch.eye(8), TarDataset(tars, "train"))
+    run.goes_on(8)
+    follower.advance()
+    assert tracker.curve("knn") == run.curve("knn")
+
+
+def test_a_run_that_is_started_again_has_not_ended(run):
+    assert not has_ended(run.dir)
+    run.ends()
+    assert has_ended(run.dir)
+    note_start(run.recipe, 60, torch.device("cpu"))
+    assert not has_ended(run.dir)

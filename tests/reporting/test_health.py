@@ -1,20 +1,24 @@
 """A step that is not finite on some rank leaves nothing behind on any; collapse is said."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import engine_runs as runs
+import pytest
 import torch
 from ranks import run_on_ranks
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from scale_smog import UserError, distributed
 from scale_smog.checkpoint import Checkpoints
-from scale_smog.config import Recipe
+from scale_smog.config import Recipe, RunConfig
 from scale_smog.data.batch import Batch
+from scale_smog.errors import RunEnded
 from scale_smog.loop import train, train_step
-from scale_smog.reporting.health import collapse_warning
+from scale_smog.reporting.health import SkippedSteps, collapse_warning
 from scale_smog.reporting.progress import Progress
 from scale_smog.state import TrainState
 
@@ -123,3 +127,23 @@ def test_a_collapse_is_named_with_its_remedy_and_health_is_not():
     assert "grouping.kmeans" in (collapse_warning(collapsed) or "")
     assert collapse_warning(torch.full((100,), 30)) is None
     assert collapse_warning(collapsed // 100) is None  # too few features for a verdict
+
+
+def test_a_small_batchs_window_is_enough_to_name_a_collapse():
+    num_groups, num_features = 3000, 40 * 64
+    draws = torch.randint(num_groups, (num_features,), generator=torch.Generator().manual_seed(0))
+    even = torch.bincount(draws, minlength=num_groups)
+    assert collapse_warning(even) is None
+    few = torch.bincount(draws % 100, minlength=num_groups)
+    assert "perplexity 9" in (collapse_warning(few) or "")
+
+
+def test_batches_that_cannot_be_written_do_not_hide_why_the_run_ends(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("scale_smog.reporting.health.save_file", full)
+    run = RunConfig(dir=str(tmp_path), steps=9, max_skipped=1)
+    batch = next(runs.batches(0))
+    with pytest.raises(RunEnded, match=r"finite, the last one 3 .*cannot be written: I/O"):
+        SkippedSteps(run).note(3, False, torch.tensor(math.nan), batch, print)

@@ -1,6 +1,7 @@
 """What a rank reports of its steps: quality without labels, and the end of a run that stays low."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from scale_smog.checkpoint.manifest import list_checkpoints
 from scale_smog.errors import UserError
 from scale_smog.pretrain import pretrain
 from scale_smog.reporting.health import Floors
+from scale_smog.reporting.metrics import Metrics
+from scale_smog.reporting.starts import has_ended
 
 
 def logged(run_dir: Path) -> list[dict]:
@@ -37,6 +40,7 @@ def test_a_run_whose_figure_stays_low_ends_and_its_newest_checkpoint_stands(tmp_
     with pytest.raises(UserError, match=r"rankme_bank has been below 1000 for 3 values .* step 3"):
         pretrain(recipe)
     assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3]
+    assert has_ended(tmp_path / "run")  # a follower waits for nothing more
     assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
 
 
@@ -50,6 +54,20 @@ def test_a_figure_that_recovers_begins_its_patience_anew():
     assert floors.problem.startswith("run.stop_below: knn has been below 0.5 for 2 values")
 
 
+def test_a_figure_that_is_not_a_number_is_below_every_floor():
+    floors = Floors({"rankme_features": 2}, patience=1)
+    floors.note({"step": 1, "rankme_features": math.nan})
+    assert "rankme_features has been below 2" in floors.problem
+
+
 def test_only_figures_that_are_logged_can_be_a_floor(tmp_path):
     with pytest.raises(UserError, match=r"run\.stop_below"):
         small_recipe(tmp_path, "nowhere", "run.stop_below={knnn: 1}")
+
+
+def test_logged_lines_are_json_whatever_the_figures_are(tmp_path):
+    metrics = Metrics(tmp_path, 0, 9, 4)
+    line = {"step": 1, "loss": 1.0, "chance_loss": 1.0, "images_per_s": 1.0, "data_wait": 0.0}
+    metrics.log(line | {"uniformity": math.nan, "rankme_bank": -math.inf})
+    metrics.close()
+    assert logged(tmp_path) == [line] and "NaN" not in (tmp_path / "metrics.jsonl").read_text()

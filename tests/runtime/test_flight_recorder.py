@@ -1,5 +1,6 @@
 """Where ranks begin different collectives, the one that differs is named with its number."""
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -51,6 +52,29 @@ def test_groups_are_compared_by_themselves():
     assert first_difference({0: begun("a") + other, 1: begun("a"), 2: begun("a")}) is None
 
 
+def test_backends_of_a_group_count_for_themselves(monkeypatch):
+    """As on GPUs: few collectives of gloo, and the newest of many of NCCL."""
+
+    def entries(backend: str) -> list[dict]:
+        numbers = {"gloo": range(1, 4), "nccl2": range(5000, 5003)}.get(backend, ())
+        facts = {"is_p2p": False, "process_group": ["0", ""], "input_sizes": [[4]]}
+        names = {"gloo": "gloo:broadcast", "nccl2": "nccl:all_reduce"}
+        return [facts | {"collective_seq_id": n, "profiling_name": names[backend]} for n in numbers]
+
+    monkeypatch.setattr(flight_recorder, "_entries", entries)
+    whole = flight_recorder.history()
+    assert first_difference({0: whole, 1: whole, 2: whole[:-1]}) == (
+        [2],
+        "did not begin all_reduce [4] as collective 5002 of process group 0 of nccl2, where the "
+        "others are",
+    )
+
+
+def test_numbers_that_all_have_forgotten_are_no_difference():
+    gap = begun("a") + begun("b", first=9)
+    assert first_difference({0: gap, 1: gap}) is None
+
+
 def leave_one_out(folder: Path) -> str:
     """What is said where the last rank leaves out an all-reduce."""
     for _ in range(3):
@@ -73,7 +97,9 @@ def test_a_dump_lands_in_the_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE", raising=False)
     run_on_ranks(2, dump_into, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["flight-recorder-rank-0", "flight-recorder-rank-1"]
+    assert names == ["flight-recorder-gloo-0", "flight-recorder-gloo-1"]
+    entries = pickle.loads((tmp_path / names[1]).read_bytes())["entries"]
+    assert [entry["profiling_name"] for entry in entries] == ["gloo:all_reduce"]
 
 
 def dump_into(folder: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_runs import build_state, recipe_of
-from ranks import free_port, run_on_ranks
+from ports import free_port
+from ranks import run_on_ranks
 
 from scale_smog import distributed
 from scale_smog.data.batch import Batch
@@ -47,11 +48,12 @@ def test_all_ranks_stop_after_the_step_in_which_one_was_asked_to(tmp_path):
 
 
 MEETING = """
-import time
+import sys, time
 from torch.distributed import PrefixStore
 from scale_smog import distributed
 from scale_smog.runtime import preemption
 preemption.MEETING_GRACE_S = 0.5
+sys.modules["scale_smog.distributed.rendezvous"].LEAVING_S = float(sys.argv[1])
 set_now = PrefixStore.set
 def set_late(store, key, value):  # time enough to end between the word and the call
     time.sleep(0.5 * (key == "all"))
@@ -64,12 +66,12 @@ with preemption.Preemption() as asked:
 """
 
 
-def come_to_meet(rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
+def come_to_meet(rank: int, world_size: int, port: int, leaving_s: float) -> subprocess.Popen[str]:
     """A rank that waits for others, or is about to."""
     names, sizes = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     environment = dict.fromkeys(names, str(rank)) | dict.fromkeys(sizes, str(world_size))
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", MEETING]
+    command = [sys.executable, "-c", MEETING, str(leaving_s)]
     return subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
     )
@@ -81,7 +83,7 @@ def stop_and_hear(ranks: list[subprocess.Popen[str]], signals: dict[int, int]) -
         assert process.stdout and process.stdout.readline() == "waiting\n"
     for rank, number in signals.items():
         ranks[rank].send_signal(number)
-    said = [process.communicate(timeout=120)[0] for process in ranks]  # they would wait for 600 s
+    said = [process.communicate(timeout=300)[0] for process in ranks]  # they would wait for 600 s
     assert {process.returncode for process in ranks} == {0}
     assert said[0].startswith("stopped before all ranks had met")
     return said
@@ -89,7 +91,7 @@ def stop_and_hear(ranks: list[subprocess.Popen[str]], signals: dict[int, int]) -
 
 def test_ranks_whose_mates_do_not_come_end_at_a_signal():
     # Rank 0 waits in Python, rank 1 in a call of torch's that hears no signal.
-    ranks = [come_to_meet(rank, 2, free_port()) for rank in (0, 1)]
+    ranks = [come_to_meet(rank, 2, free_port(), 3.0) for rank in (0, 1)]
     said = stop_and_hear(ranks, {0: signal.SIGTERM, 1: signal.SIGUSR1})
     assert not said[1]
 
@@ -97,7 +99,8 @@ def test_ranks_whose_mates_do_not_come_end_at_a_signal():
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_rank_that_is_stopped_while_ranks_meet_stops_those_that_wait(number):
     port = free_port()
-    ranks = [come_to_meet(rank, 3, port) for rank in (0, 1)]  # the last does not come
+    # The last does not come; a name server may be slow.
+    ranks = [come_to_meet(rank, 3, port, 60.0) for rank in (0, 1)]
     store = dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
     dist.PrefixStore("round-1", store).wait(["rank-0", "rank-1"])
     said = stop_and_hear(ranks, {number: signal.SIGTERM})

@@ -10,7 +10,7 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder and how to take it."""
-    parser.add_argument("out", help="folder of the tars")
+    parser.add_argument("out", help="folder of the tars, or a quoted pattern of some")
     words = "name that the tars get as a split (default: %(default)s)"
     parser.add_argument("--split", default="train", help=words)
     words = "largest share left out (default: %(default)s)"

@@ -151,7 +151,7 @@ def _reader_pipeline(
             random_area=list(view.scale),
             random_aspect_ratio=list(ASPECT),
             num_attempts=NUM_CROP_TRIES,
-            seed=order_seed + i,
+            seed=order_seed + shard[0] * len(views) + i,  # of a view of a rank
         )
         window = fn.slice(image, start, extent, axis_names="HW")
         outputs.append(augment_window(window, view, own))

@@ -14,7 +14,7 @@ from torch import Tensor
 from scale_smog.data.augment import AugmentationParams
 from scale_smog.data.batch import Batch
 from scale_smog.data.loaders.batch_source import BatchSource
-from scale_smog.data.loaders.torch import decode
+from scale_smog.data.loaders.torch import decode_sample
 from scale_smog.data.pixels import augment_crops, on_device
 from scale_smog.data.workers import num_usable_cores
 from scale_smog.errors import UserError
@@ -34,7 +34,8 @@ class MemoryLoader:
         device: where the images lie and the views are made; a CPU will do.
 
     Raises:
-        UserError: the decoded images would take more than half of the device's free memory.
+        UserError: the decoded images would take more than half of the device's free memory, or one
+            cannot be decoded.
     """
 
     def __init__(self, source: BatchSource, steps: range, device: torch.device):
@@ -76,7 +77,7 @@ def _decode_all(source: BatchSource, device: torch.device) -> Tensor:
 
     def decode_into(row: int) -> None:
         (encoded,) = source.encoded(ids[row : row + 1])
-        image = decode(encoded)
+        image = decode_sample(dataset, row, encoded)
         images[row, :, : image.shape[1], : image.shape[2]] = image
 
     with ThreadPoolExecutor(num_usable_cores()) as threads:

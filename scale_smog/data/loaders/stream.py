@@ -41,7 +41,7 @@ from scale_smog.data.loaders.torch import decode
 from scale_smog.data.pixels import empty_views, make_views, on_device
 from scale_smog.data.tars import LABEL_EXTENSION, reason_to_refuse, split_name
 from scale_smog.errors import UserError
-from scale_smog.runtime.stores import Store
+from scale_smog.runtime.stores import Store, shown
 
 SHUFFLE_BUFFER = 1000  # encoded samples a rank keeps
 SCHEMES = ("http", "https", "s3", "gs", "az", "hf", "pipe")
@@ -70,10 +70,11 @@ def shard_urls(pattern: str, allow_pipe: bool) -> list[str]:
     for url in urls:
         scheme = url.partition(":")[0].lower()
         if scheme not in SCHEMES:
-            raise UserError(f"data.stream: {url} is none of {', '.join(SCHEMES)}")
+            raise UserError(f"data.stream: {shown(url)} is none of {', '.join(SCHEMES)}")
         if scheme == "pipe" and not allow_pipe:
             raise UserError(
-                f"data.stream: {url} runs a command; if you trust it, set data.allow_pipe=true"
+                f"data.stream: {shown(url)} runs a command; if you trust it, set "
+                "data.allow_pipe=true"
             )
     return urls
 
@@ -134,7 +135,7 @@ class StreamLoader:
                     self._num_read += 1
                     yield sample
             if self._num_read == before:
-                raise UserError(f"data.stream: no images in {own}")
+                raise UserError(f"data.stream: no images in {', '.join(map(shown, own))}")
 
     def _make(self, samples: Iterator[StreamSample], threads: ThreadPoolExecutor) -> Batch:
         source, size = self._source, self._source.batch_size
@@ -166,10 +167,11 @@ class StreamLoader:
             return decode(np.frombuffer(image.content, dtype=np.uint8))
         except (BadImageError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
-            print(f"left out: {sample.name}: {reason}", file=sys.stderr)
+            print(f"left out: {shown(sample.name)}: {reason}", file=sys.stderr)
         self._num_bad += 1
         if self._num_bad > 100 + LARGEST_BAD_SHARE * self._num_read:
-            raise UserError(f"data.stream: {self._num_bad} bad images, the last: {sample.name}")
+            last = shown(sample.name)
+            raise UserError(f"data.stream: {self._num_bad} bad images, the last: {last}")
         return None
 
 
@@ -193,9 +195,9 @@ def read_tar(url: str, epoch: int = 0) -> Iterator[StreamSample]:
             return
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
             if attempt == NUM_TRIES - 1:
-                reason = str(error).partition("\n")[0]
-                raise UserError(f"data.stream: cannot read {url}: {reason}") from None
-            print(f"{url}: broken after {num_done} samples, trying again", file=sys.stderr)
+                reason = shown(str(error).partition("\n")[0])
+                raise UserError(f"data.stream: cannot read {shown(url)}: {reason}") from None
+            print(f"{shown(url)}: broken after {num_done} samples, trying again", file=sys.stderr)
 
 
 def _image_and_label(sample: dict[str, Any]) -> tuple[bytes, int] | None:
@@ -207,7 +209,8 @@ def _image_and_label(sample: dict[str, Any]) -> tuple[bytes, int] | None:
         text = sample.get(LABEL_EXTENSION)
         label = UNLABELLED if text is None else label_of(text.decode("ascii", "backslashreplace"))
     except ValueError as error:
-        print(f"left out: {sample['__url__']}#{sample['__key__']}: {error}", file=sys.stderr)
+        name = f"{shown(sample['__url__'])}#{sample['__key__']}"
+        print(f"left out: {name}: {error}", file=sys.stderr)
         return None
     return (sample[images[0]], label) if images else None
 
@@ -220,7 +223,7 @@ def _samples(url: str, refused: set[str]) -> Iterator[dict[str, Any]]:
         # To the end: a program that writes to nobody may call that a failure.
         rest = iter(lambda: stream.read(2**16), b"")
         if sum(bool(block.strip(b"\0")) for block in rest):
-            print(f"{url}: what follows the end of its tar is not read", file=sys.stderr)
+            print(f"{shown(url)}: what follows the end of its tar is not read", file=sys.stderr)
 
 
 def _files(stream: Any, url: str, refused: set[str]) -> Iterator[dict[str, Any]]:
@@ -235,7 +238,7 @@ def _files(stream: Any, url: str, refused: set[str]) -> Iterator[dict[str, Any]]
             if reason and reason not in refused:
                 if info.isreg() and "path" not in reason:  # name the first of a kind only
                     refused.add(reason)
-                print(f"{url}: left out {info.name}: {reason}", file=sys.stderr)
+                print(f"{shown(url)}: left out {info.name}: {reason}", file=sys.stderr)
             elif not reason and extension in IMAGE_EXTENSIONS | {LABEL_EXTENSION}:
                 content = tar.extractfile(info)
                 yield {"fname": info.name, "data": content.read() if content else b""}

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scale_smog import distributed
 from scale_smog.data.batch import Batch
+from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.pixels import empty_views, make_views, one_thread
 from scale_smog.errors import UserError
@@ -54,7 +55,7 @@ class TorchLoader:
     def __iter__(self) -> Iterator[Batch]:
         with stop_signals_blocked():
             batches = iter(self._batches)
-        for views, label, sample_id in _with_plain_errors(batches):
+        for views, label, sample_id in with_plain_errors(batches):
             views = [self._to_device(view) for view in views]
             label = label.to(self._device, non_blocking=True)
             yield Batch.from_views(self._source.views, views, label, sample_id)
@@ -64,8 +65,12 @@ class TorchLoader:
         return view.contiguous(memory_format=torch.channels_last)
 
 
-def _with_plain_errors(batches: Iterator[T]) -> Iterator[T]:
-    """DataLoader puts a worker's traceback before what it has to say."""
+def with_plain_errors(batches: Iterator[T]) -> Iterator[T]:
+    """Batches of a DataLoader, which puts a worker's traceback before what it has to say.
+
+    Raises:
+        UserError: a worker did; with its message only.
+    """
     try:
         yield from batches
     except UserError as error:
@@ -99,9 +104,25 @@ class _PlannedBatches(Dataset):
         outputs = empty_views(source.views, len(ids))
         with one_thread():
             for row, encoded in enumerate(source.encoded(ids)):
-                make_views(decode(encoded), row, source.views, params, outputs)
+                image = decode_sample(source.dataset, int(ids[row]), encoded)
+                make_views(image, row, source.views, params, outputs)
         label = torch.from_numpy(source.dataset.labels[ids])
         return outputs, label, torch.from_numpy(ids)
+
+
+def decode_sample(dataset: Images, sample_id: int, encoded: np.ndarray) -> Tensor:
+    """`decode` of a sample's file.
+
+    Raises:
+        UserError: torchvision cannot decode it; names the sample.
+    """
+    try:
+        return decode(encoded)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{dataset.name_of(sample_id)} (id {sample_id}) cannot be decoded: {reason}"
+        ) from None
 
 
 def decode(encoded: np.ndarray) -> Tensor:

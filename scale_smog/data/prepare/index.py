@@ -3,11 +3,12 @@
 import hashlib
 import zlib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
-from scale_smog.data.images import BadImageError, decode, has_deep_pixels
+from scale_smog.data.images import BadImageError, decode, why_not_as_stored
 from scale_smog.data.labels import numbered_classes, say_unlabelled
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
@@ -18,6 +19,7 @@ from scale_smog.data.manifest import (
     write_manifest,
 )
 from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
+from scale_smog.data.prepare.tar_names import tars_of_split
 from scale_smog.data.prepare.work_folder import local_copy, says_what_it_cannot_write
 from scale_smog.data.tar_dataset import SIDECAR_DTYPE, npy_bytes
 from scale_smog.data.tars import TarMember, TarSample, format_index, list_tar
@@ -25,8 +27,6 @@ from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import file_sha256, printable
 from scale_smog.runtime.stores import Folder, Store, open_folder
-
-_READ_BY_ALL = frozenset({"JPEG", "PNG", "WEBP"})
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,8 @@ def index_tar(path: Path) -> IndexedTar:
 
 def _row(key: int, sample: TarSample, content: bytes) -> tuple[int, ...]:
     image = decode(content)
-    if image.format not in _READ_BY_ALL:
-        raise BadImageError(f"a {image.format}; write the tars anew with data_tools/shard.py")
-    if has_deep_pixels(image, content):
-        raise BadImageError("16 bits a channel; write the tars anew with data_tools/shard.py")
+    if reason := why_not_as_stored(image, content):
+        raise BadImageError(f"{reason}; write the tars anew with data_tools/shard.py")
     place = (sample.image.offset, sample.image.size)
     return (key, *place, *image.size, sample.label, zlib.crc32(content))
 
@@ -75,17 +73,20 @@ def _row(key: int, sample: TarSample, content: bytes) -> tuple[int, ...]:
 def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -> SplitManifest:
     """Makes a dataset of the tars in `out`, a folder or a URL, which become its split `split`.
 
-    A tar that belongs to another split of the manifest already is left out. Images are read as
-    they lie in the tars: those with an EXIF orientation stay turned.
+    `out` may end with a pattern, such as `tars/a-train-*.tar`: the split's tars among those of the
+    folder. A tar that belongs to another split of the manifest already is left out. Images are
+    read as they lie in the tars: those with an EXIF orientation stay turned.
 
     Raises:
-        UserError: there are no tars, one cannot be read, too many images are bad, or the folder
-            cannot be written.
+        UserError: there are no tars, their names mean several splits, one cannot be read, too many
+            images are bad, or the folder cannot be written.
     """
-    place = open_folder(out)
+    folder, pattern = _folder_and_pattern(str(out))
+    place = open_folder(folder)
     manifest = existing_manifest(place)
     others = {name: s for name, s in manifest.splits.items() if name != split} if manifest else {}
-    names = _tars_of_no_split(place, others)
+    names = _tars_of_no_split(place, others, pattern)
+    names = names if pattern else tars_of_split(place, names, split)
     jobs = [(place, name) for name in names]
     indexed = dict(run_in_processes(_index_in_place, jobs, num_usable_cores()))
     tars = [indexed[number] for number in range(len(names))]
@@ -123,15 +124,26 @@ def _index_in_place(job: tuple[Folder | Store, str]) -> tuple[IndexedTar, int, s
         return index_tar(path), path.stat().st_size, file_sha256(path)
 
 
-def _tars_of_no_split(place: Folder | Store, splits: dict[str, SplitManifest]) -> list[str]:
+def _folder_and_pattern(out: str) -> tuple[str, str]:
+    """What names a folder, and a pattern of some of its tars, "" for all."""
+    if not out.endswith(".tar") or Path(out).is_dir():
+        return out, ""
+    folder, _, pattern = out.rpartition("/")
+    return folder or ".", pattern
+
+
+def _tars_of_no_split(
+    place: Folder | Store, splits: dict[str, SplitManifest], pattern: str
+) -> list[str]:
     taken = {entry.name for described in splits.values() for entry in described.shards}
     if isinstance(place, Folder):
         found = [path.name for path in place.path.glob("*.tar")]
     else:
         found = [name for name in place.sizes("*.tar") if "/" not in name]
-    names = [name for name in sorted(found) if name not in taken]
+    wanted = pattern or "*.tar"
+    names = [name for name in sorted(found) if name not in taken and fnmatchcase(name, wanted)]
     if not names:
-        raise UserError(f"no tars in {place}")
+        raise UserError(f"no tars {place}/{pattern}" if pattern else f"no tars in {place}")
     for name in names:
         if printable(name) != name:  # the manifest, in JSON, cannot name it
             raise UserError(f"{printable(f'{place}/{name}')}: its name is not UTF-8: rename it")

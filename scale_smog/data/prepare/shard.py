@@ -18,6 +18,7 @@ from scale_smog.data.images import fingerprint
 from scale_smog.data.labels import say_unlabelled
 from scale_smog.data.manifest import (
     FORMAT_VERSION,
+    MANIFEST_NAME,
     DatasetManifest,
     SplitManifest,
     existing_manifest,
@@ -127,7 +128,7 @@ def shard_source(
             extra = [BadImage.of(*each) for each in source.extra]
             num_images = len(source.images) + len(source.bad)
             write_quarantine(place, split, bad, extra, num_images, max_bad)
-            with locked(out):
+            with locked(out / MANIFEST_NAME):
                 written = _publish(place, split, source.classes, plan, records)
     shutil.rmtree(work, ignore_errors=True)
     return written

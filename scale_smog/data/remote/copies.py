@@ -34,7 +34,7 @@ def copied(store: Store, space: CacheSpace, split: str) -> Store | Folder:
     folder = space.of_dataset(store.url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with locked(folder / MANIFEST_NAME):
             shards = _copy_manifest(store, folder).split(split).shards
             with ThreadPoolExecutor(NUM_READERS) as readers:
                 list(readers.map(lambda entry: _copy_sidecar(store, folder, entry), shards))

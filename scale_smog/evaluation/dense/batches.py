@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scale_smog import distributed
 from scale_smog.data import EpochPlan
+from scale_smog.data.loaders.torch import with_plain_errors
 
 
 class _StepBatches(Dataset):
@@ -36,16 +37,20 @@ def training_batches(
         plan: which samples.
         load: (sample id, seed) -> one training sample.
         workers: processes of this rank; 0: this one.
+
+    Raises:
+        UserError: while loading: what `load` raises, in one line from a worker too.
     """
 
     def batches(steps: range) -> Iterable[list[Any]]:
-        return DataLoader(
+        loader = DataLoader(
             _StepBatches(plan, load),
             batch_size=None,
             sampler=steps,
             num_workers=workers,
             multiprocessing_context="forkserver" if workers else None,
         )
+        return with_plain_errors(iter(loader))
 
     return batches
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,10 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from scale_smog import distributed
 from scale_smog.data import EpochPlan
+from scale_smog.data.plan import images_per_rank
 from scale_smog.errors import UserError
 from scale_smog.evaluation.dense.batches import own_samples, training_batches
-from scale_smog.evaluation.dense.detection_data import (
-    DetectionImages,
-    TrainingSamples,
-    open_detection,
-)
+from scale_smog.evaluation.dense.detection_data import DetectionImages, TrainingSamples
 from scale_smog.evaluation.dense.feature_maps import require_resnet, stage_channels, stage_names
 from scale_smog.evaluation.dense.requirements import import_pycocotools
 from scale_smog.evaluation.protocols import DetectionConfig
@@ -39,10 +37,45 @@ STEP_FACTOR = 0.1
 DETECTIONS_FILE = "detections.json"
 
 
-def build_mask_rcnn(net: ResNet, num_categories: int, config: DetectionConfig) -> MaskRCNN:
-    """torchvision's Mask R-CNN with batch norm in pyramid and heads, every layer trained."""
+class Pyramid(BackboneWithFPN):
+    """A ResNet and its feature pyramid under autocast: images [B, 3, H, W] to float32 maps.
+
+    In torchvision anchors, boxes and the truth take the maps' dtype, and bf16 knows coordinates of
+    about 1,000 px to 4 px only.
+
+    Args:
+        autocast: the context of the forward pass.
+        *args, **options: of torchvision's `BackboneWithFPN`.
+    """
+
+    def __init__(self, autocast: Callable[[], torch.autocast], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._autocast = autocast
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps [B, C, h, w] by their names, the finest first."""
+        with self._autocast():
+            maps = super().forward(x)
+        return {name: each.float() for name, each in maps.items()}
+
+
+def build_mask_rcnn(
+    net: ResNet,
+    num_categories: int,
+    config: DetectionConfig,
+    autocast: Callable[[], torch.autocast],
+) -> MaskRCNN:
+    """torchvision's Mask R-CNN with batch norm in pyramid and heads, every layer trained.
+
+    Args:
+        net: of ImageNet's kind, trained in place.
+        num_categories: without the background.
+        config: sizes of the images.
+        autocast: for backbone and pyramid; the rest is float32.
+    """
     names, width = stage_names(net)[-4:], PYRAMID_CHANNELS
-    pyramid = BackboneWithFPN(
+    pyramid = Pyramid(
+        autocast,
         net,
         {name: str(i) for i, name in enumerate(names)},
         stage_channels(net)[-4:],
@@ -62,23 +95,18 @@ def build_mask_rcnn(net: ResNet, num_categories: int, config: DetectionConfig) -
     )
 
 
-def detection_hashes(task: EvaluationTask) -> dict[str, str]:
-    """Of the two splits in use."""
-    config = task.protocols.detection
-    splits = (config.train_split, config.val_split)
-    return {split: open_detection(config, split).sha256 for split in splits}
-
-
-def evaluate_detection(task: EvaluationTask) -> Results:
-    """Trains on the training split; AP of boxes and masks on the other; a collective.
+def evaluate_detection(
+    task: EvaluationTask, train_set: DetectionImages, val_set: DetectionImages
+) -> Results:
+    """Trains on the images with objects; AP of boxes and masks on the others; a collective.
 
     Raises:
-        UserError: the dataset is incomplete, its splits differ in categories, pycocotools is
-            missing, or the net is no ResNet.
+        UserError: the splits differ in categories, no image has an object, the ranks do not divide
+            the batch, or the net is no ResNet.
     """
     config = task.protocols.detection
-    train_set = open_detection(config, config.train_split).with_objects()
-    val_set = open_detection(config, config.val_split)
+    images_per_rank(config.batch, distributed.world_size(), "detection.batch")
+    train_set = train_set.with_objects()
     if train_set.names != val_set.names or train_set.categories != val_set.categories:
         odd = set(train_set.names) ^ set(val_set.names) or {"their ids"}
         raise UserError(
@@ -86,11 +114,9 @@ def evaluate_detection(task: EvaluationTask) -> Results:
             f"match: {', '.join(sorted(odd)[:3])}"
         )
     torch.manual_seed(config.seed)  # of pyramid and heads
-    net = (
-        build_mask_rcnn(require_resnet(task.backbone(), task.name), len(train_set.names), config)
-        .to(task.device)
-        .train()
-    )
+    backbone = require_resnet(task.backbone(), task.name)
+    net = build_mask_rcnn(backbone, len(train_set.names), config, task.autocast)
+    net.to(task.device).train()
     synchronise_batch_norm(net, process_group_for("global"))
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
@@ -99,9 +125,8 @@ def evaluate_detection(task: EvaluationTask) -> Results:
     def loss(wrapped: nn.Module, batch: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
         images = [image.to(task.device) for image, _ in batch]
         targets = [{k: v.to(task.device) for k, v in target.items()} for _, target in batch]
-        with _autocast(task):
-            losses: dict[str, Tensor] = wrapped(images, targets)
-        return torch.stack([value.float() for value in losses.values()]).sum()
+        losses: dict[str, Tensor] = wrapped(images, targets)
+        return torch.stack(list(losses.values())).sum()
 
     plan = EpochPlan(len(train_set.ids), config.batch, config.seed)
     batches = training_batches(plan, TrainingSamples(train_set), config.workers)
@@ -152,8 +177,7 @@ def _detect(task: EvaluationTask, net: nn.Module, images: DetectionImages) -> li
     own = []
     for index in own_samples(len(images.ids)):
         image = images.image(index).to(task.device).float() / 255
-        with _autocast(task):
-            (output,) = net([image])
+        (output,) = net([image])
         own += as_results(images, images.ids[index], output)
     gathered = distributed.gather_objects(own)
     return sorted((x for results in gathered for x in results), key=lambda x: x["image_id"])
@@ -164,7 +188,7 @@ def as_results(
 ) -> list[dict[str, Any]]:
     """torchvision's output for an image in COCO's result format."""
     _, _, mask_tools = import_pycocotools()
-    boxes = output["boxes"].float().cpu()
+    boxes = output["boxes"].cpu()
     boxes[:, 2:] -= boxes[:, :2]  # left, top, width, height
     masks = (output["masks"][:, 0] > 0.5).cpu().to(torch.uint8).numpy()  # [N, H, W]
     results = []
@@ -182,12 +206,6 @@ def as_results(
             }
         )
     return results
-
-
-def _autocast(task: EvaluationTask) -> torch.autocast:
-    """bf16 on a GPU only: torchvision's operators on boxes know no autocast on a CPU."""
-    is_on = task.device.type == "cuda" and task.recipe.engine.precision == "bf16"
-    return torch.autocast(task.device.type, torch.bfloat16, enabled=is_on)
 
 
 def _anchors(num_maps: int) -> dict[str, Any]:

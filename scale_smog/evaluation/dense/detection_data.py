@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from scale_smog.errors import UserError
-from scale_smog.evaluation.dense.requirements import import_pycocotools, require_file
+from scale_smog.evaluation.dense.requirements import (
+    import_pycocotools,
+    read_image,
+    require_file,
+)
 from scale_smog.evaluation.protocols import DetectionConfig
 
 
@@ -47,10 +50,7 @@ class DetectionImages:
             UserError: the file cannot be read.
         """
         path = self.folder / self.coco.imgs[self.ids[index]]["file_name"]
-        try:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error}") from None
+        pixels = np.asarray(read_image(path).convert("RGB"))
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     def with_objects(self) -> "DetectionImages":

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from scale_smog.data.images import BadImageError, decode
 from scale_smog.errors import UserError
 
 INSTALL = "pip install -e '.[dense]'"
@@ -13,6 +16,20 @@ def require_file(path: Path, purpose: str) -> Path:
     if not path.is_file():
         raise UserError(f"{purpose} is missing: no file {path}")
     return path
+
+
+def read_image(path: Path) -> Image.Image:
+    """A file's image, decoded in full.
+
+    Raises:
+        UserError: the file cannot be read or decoded.
+    """
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except BadImageError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def import_pycocotools() -> tuple[Any, Any, Any]:

@@ -12,6 +12,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from scale_smog import distributed
 from scale_smog.data import EpochPlan
+from scale_smog.data.plan import images_per_rank
 from scale_smog.evaluation.dense.batches import own_samples, training_batches
 from scale_smog.evaluation.dense.feature_maps import dilate, require_resnet, stage_names
 from scale_smog.evaluation.dense.requirements import import_torchmetrics
@@ -20,7 +21,6 @@ from scale_smog.evaluation.dense.segmentation_data import (
     SegmentationImages,
     TrainingSamples,
     normalised,
-    open_segmentation,
 )
 from scale_smog.evaluation.task import EvaluationTask, Results
 from scale_smog.evaluation.training import MOMENTUM, Training, train
@@ -43,23 +43,18 @@ def polynomial(step: int, num_steps: int) -> float:
     return (1 - step / num_steps) ** POLY_POWER
 
 
-def segmentation_hashes(task: EvaluationTask) -> dict[str, str]:
-    """Of the two splits in use."""
-    config = task.protocols.segmentation
-    splits = (config.train_split, config.val_split)
-    return {split: open_segmentation(config, split).sha256 for split in splits}
-
-
-def evaluate_segmentation(task: EvaluationTask) -> Results:
-    """Trains on the training split; mIoU and mAcc on the other, single scale; a collective.
+def evaluate_segmentation(
+    task: EvaluationTask, train_set: SegmentationImages, val_set: SegmentationImages
+) -> Results:
+    """Trains on the first images; mIoU and mAcc on the others, single scale; a collective.
 
     Raises:
-        UserError: the dataset is incomplete, torchmetrics is missing, or the net is no ResNet.
+        UserError: the ranks do not divide the batch, torchmetrics is missing, or the net is no
+            ResNet.
     """
     config = task.protocols.segmentation
+    images_per_rank(config.batch, distributed.world_size(), "segmentation.batch")
     metrics = import_torchmetrics()
-    train_set = open_segmentation(config, config.train_split)
-    val_set = open_segmentation(config, config.val_split)
     torch.manual_seed(config.seed)  # of the head
     net = (
         build_fcn(require_resnet(task.backbone(), task.name), train_set.num_classes)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
@@ -15,7 +14,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.errors import UserError
-from scale_smog.evaluation.dense.requirements import require_file
+from scale_smog.evaluation.dense.requirements import read_image, require_file
 from scale_smog.evaluation.protocols import SegmentationConfig
 
 IGNORED = 255  # pixels that do not count: borders in VOC, unused classes in Cityscapes
@@ -45,11 +44,8 @@ class SegmentationImages:
             UserError: a file cannot be read, they differ in size, or a class does not exist.
         """
         image_file, map_file = self.pairs[index]
-        try:
-            image = np.asarray(Image.open(image_file).convert("RGB"))
-            stored = np.asarray(Image.open(map_file))
-        except OSError as error:
-            raise UserError(f"cannot read {image_file} or {map_file}: {error}") from None
+        image = np.asarray(read_image(image_file).convert("RGB"))
+        stored = np.asarray(read_image(map_file))
         if stored.shape != image.shape[:2]:
             raise UserError(f"{map_file} is no map of {image_file}: {stored.shape} pixels")
         classes = self.class_of[stored]

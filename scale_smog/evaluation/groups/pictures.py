@@ -23,7 +23,7 @@ GROUPS_PICTURE = "groups.png"
 NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
 NUM_GROUPS_SHOWN = 10
 NUM_IMAGES_SHOWN = 8
-SHEET_PX = 96
+SHEET_PX, SHEET_GAP_PX = 96, 5
 INK, ACCENT = "#222222", "#2a6f97"
 
 
@@ -53,7 +53,7 @@ def draw_groups(
     if len(full) > NUM_GROUPS_SHOWN:
         sheets["loosest"] = full[NUM_GROUPS_SHOWN:][-NUM_GROUPS_SHOWN:][::-1]
 
-    figure = Figure(figsize=(6 + 7 * len(sheets), 7.5), dpi=110)  # no pyplot: nothing to close
+    figure = Figure(figsize=(6 + 6 * len(sheets), 7.5), dpi=110)  # no pyplot: nothing to close
     widths = (2, *[3] * len(sheets))
     left, *places = figure.add_gridspec(1, len(widths), width_ratios=widths, wspace=0.1)
     _draw_usage(figure.add_subplot(left), usage.cpu())
@@ -71,18 +71,22 @@ def _draw_members(
     members: Mapping[int, Sequence[int]],
 ) -> None:
     """A row a group: the sample ids closest to it."""
-    grid = place.subgridspec(len(members), NUM_IMAGES_SHOWN, wspace=0.05, hspace=0.05)
-    for row, (group, samples) in enumerate(members.items()):
+    from PIL import Image
+
+    cell = SHEET_PX + SHEET_GAP_PX
+    sheet = Image.new("RGB", (NUM_IMAGES_SHOWN * cell, len(members) * cell), "white")
+    for row, samples in enumerate(members.values()):
         for column, sample_id in enumerate(samples):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(thumbnail(dataset, sample_id, SHEET_PX))
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if column == 0:
-                axes.set_ylabel(f"{group}", rotation=0, ha="right", va="center", color=INK)
-            if row == 0 and column == 0:
-                title = f"Images closest to the {len(members)} {kind} groups, a row a group"
-                axes.set_title(title, loc="left", fontsize=11, color=INK)
+            sheet.paste(thumbnail(dataset, sample_id, SHEET_PX), (column * cell, row * cell))
+    axes = figure.add_subplot(place)
+    axes.imshow(sheet)
+    axes.set_xticks([])
+    middles = [row * cell + SHEET_PX / 2 for row in range(len(members))]
+    axes.set_yticks(middles, [str(group) for group in members])
+    axes.tick_params(length=0, labelcolor=INK, labelsize=10)
+    axes.spines[:].set_visible(False)
+    title = f"Images closest to the {len(members)} {kind} groups, one row per group"
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
 
 
 def draw_group_entropy(path: Path, curves: Mapping[str, GroupQuality]) -> None:

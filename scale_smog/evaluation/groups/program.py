@@ -12,10 +12,10 @@ from torch import nn
 from scale_smog import distributed
 from scale_smog.checkpoint.nets import read_part
 from scale_smog.config import GroupingConfig
-from scale_smog.data.datasets import split_sha256
+from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.build import open_together
 from scale_smog.errors import UserError
-from scale_smog.evaluation.features import Encoder
+from scale_smog.evaluation.features import Encoder, raw_pixels
 from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
 from scale_smog.evaluation.groups.pictures import (
     GROUPS_PICTURE,
@@ -28,6 +28,7 @@ from scale_smog.evaluation.splits import random_subset, require_labels
 from scale_smog.evaluation.task import EvaluationTask
 from scale_smog.grouping import MomentumGroups
 
+ROWS_AT_ONCE = 2**15  # of features: times all groups they are a matrix of GiB
 ENTROPY_PICTURE = "group_entropy.png"
 
 
@@ -50,11 +51,9 @@ def evaluate_groups(
         raise UserError("groups takes a checkpoint or an .npz file, or several")
     with distributed.process_group() as device:
         qualities: dict[str, GroupQuality] = {}
-        tasks = [
-            _prepared(EvaluationTask.open("groups", x, overrides, device)) for x in checkpoints
-        ]
-        for task in tasks:
-            by_net = _checkpoint_groups(task)
+        opened = [_opened(EvaluationTask.open("groups", x, overrides, device)) for x in checkpoints]
+        for task, dataset in opened:
+            by_net = _checkpoint_groups(task, dataset)
             task.finish(_results(by_net), {})
             trained = f"{task.run_dir.name}, {task.checkpoint.name}"
             if trained in qualities:
@@ -63,7 +62,7 @@ def evaluate_groups(
         num_groups = next((q.num_groups for q in qualities.values()), GroupingConfig().num_groups)
         qualities |= {path.stem: _file_groups(path, num_groups) for path in files}
         if distributed.is_main():
-            folder = [*(task.run_dir for task in tasks), *(path.parent for path in files)][0]
+            folder = [*(task.run_dir for task, _ in opened), *(path.parent for path in files)][0]
             draw_group_entropy(folder / ENTROPY_PICTURE, qualities)
             print(_table(qualities))
             print(f"pictures: {folder / ENTROPY_PICTURE}, {GROUPS_PICTURE}")
@@ -71,12 +70,19 @@ def evaluate_groups(
                 print("the paper shows these groups' entropy as Figure 5, without numbers")
 
 
-def _prepared(task: EvaluationTask) -> EvaluationTask:
-    """The task with all that its result depends on."""
-    path = task.recipe.data.path
+def _opened(task: EvaluationTask) -> tuple[EvaluationTask, Images]:
+    """The task with all that its result depends on, and the training images.
+
+    Raises:
+        UserError: the method has no groups, or an image has no label.
+    """
+    method, path = task.recipe.method, task.recipe.data.path
+    if not method.has_groups:
+        raise UserError(f"{task.run_dir}: method.name={method.name} has no groups")
+    dataset = open_together(path, "train")
+    require_labels(dataset, path, "the purity of groups")
     settings = {"evaluation": task.recipe.evaluation.model_dump()}
-    sha256 = distributed.call_on_main(lambda: split_sha256(path, "train"))
-    return replace(task, settings=settings, data_sha256={"train": sha256})
+    return replace(task, settings=settings, data_sha256={"train": dataset.sha256}), dataset
 
 
 def _results(by_net: dict[str, GroupQuality]) -> dict[str, float]:
@@ -88,16 +94,13 @@ def _results(by_net: dict[str, GroupQuality]) -> dict[str, float]:
     }
 
 
-def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
+def _checkpoint_groups(task: EvaluationTask, dataset: Images) -> dict[str, GroupQuality]:
     """The training images, centre crops, in a checkpoint's groups and, if asked, in baselines'."""
-    path = task.recipe.data.path
-    dataset = open_together(path, "train")
-    require_labels(dataset, path, "the purity of groups")
     ids = np.arange(dataset.num_samples)
     labels = torch.from_numpy(dataset.labels)
     z, groups = task.embed(_projection(task), dataset, ids), _groups(task)
     num_groups = len(groups.centroids)
-    assigned = groups.assign(z).cpu()
+    assigned = torch.cat([groups.assign(rows) for rows in z.split(ROWS_AT_ONCE)]).cpu()  # [N]
     qualities = {"trained": group_quality(assigned, labels, num_groups)}
     if distributed.is_main():
         shown = random_subset(len(ids), NUM_PICTURED)
@@ -107,7 +110,7 @@ def _checkpoint_groups(task: EvaluationTask) -> dict[str, GroupQuality]:
         write_gallery(task.run_dir / GALLERY_FILE, dataset, ids, z, groups.centroids, usage)
     if task.recipe.evaluation.baselines:
         baselines: dict[str, Encoder] = {
-            "raw_pixels": lambda images: images.flatten(1),
+            "raw_pixels": raw_pixels,
             "random_net": task.frozen(task.random_backbone()),
         }
         for name, encoder in baselines.items():
@@ -124,8 +127,6 @@ def _projection(task: EvaluationTask) -> Encoder:
 
 
 def _groups(task: EvaluationTask) -> MomentumGroups:
-    if not task.recipe.method.has_groups:
-        raise UserError(f"{task.run_dir}: method.name={task.recipe.method.name} has no groups")
     if task.recipe.nets.num_prototypes:  # trained with the net
         centroids = F.normalize(read_part(task.checkpoint, "online")["predictor.weight"])
     else:

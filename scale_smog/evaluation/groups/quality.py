@@ -96,7 +96,9 @@ def cluster_features(features: Tensor, num_groups: int) -> Tensor:
     start = rows[order[:num_groups].to(rows.device)]
     own = rows.tensor_split(distributed.world_size())[distributed.rank()]
     groups = spherical_kmeans(own, start, iterations=KMEANS_ITERATIONS).assignments  # [n]
-    return distributed.gather_columns(groups[None])[0]
+    most = -(-len(rows) // distributed.world_size())
+    whole = distributed.gather_columns(F.pad(groups, (0, most - len(groups)), value=-1)[None])[0]
+    return whole[whole >= 0]
 
 
 def class_entropy(counts: Tensor) -> Tensor:

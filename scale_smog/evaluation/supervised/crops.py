@@ -17,7 +17,7 @@ from scale_smog.data.loaders.build import (
     build_training_loader,
     with_random_access,
 )
-from scale_smog.data.plan import images_per_rank
+from scale_smog.data.plan import NEVER, images_per_rank
 from scale_smog.evaluation.protocols import FinetuneConfig, LinearConfig
 from scale_smog.evaluation.task import EvaluationTask
 
@@ -40,6 +40,12 @@ class SubsetPlan(EpochPlan):
     def ids(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Sample ids [B] int64 of one rank at one step."""
         return self._sample_ids[super().ids(step, rank, world_size)]
+
+    def next_steps(self, step: int, ranks: range, world_size: int) -> np.ndarray:
+        """As of `EpochPlan`; of the dataset's samples up to the largest id."""
+        steps = np.full(int(self._sample_ids.max()) + 1, NEVER)
+        steps[self._sample_ids] = super().next_steps(step, ranks, world_size)
+        return steps
 
 
 def random_crops(

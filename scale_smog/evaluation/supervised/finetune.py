@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from scale_smog import distributed
 from scale_smog.data.batch import Batch
 from scale_smog.data.datasets import Images
 from scale_smog.errors import UserError
@@ -22,6 +23,7 @@ from scale_smog.evaluation.training import LR_BATCH, MOMENTUM, Training, cosine,
 from scale_smog.models import process_group_for, synchronise_batch_norm
 
 MILESTONE_FACTOR = 0.2  # on the learning rate at each of SwAV's milestones
+FEW_STEPS = 100  # with fewer a net has hardly left where it began
 
 
 class Classifier(nn.Module):
@@ -37,6 +39,13 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W]."""
         return self.head(self.backbone(images))
+
+
+def with_batch_of_labels(config: FinetuneConfig, num_labels: int) -> FinetuneConfig:
+    """The settings with a batch of at most `num_labels` images, as many on each rank."""
+    num_ranks = distributed.world_size()
+    largest = max(1, num_labels // num_ranks) * num_ranks
+    return config.model_copy(update={"batch": min(config.batch, largest)})
 
 
 def evaluate_finetuned(
@@ -58,6 +67,8 @@ def evaluate_finetuned(
     config = task.protocols.finetune
     ids = labelled_samples(config, train_set)
     batches, num_steps = random_crops(task, train_set, ids, config)
+    if distributed.is_main():
+        print(_described(len(ids), num_steps, config.batch), flush=True)
     num_features: int = backbone.num_features  # pyright: ignore[reportAssignmentType]
     net = Classifier(backbone, num_features, train_set.num_classes)
     if config.batch == 1 and any(isinstance(module, _BatchNorm) for module in net.modules()):
@@ -82,6 +93,15 @@ def evaluate_finetuned(
     test_ids = random_subset(test_set.num_samples, num_test)
     ((top1, top5),) = topk_accuracies(task, classify, 1, test_set, test_ids)
     return {"top1": top1, "top5": top5, "num_labels": len(ids)}
+
+
+def _described(num_labels: int, num_steps: int, batch: int) -> str:
+    """How long the training is, with a word where that is short."""
+    line = f"finetune: {num_labels:,} labelled images, {num_steps:,} steps of {batch:,}"
+    if num_steps >= FEW_STEPS:
+        return line
+    few = f"fewer than {FEW_STEPS} steps teach little"
+    return f"{line}: {few}: raise finetune.epochs or lower finetune.batch"
 
 
 def build_optimizer(config: FinetuneConfig, net: Classifier) -> torch.optim.SGD:

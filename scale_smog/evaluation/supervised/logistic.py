@@ -7,6 +7,7 @@ from torch import Tensor
 from scale_smog import distributed
 
 MAX_LBFGS_STEPS = 2000
+ROWS_AT_ONCE = 2**15
 
 
 def fit_logistic(
@@ -24,8 +25,10 @@ def fit_logistic(
         inverse_penalty: C.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
-    mean, basis = _preconditioner(z.double(), inverse_penalty)
-    own_z, own_y = (z[rank::world_size].double() - mean) @ basis, y[rank::world_size]  # [n, F]
+    own_z, own_y = z[rank::world_size], y[rank::world_size]  # [n, F], [n]
+    mean, basis = _preconditioner(own_z, len(z), inverse_penalty)
+    rows = own_z.split(ROWS_AT_ONCE)
+    own_z = torch.cat([(x.double() - mean) @ basis for x in rows])  # [n, F]
     weight = torch.zeros(num_classes, z.shape[1], dtype=torch.float64, device=z.device)
     bias = torch.zeros(num_classes, dtype=torch.float64, device=z.device)
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
@@ -54,12 +57,23 @@ def fit_logistic(
     return weight, bias.detach() - weight @ mean
 
 
-def _preconditioner(z: Tensor, inverse_penalty: float) -> tuple[Tensor, Tensor]:
-    """Mean [F] and basis [F, F] of features [N, F] in which the objective is nearly round.
+def _preconditioner(own_z: Tensor, num_rows: int, inverse_penalty: float) -> tuple[Tensor, Tensor]:
+    """Mean [F] and basis [F, F] of features in which the objective is nearly round; a collective.
 
     Its curvature along an eigenvector of the covariance is about p (1 - p) λ of the data, p (1 - p)
     being a tenth or so, and 1 / (C N) of the penalty. A change of basis leaves the minimum alone.
+
+    Args:
+        own_z: this rank's [n, F].
+        num_rows: N, of all ranks.
+        inverse_penalty: C.
     """
-    mean = z.mean(dim=0)
-    values, vectors = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))
-    return mean, vectors * (values.clamp(min=0) + 10 / (inverse_penalty * len(z))).rsqrt()
+    mean = distributed.all_reduce(own_z.sum(dim=0, dtype=torch.float64)) / num_rows
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
+    for rows in own_z.split(ROWS_AT_ONCE):  # all of them in float64 would fill a GPU
+        centred = rows.double() - mean
+        covariance += centred.T @ centred / num_rows
+    values, vectors = torch.linalg.eigh(distributed.all_reduce(covariance))
+    basis = vectors * (values.clamp(min=0) + 10 / (inverse_penalty * num_rows)).rsqrt()
+    # Rank 0's for all: another kind of processor may find other vectors.
+    return mean, distributed.all_reduce(basis * distributed.is_main())

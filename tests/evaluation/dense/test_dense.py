@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import torchvision
 from dense_sets import write_cityscapes, write_coco, write_voc
 from torch import distributed as dist
 
+from scale_smog import distributed
 from scale_smog.errors import UserError
-from scale_smog.evaluation.dense import detection, segmentation
+from scale_smog.evaluation.dense import detection, detection_data, segmentation
 from scale_smog.evaluation.dense.detection import as_results, average_precision
 from scale_smog.evaluation.dense.detection_data import (
     DetectionImages,
@@ -239,6 +241,78 @@ def test_average_precision_is_that_of_pycocotools_and_torchmetrics(tmp_path):
     same = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
     for name, other in same.items():
         assert boxes[name] == pytest.approx(figures[other].item(), abs=1e-6)
+
+
+def test_only_backbone_and_pyramid_are_in_bf16(monkeypatch):
+    monkeypatch.setattr(detection, "PYRAMID_CHANNELS", 16)  # for a CPU
+    monkeypatch.setattr(detection, "BOX_FEATURES", 64)
+    config, seen = load_protocols(DETECT).detection, {}
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    net = detection.build_mask_rcnn(build_backbone("resnet_tiny"), 3, config, autocast)
+    net.backbone.fpn.register_forward_hook(lambda m, x, y: seen.update(pyramid=y["0"].dtype))
+    net.rpn.anchor_generator.register_forward_hook(lambda m, x, y: seen.update(anchors=y[0].dtype))
+    net.rpn.register_forward_hook(lambda m, x, y: seen.update(proposals=y[0][0].dtype))
+    image = torch.rand(3, 56, 72)
+    truth = {
+        "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.ones(1, 56, 72, dtype=torch.uint8),
+    }
+    losses = net.train()([image], [truth])
+    assert seen == {
+        "pyramid": torch.bfloat16,
+        "anchors": torch.float32,
+        "proposals": torch.float32,
+    }
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+    net.roi_heads.score_thresh = 0.0  # an untrained net finds something too
+    (output,) = net.eval()([image])
+    assert len(output["boxes"]) and output["boxes"].dtype == torch.float32
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_named_by_its_own_key(
+    tmp_path, run_dir, monkeypatch
+):
+    voc, coco = write_voc(tmp_path), write_coco(tmp_path / "coco")
+    paths = {"segmentation": voc, "detection": coco}
+    monkeypatch.setattr(distributed, "world_size", lambda: 12)
+    for name, path in paths.items():
+        keys = [f"{name}.path={path}"]
+        keys += ["segmentation.train_split=train"] * (name == "segmentation")
+        with pytest.raises(UserError, match=rf"^{name}\.batch=16 is not a multiple of 12 ranks"):
+            evaluate(name, [str(run_dir)], keys)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "file", ["JPEGImages/2007_000003.jpg", "SegmentationClass/2007_000003.png"]
+)
+def test_an_image_that_cannot_be_read_is_one_line_from_a_worker_too(
+    tmp_path, run_dir, file, workers
+):
+    path = write_voc(tmp_path) / "VOC2012" / file
+    content = path.read_bytes()
+    path.write_bytes(content[:60] + b"\0" * 200)  # Pillow calls that a SyntaxError in a PNG
+    keys = [*SEGMENT, f"segmentation.path={path.parents[2]}"]
+    with pytest.raises(UserError) as refusal:
+        evaluate("segmentation", [str(run_dir)], [*keys, f"segmentation.workers={workers}"])
+    line = str(refusal.value)
+    assert line.startswith(f"cannot read {path}: ") and "\n" not in line
+
+
+def test_annotations_are_parsed_once_a_split(tmp_path, run_dir, monkeypatch):
+    opened = []
+    original = detection_data.require_file
+
+    def require_file(path, purpose):
+        opened.append(path.name)
+        return original(path, purpose)
+
+    monkeypatch.setattr(detection_data, "require_file", require_file)
+    monkeypatch.setattr(detection, "evaluate_detection", lambda *_: {})
+    evaluate("detection", [str(run_dir)], [f"detection.path={write_coco(tmp_path / 'coco')}"])
+    assert opened == ["instances_train2017.json", "instances_val2017.json"]
 
 
 def missing_map(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from ranks import run_on_ranks
 from sklearn.metrics import normalized_mutual_info_score
 
 from scale_smog.evaluation.groups.quality import cluster_features, group_quality
@@ -43,3 +44,14 @@ def test_features_without_groups_are_clustered():
     features = centres[classes] + 0.05 * torch.randn(200, 16, generator=generator)
     groups = cluster_features(features * 7, num_groups=20)
     assert group_quality(groups, classes, 20).entropy_weighted < 0.05
+
+
+def clustered() -> torch.Tensor:
+    rows = F.normalize(torch.randn(100, 8, generator=torch.Generator().manual_seed(0)))
+    return cluster_features(rows, num_groups=5)
+
+
+def test_ranks_cluster_parts_that_are_not_equally_many():
+    expected = clustered()
+    for found in run_on_ranks(3, clustered):
+        assert torch.equal(found, expected)

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from scale_smog import distributed
 from scale_smog.evaluation.protocols import load_protocols
-from scale_smog.evaluation.supervised.finetune import Classifier, build_optimizer, lr_schedule
+from scale_smog.evaluation.supervised.finetune import (
+    Classifier,
+    build_optimizer,
+    lr_schedule,
+    with_batch_of_labels,
+)
 
 
 def test_backbone_and_classifier_have_rates_of_their_own_for_256_images():
@@ -31,3 +37,12 @@ def test_rates_fall_at_swavs_milestones_or_along_a_cosine():
 def test_a_classifier_begins_without_an_opinion():
     net = Classifier(nn.Identity(), 4, 2)
     assert torch.equal(net(torch.randn(3, 4)), torch.zeros(3, 2))
+
+
+def test_a_batch_is_at_most_the_labelled_images_and_as_many_on_each_rank(monkeypatch):
+    config = load_protocols(["finetune.batch=64"]).finetune
+    assert with_batch_of_labels(config, 1000).batch == 64
+    assert with_batch_of_labels(config, 41).batch == 41
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    assert with_batch_of_labels(config, 41).batch == 40
+    assert with_batch_of_labels(config, 3).batch == 4

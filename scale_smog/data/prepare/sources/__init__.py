@@ -11,6 +11,7 @@ from scale_smog.data.prepare.sources.imagenet import imagenet_source
 from scale_smog.data.prepare.sources.parquet import parquet_source
 from scale_smog.data.prepare.sources.source import AS_USUAL, Source, SourceOptions
 from scale_smog.data.prepare.sources.tar import tar_source
+from scale_smog.data.prepare.tar_names import tars_of_split
 from scale_smog.errors import UserError
 
 __all__ = ["Source", "SourceOptions", "open_source"]
@@ -27,17 +28,20 @@ def open_source(source: str | Path, options: SourceOptions = AS_USUAL) -> Source
     """Finds out what kind of source it is: tars, parquet or CSV by its ending, else a folder.
 
     `source` may be a pattern such as `images/train-*.tar` or `train-{000..146}.tar`; a folder
-    that holds tars and no images stands for its tars. ImageNet's and CIFAR-10's archives are known
-    by their names, or by `options.layout`.
+    that holds tars and no images stands for its tars, or for those of `options.split` where all
+    are named as ours. ImageNet's and CIFAR-10's archives are known by their names, or by
+    `options.layout`.
 
     Raises:
-        UserError: there is nothing of that name, or the source itself is at fault.
+        UserError: there is nothing of that name, the names of a folder's tars mean several splits,
+            or the source itself is at fault.
     """
     folder = Path(source)
     if folder.is_dir():
-        tars = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar")
+        tars = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".tar")
         if tars and not holds_images(folder):
-            return tar_source(tars, options)
+            names = tars_of_split(folder, tars, options.split)
+            return tar_source([folder / name for name in names], options)
         return folder_source(folder)
     paths = _matching_files(str(source))
     if layout := options.layout or _usual_layout(paths[0].name):

@@ -28,7 +28,7 @@ class SourceOptions:
     """What is said about a source besides its name; "": what is usual."""
 
     layout: str = ""  # imagenet or cifar10: an archive as its makers publish it
-    split: str = "train"  # of an archive that holds several
+    split: str = "train"  # of an archive, or a folder of tars, that holds several
     labels: str = ""  # file that names the classes of ImageNet's validation images
     image_column: str = ""  # of parquet
     label_column: str = ""  # of parquet
