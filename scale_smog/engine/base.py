@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -266,13 +267,13 @@ class Engine(ABC):
     @torch.no_grad()
     def update_ema(self, alpha: float) -> None:
         """Momentum parameters <- alpha x momentum + (1 - alpha) x online (SMoG section 3.3)."""
-        momentum, online = self._parameter_pairs()
+        momentum, online = self._parameter_pairs
         ema_update(momentum, online, 1 - alpha)
 
     @torch.no_grad()
     def reset_momentum(self) -> None:
         """Momentum net <- online net, statistics of the batch norms included."""
-        momentum, online = self._parameter_pairs()
+        momentum, online = self._parameter_pairs
         torch._foreach_copy_(momentum, online)
         buffers = dict(self.online.named_buffers())
         for name, buffer in self.momentum.named_buffers():
@@ -412,8 +413,12 @@ class Engine(ABC):
     def _state_keys(self) -> tuple[str, ...]:
         return STATE_KEYS[self._optimizer_config.name]
 
+    @cached_property
     def _parameter_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Momentum parameters and the online ones they follow, in the same order."""
+        """Momentum parameters and the online ones they follow, in the same order.
+
+        What a rank holds of them stays where it is from the first step on.
+        """
         online = dict(self.online.named_parameters())
         pairs = [
             (self._partition(x).values, self._partition(online[name]).values)

@@ -72,12 +72,12 @@ class CastWeights:
 
 
 class _Part:
-    """Parameters of a module that no part before it has.
+    """Parameters of a module that no part before it has: those that are cast, or all.
 
     Args:
         module: whose `forward` computes with them.
         known: parameters of earlier parts; the part's own are added.
-        keeps_gradients: as of `CastWeights`.
+        keeps_gradients: as of `CastWeights`; then the part has parameters that are not cast too.
     """
 
     def __init__(self, module: nn.Module, known: set[nn.Parameter], keeps_gradients: bool):
@@ -87,7 +87,7 @@ class _Part:
         self._places: list[tuple[dict[str, Any], str]] = []
         for child in module.modules():
             for name, parameter in child.named_parameters(recurse=False):
-                if parameter not in known:
+                if parameter not in known and (keeps_gradients or type(child) in CAST):
                     known.add(parameter)
                     self.parameters.append(parameter)
                     self.is_cast.append(type(child) in CAST)

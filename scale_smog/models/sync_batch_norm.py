@@ -62,14 +62,12 @@ def synchronise_batch_norm(
 
     Args:
         module: Any module tree; `num_batches_tracked` counts once it has passed as a whole.
-        group: The ranks to share statistics with, or None to leave the module as it is.
+        group: The ranks to share statistics with; None: each rank has its own, as torch computes them.
         is_even: Every rank of the group always has as many images, of the same size, as this one.
 
     Returns:
         `module`, or its replacement where `module` is itself a batch norm.
     """
-    if group is None:
-        return module
     passes = _TrackedPasses()
     synchronised = _synchronise(module, group, passes, is_even)
     synchronised.register_forward_hook(passes.count)
@@ -146,7 +144,7 @@ class _TrackedPasses:
 
 
 def _synchronise(
-    module: nn.Module, group: dist.ProcessGroup, passes: _TrackedPasses, is_even: bool
+    module: nn.Module, group: dist.ProcessGroup | None, passes: _TrackedPasses, is_even: bool
 ) -> nn.Module:
     synchronised = module
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -158,7 +156,7 @@ def _synchronise(
 
 
 def _synchronised_copy(
-    norm: nn.BatchNorm1d | nn.BatchNorm2d, group: dist.ProcessGroup
+    norm: nn.BatchNorm1d | nn.BatchNorm2d, group: dist.ProcessGroup | None
 ) -> "SynchronisedBatchNorm":
     copy = SynchronisedBatchNorm(norm.num_features, norm.eps, norm.momentum, affine=False)
     copy.process_group = group
@@ -189,7 +187,7 @@ class SynchronisedBatchNorm(_BatchNorm):
     Gradients of weight and bias are this rank's: data-parallel training averages them.
     """
 
-    process_group: dist.ProcessGroup
+    process_group: dist.ProcessGroup | None
     passes: _TrackedPasses
     is_even: bool
     _counts: dict[int, _Count]
@@ -200,6 +198,8 @@ class SynchronisedBatchNorm(_BatchNorm):
         """Normalises its input [B, C] or [B, C, H, W]; a collective in training mode."""
         if not self.training:
             y = nn.SyncBatchNorm.forward(self, input)  # pyright: ignore[reportArgumentType]
+        elif self.process_group is None:
+            y = self._forward_alone(input)
         elif input.is_cuda:
             y = self._forward_on_gpu(input)
         else:
@@ -208,6 +208,12 @@ class SynchronisedBatchNorm(_BatchNorm):
         for child in self.children():
             y = child(y)
         return y
+
+    def _forward_alone(self, x: Tensor) -> Tensor:
+        running, momentum = (None, None), 0.0
+        if self.track_running_stats:
+            running, momentum = (self.running_mean, self.running_var), self._next_momentum()
+        return F.batch_norm(x, *running, self.weight, self.bias, True, momentum, self.eps)
 
     def _forward_on_cpu(self, x: Tensor) -> Tensor:
         with torch.no_grad():

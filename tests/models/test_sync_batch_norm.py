@@ -1,5 +1,6 @@
 """Promises of the batch norm that is synchronised over ranks."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -240,8 +241,20 @@ def test_scopes_name_the_ranks_that_share_in_a_group_of_their_own() -> None:
 
 def test_a_single_process_needs_no_group() -> None:
     assert [process_group_for(s, 8) for s in ("global", "node", 8, "local")] == [None] * 4
-    net = nn.Sequential(nn.BatchNorm2d(3))
-    assert type(synchronise_batch_norm(net, None)[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("settings", [{}, {"affine": False}, {"track_running_stats": False}])
+def test_a_rank_alone_computes_to_the_bit_what_torch_does(settings: dict[str, bool]) -> None:
+    x, grad_y = batch((8, 6, 5, 5), torch.float32)
+    plain = nn.Sequential(nn.BatchNorm2d(6, **settings), nn.BatchNorm2d(6, **settings))
+    alone = synchronise_batch_norm(copy.deepcopy(plain), None)
+    found = []
+    for net in (plain, alone):
+        leaf = x.clone().requires_grad_()
+        for _ in range(2):
+            net(leaf).backward(grad_y)
+        found.append([leaf.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("scope", ["host", "node", 0])
