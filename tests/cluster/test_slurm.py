@@ -18,9 +18,13 @@ while [[ $1 == --* ]]; do shift; done
 echo "srun $MASTER_ADDR $MASTER_PORT $*" >> "$LOG"
 export SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE="1(x2)"
 pids=()
+told=
+trap 'told=USR1' USR1
+trap 'told=TERM' TERM
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=0 "$@" & pids+=($!); done
 trap 'kill -USR1 "${pids[@]}"' USR1
 trap 'kill -TERM "${pids[@]}"' TERM
-for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=0 "$@" & pids+=($!); done
+[[ -z $told ]] || kill "-$told" "${pids[@]}"
 worst=0
 for pid in "${pids[@]}"; do
     while wait "$pid" && status=0 || status=$?; kill -0 "$pid" 2>/dev/null; do :; done
