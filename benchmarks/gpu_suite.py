@@ -288,6 +288,25 @@ class Suite:
                     )
                     yield _share(text, self.batch / dali_s, self.batch / synthetic_s, target)
 
+    def contention(self) -> Iterator[Claim]:
+        """What of a step's time DALI beside it takes, and whether a process of its own helps."""
+        import nvidia.dali  # noqa: F401
+        from beside_dali import ALONE, arrangements
+
+        from scale_smog.data.prepare.shard import shard_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            make_photos(Path(folder) / "photos", 64 if self.quick else NUM_PHOTOS // 4)
+            tars = Path(folder) / "tars"
+            shard_folder(Path(folder) / "photos", tars)
+            streams, waits = arrangements(Ours(self.recipe(), DEVICE), tars, min(DALI_THREADS))
+            seconds = interleaved_streams(streams, 6, 20, min(3, self.rounds))
+        for name, times in waits.items():
+            print(f"    waited for views, {name}: {1e3 * np.median(times):.2f} ms")
+        alone = seconds.pop(ALONE)
+        for name, each in seconds.items():
+            yield _share(f"x1 step, {name}, against alone", 1 / each, 1 / alone, 0.80)
+
     def lightly(self) -> Iterator[Claim]:
         """The whole framework against lightly's example."""
         from framework import LightlyExample
@@ -425,6 +444,7 @@ PARTS = [
     Part(3, 90, Suite.kmeans),
     Part(3, 60, Suite.memory),
     Part(3, 120, Suite.loading),
+    Part(3, 120, Suite.contention),
     Part(3, 60, Suite.zero),
     Part(3, 120, Suite.lightly),
     Part(4, 60, Suite.graphs),

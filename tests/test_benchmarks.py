@@ -10,7 +10,7 @@ NO_PROGRAMS = ("compare", "methods", "run_all")
 PROGRAMS = sorted(p for p in FOLDER.glob("*.py") if p.stem not in NO_PROGRAMS)
 # A GPU; hours of training; what training is compared with.
 NOT_RUN_BY_RUN_ALL = {"gpu_suite", "ablations", "cifar10", "figure5", "learning", "demo_curve"}
-NOT_RUN_BY_RUN_ALL |= {"rankme", "long_run"}
+NOT_RUN_BY_RUN_ALL |= {"rankme", "long_run", "beside_dali"}
 
 
 @pytest.fixture(autouse=True)

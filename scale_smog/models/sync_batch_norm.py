@@ -62,7 +62,7 @@ def synchronise_batch_norm(
 
     Args:
         module: Any module tree; `num_batches_tracked` counts once it has passed as a whole.
-        group: The ranks to share statistics with; None: each rank has its own, as torch computes them.
+        group: The ranks to share statistics with; None: each has its own, as torch computes them.
         is_even: Every rank of the group always has as many images, of the same size, as this one.
 
     Returns:
