@@ -3,10 +3,11 @@
     python benchmarks/beside_dali.py [--quick] [--threads N] [--repeats N]
 
 ResNet-50 x1 with 64 images of 224 px on a GPU has lost up to half of its speed to DALI. The same
-step in turns: with views that are there; beside busy processor cores; beside DALI whose views
-nobody reads; fed by DALI in this process; the same with the step on a stream of its own, as the
-default stream of CUDA waits for others; and fed by DALI in a process of its own, which has its own
-locks in the interpreter and in the driver and copies the views to memory of the GPU that both know.
+step in turns: with views that are there; beside busy processor cores; beside threads of this process
+that read as many files, as DALI asks for; beside DALI whose views nobody reads; fed by DALI in this
+process; the same with the step on a stream of its own, as the default stream of CUDA waits for
+others; and fed by DALI in a process of its own, which has its own locks in the interpreter and in
+the driver and copies the views to memory of the GPU that both know.
 Beside the seconds of a step are those that its loop waited for the views. Without a GPU it only
 shows that it runs.
 """
@@ -18,9 +19,10 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
 from threading import Event, Thread
 
@@ -31,7 +33,11 @@ from step import Ours, one_rank, step_recipe
 from torch import Tensor
 
 from scale_smog.config import Recipe
+from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
+from scale_smog.data.datasets import open_split
+from scale_smog.data.loaders.batch_source import BatchSource
+from scale_smog.data.loaders.build import build_plan
 from scale_smog.loop import train_step
 from scale_smog.profiling.timing import synchronize
 from scale_smog.throughput import FIXED_VALUES, build_batches
@@ -81,6 +87,7 @@ def arrangements(ours: Ours, tars: Path, threads: int) -> tuple[Streams, Waits]:
     batches: dict[str, Callable[[], Iterable[Batch]]] = {
         ALONE: lambda: repeat(ours.batch),
         "beside busy cores": lambda: beside_busy_cores(ours.batch, threads),
+        "beside the reading of files": lambda: beside_reading(ours.batch, recipe),
         "beside DALI whose views nobody reads": lambda: beside_loading(ours.batch, recipe),
         IN_PROCESS: lambda: loaded(recipe),
         OWN_STREAM: lambda: loaded(recipe),
@@ -133,6 +140,21 @@ def beside_busy_cores(batch: Batch, num_cores: int) -> Iterator[Batch]:
         for process in busy:
             process.kill()
             process.wait()
+
+
+def beside_reading(batch: Batch, recipe: Recipe) -> Iterator[Batch]:
+    """The same batch again and again, while a thread reads and draws what DALI needs for another."""
+    from scale_smog.data.loaders.dali import ExternalSource
+
+    dataset = open_split(recipe.data.path, "train")
+    plan = build_plan(recipe.data, dataset, seed=0)
+    views = training_views(recipe.data, recipe.augment)
+    read = ExternalSource(BatchSource(dataset, plan, views, 0, 0, 1), start=0)
+    with ThreadPoolExecutor(1) as thread:
+        for step in count():
+            batch_of_files = thread.submit(read, step)
+            yield batch
+            batch_of_files.result()
 
 
 def beside_loading(batch: Batch, recipe: Recipe) -> Iterator[Batch]:

@@ -196,14 +196,15 @@ class SynchronisedBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalises its input [B, C] or [B, C, H, W]; a collective in training mode."""
+        group = self.process_group
         if not self.training:
             y = nn.SyncBatchNorm.forward(self, input)  # pyright: ignore[reportArgumentType]
-        elif self.process_group is None:
+        elif group is None:
             y = self._forward_alone(input)
         elif input.is_cuda:
-            y = self._forward_on_gpu(input)
+            y = self._forward_on_gpu(input, group)
         else:
-            y = self._forward_on_cpu(input)
+            y = self._forward_on_cpu(input, group)
         # timm's BatchNormAct2d has its dropout and activation as children; others have none.
         for child in self.children():
             y = child(y)
@@ -215,30 +216,28 @@ class SynchronisedBatchNorm(_BatchNorm):
             running, momentum = (self.running_mean, self.running_var), self._next_momentum()
         return F.batch_norm(x, *running, self.weight, self.bias, True, momentum, self.eps)
 
-    def _forward_on_cpu(self, x: Tensor) -> Tensor:
+    def _forward_on_cpu(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         with torch.no_grad():
-            mean, var, count = _group_statistics(_upcast(x), self.process_group)
+            mean, var, count = _group_statistics(_upcast(x), group)
             if self.track_running_stats:
                 self._track(mean, var * (count / (count - 1)))
-        return _Normalise.apply(
-            x, self.weight, self.bias, mean, var, count, self.eps, self.process_group
-        )
+        return _Normalise.apply(x, self.weight, self.bias, mean, var, count, self.eps, group)
 
-    def _forward_on_gpu(self, x: Tensor) -> Tensor:
+    def _forward_on_gpu(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         if self.track_running_stats:
             running, momentum = (self.running_mean, self.running_var), self._next_momentum()
         else:  # without them torch's kernels take the counts in the dtype of x, which may be bf16
             running, momentum = x.new_zeros(2, x.shape[1], dtype=_statistics_dtype(x)), 0.0
-        count = self._count(x)
+        count = self._count(x, group)
         return _NormaliseOnGpu.apply(
-            x, self.weight, self.bias, *running, self.eps, momentum, self.process_group, count
+            x, self.weight, self.bias, *running, self.eps, momentum, group, count
         )
 
-    def _count(self, x: Tensor) -> _Count:
+    def _count(self, x: Tensor, group: dist.ProcessGroup) -> _Count:
         """Made once for each size of input: a norm sees one or two."""
         num_values, dtype = x.numel() // x.shape[1], _statistics_dtype(x)
         if num_values not in self._counts:
-            num_ranks = dist.get_world_size(self.process_group) if self.is_even else 1
+            num_ranks = dist.get_world_size(group) if self.is_even else 1
             each = torch.full((num_ranks,), num_values, dtype=torch.int32, device=x.device)
             self._counts[num_values] = _Count(each.to(dtype), each, self.is_even)
         return self._counts[num_values]

@@ -58,7 +58,7 @@ class DaliLoader:
         self._device = device
         self._pipeline = _view_pipeline(
             source.views,
-            _ExternalSource(source, steps.start),
+            ExternalSource(source, steps.start),
             on_gpu=on_gpu,
             **pipeline_settings(source.batch_size, threads, device, on_gpu),
         )
@@ -170,7 +170,7 @@ def decode(files: Any, on_gpu: bool) -> Any:
     )
 
 
-class _ExternalSource:
+class ExternalSource:
     """What `external_source` calls: encoded images, then the parameters that the graph reads."""
 
     def __init__(self, source: BatchSource, start: int):
@@ -196,7 +196,7 @@ def needed_params(view: View) -> list[str]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _view_pipeline(views: Sequence[View], source: _ExternalSource, on_gpu: bool) -> tuple[Any, ...]:
+def _view_pipeline(views: Sequence[View], source: ExternalSource, on_gpu: bool) -> tuple[Any, ...]:
     names = [(i, name) for i, view in enumerate(views) for name in ["box", *needed_params(view)]]
     files, *nodes = fn.external_source(source=source, num_outputs=1 + len(names), batch=True)
     image = decode(files, on_gpu)
