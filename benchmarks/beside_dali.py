@@ -3,13 +3,12 @@
     python benchmarks/beside_dali.py [--quick] [--threads N] [--repeats N]
 
 ResNet-50 x1 with 64 images of 224 px on a GPU has lost up to half of its speed to DALI. The same
-step in turns: with views that are there; beside busy processor cores; beside threads of this process
-that read as many files, as DALI asks for; beside DALI whose views nobody reads; fed by DALI in this
-process; the same with the step on a stream of its own, as the default stream of CUDA waits for
-others; and fed by DALI in a process of its own, which has its own locks in the interpreter and in
-the driver and copies the views to memory of the GPU that both know.
-Beside the seconds of a step are those that its loop waited for the views. Without a GPU it only
-shows that it runs.
+step in turns: with views that are there; beside busy processor cores; beside threads of this
+process that read the files as DALI asks for them; beside DALI whose views nobody reads; fed by DALI
+in this process; the same with the step on a stream of its own, as the default stream of CUDA waits
+for others; and fed by DALI in a process of its own, which has its own locks in the interpreter and
+in the driver and copies the views to memory of the GPU that both know. Beside the seconds of a step
+are those that its loop waited for the views. Without a GPU it only shows that it runs.
 """
 
 import dataclasses
@@ -143,7 +142,7 @@ def beside_busy_cores(batch: Batch, num_cores: int) -> Iterator[Batch]:
 
 
 def beside_reading(batch: Batch, recipe: Recipe) -> Iterator[Batch]:
-    """The same batch again and again, while a thread reads and draws what DALI needs for another."""
+    """The same batch again and again, while a thread reads and draws what DALI asks for."""
     from scale_smog.data.loaders.dali import ExternalSource
 
     dataset = open_split(recipe.data.path, "train")
