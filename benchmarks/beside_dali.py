@@ -20,10 +20,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import count, repeat
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import torch
 import torch.multiprocessing as mp
@@ -104,7 +104,7 @@ def trained(
     ours: Ours, build: Callable[[], Iterable[Batch]], waits: list[float], has_stream: bool
 ) -> Iterator[None]:
     """An item a step, when the GPU has done it."""
-    with own_stream() if has_stream else nullcontext():
+    with on_own_stream() if has_stream else nullcontext():
         batches = iter(build())
         while True:
             begin = time.perf_counter()
@@ -116,11 +116,17 @@ def trained(
             yield
 
 
-def own_stream() -> AbstractContextManager[object]:
+@cache
+def own_stream() -> torch.cuda.Stream:
+    """One for all turns: torch keeps the memory that a stream has used."""
+    return torch.cuda.Stream(DEVICE)
+
+
+def on_own_stream() -> AbstractContextManager[object]:
     """Inside, work of torch goes to a stream that waits for no other."""
     if DEVICE.type != "cuda":
         return nullcontext()
-    stream = torch.cuda.Stream(DEVICE)
+    stream = own_stream()
     stream.wait_stream(torch.cuda.current_stream(DEVICE))
     return torch.cuda.stream(stream)
 
@@ -167,13 +173,13 @@ def beside_loading(batch: Batch, recipe: Recipe) -> Iterator[Batch]:
             if is_over.is_set():
                 break
 
-    thread = Thread(target=load)
-    thread.start()
-    try:
-        yield from repeat(batch)
-    finally:
-        is_over.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(load)
+        try:
+            yield from repeat(batch)
+        finally:
+            is_over.set()
+            loading.result()
 
 
 def from_another_process(like: Batch, recipe: Recipe) -> Iterator[Batch]:
@@ -195,6 +201,8 @@ def from_another_process(like: Batch, recipe: Recipe) -> Iterator[Batch]:
             free.put(slot)
     finally:
         free.put(None)
+        process.join(30)
+        process.kill()
         process.join()
 
 

@@ -32,7 +32,8 @@ def prepare_stages(online: OnlineNet, momentum: MomentumNet, config: EngineConfi
         torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
         for net in (online, momentum):
             for module in net.modules():
-                if isinstance(module, SynchronisedBatchNorm):  # what lies between two is compiled
+                if isinstance(module, SynchronisedBatchNorm) and module.process_group is not None:
+                    # What lies between two of them is compiled.
                     module.forward = torch.compiler.disable(module.forward)  # pyright: ignore
             for stage in stages(net.backbone):
                 stage.forward = torch.compile(stage.forward)

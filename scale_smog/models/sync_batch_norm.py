@@ -179,6 +179,9 @@ class _Count(NamedTuple):
 class SynchronisedBatchNorm(_BatchNorm):
     """`nn.SyncBatchNorm` that also takes CPU tensors, which the original refuses.
 
+    Without a group it is torch's plain batch norm, but for the count of batches, which is kept for
+    all norms of a net at once: they train as parts of that net.
+
     It borrows the original's kernels for GPUs and is no subclass of it: DistributedDataParallel
     refuses those on the CPU.
 
@@ -253,7 +256,10 @@ class SynchronisedBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         if self.momentum is None:  # the average of all batches, as in torch
             return 1 / self.num_batches_tracked.add_(1).item()
-        self.passes.note(self.num_batches_tracked)
+        if torch.compiler.is_compiling():  # a list that grows would be looked at in every pass
+            self.num_batches_tracked.add_(1)
+        else:
+            self.passes.note(self.num_batches_tracked)
         return self.momentum
 
 

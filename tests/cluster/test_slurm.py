@@ -16,6 +16,7 @@ SCRIPT = ROOT / "launcher" / "slurm.sbatch"
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 echo "srun $MASTER_ADDR $MASTER_PORT $*" >> "$LOG"
+[[ -z ${DEAF:-} ]] || exec sleep 60
 export SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_STEP_TASKS_PER_NODE="1(x2)"
 pids=()
 told=
@@ -77,6 +78,14 @@ def test_a_job_that_runs_out_of_time_saves_and_goes_back_into_the_queue(tmp_path
     assert lines.index("0 launcher/check.py r.yaml run.seed=1") < lines.index("1 saved")
     assert {"0 saved", "1 saved"} <= set(lines) and lines[-1] == "scontrol requeue 17"
     assert any(line.startswith("srun localhost 20017 ") for line in lines)
+
+
+def test_a_job_whose_time_is_up_before_srun_listens_goes_back_into_the_queue(tmp_path):
+    job, log = start(tmp_path, "r.yaml", SLURM_RESTART_COUNT="1", DEAF="yes"), tmp_path / "log"
+    wait_for_line(log, "launcher/pretrain.py r.yaml")
+    job.send_signal(signal.SIGUSR1)
+    job.wait(PATIENCE_S)
+    assert log.read_text().splitlines()[-1] == "scontrol requeue 17"
 
 
 @pytest.mark.parametrize(

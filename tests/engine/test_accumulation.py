@@ -9,7 +9,9 @@ from ranks import run_on_ranks
 from torch import nn
 
 from scale_smog import UserError
-from scale_smog.models import stages
+from scale_smog.config import EngineConfig
+from scale_smog.engine.stages import prepare_stages
+from scale_smog.models import stages, synchronise_batch_norm
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 NUM_STEPS = 3
@@ -99,6 +101,18 @@ def test_a_batch_that_does_not_split_is_refused(tmp_path):
     recipe = runs.recipe_of(tmp_path, accumulate=5)
     with pytest.raises(UserError, match=r"engine.accumulate=5 does not split the 24 images"):
         runs.build_state(recipe)
+
+
+def test_a_stage_of_a_rank_alone_is_compiled_as_a_whole(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    online, momentum = runs.build_tiny_nets(seed=0)
+    for net in (online, momentum):
+        synchronise_batch_norm(net, None)
+    prepare_stages(online, momentum, EngineConfig(compile=True))
+    for _ in range(2):
+        online(torch.rand(4, 3, 16, 16), [])
+    counts = [x for name, x in online.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts and all(x == 2 for x in counts)
 
 
 def test_compiled_stages_train_the_same_model(tmp_path, monkeypatch):
