@@ -31,6 +31,7 @@ NEEDS: dict[str, str] = {
     "loader": LARGE,
     "sharding": SMALL,
     "store": "",
+    "launching": "",
     "optimizer": "",
     "engine_overhead": "",
     "engine_memory": "",

@@ -1,7 +1,8 @@
 """One rank's part of a plan: which samples, and how to augment them, step by step."""
 
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -13,7 +14,8 @@ from scale_smog.data.augment import AugmentationParams, View
 from scale_smog.data.datasets import Images
 
 DRAWN_AT_ONCE = 1024  # images whose augmentation is drawn together
-NUM_READERS = 16  # threads: a shared file system answers many requests as soon as one
+NUM_READERS = 16  # threads more, where reading is slow
+SLOW_READ_S, PATIENCE = 2e-4, 8  # an image on average; images that may take longer at first
 
 
 @cache
@@ -58,14 +60,31 @@ class BatchSource:
         return self.plan.ids(step, self.rank, self.world_size)
 
     def encoded(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The stored image files, each [bytes] uint8."""
-        if len(ids) < NUM_READERS:
-            return self._read(ids)
-        parts = _readers().map(self._read, np.array_split(ids, NUM_READERS))
-        return [content for part in parts for content in part]
+        """The stored image files, each [bytes] uint8.
 
-    def _read(self, ids: np.ndarray) -> list[np.ndarray]:
-        return [np.frombuffer(self.dataset.read(int(i)), dtype=np.uint8) for i in ids]
+        While they come fast one thread reads them: each thread more takes the interpreter's lock
+        from the one that launches a GPU's kernels (`benchmarks/launching.py`). A file system behind
+        a network answers many requests as soon as one.
+        """
+        contents: dict[int, np.ndarray] = {}
+        rows = iter(range(len(ids)))  # of all threads: each takes the next
+        others: list[Future[None]] = []
+
+        def read_rest() -> None:
+            for row in rows:
+                contents[row] = self._read(ids[row])
+
+        begin = time.perf_counter()
+        for row in rows:
+            contents[row] = self._read(ids[row])
+            if not others and time.perf_counter() - begin > SLOW_READ_S * (row + 1 + PATIENCE):
+                others = [_readers().submit(read_rest) for _ in range(NUM_READERS)]
+        for other in others:
+            other.result()
+        return [contents[row] for row in range(len(ids))]
+
+    def _read(self, sample_id: np.int64) -> np.ndarray:
+        return np.frombuffer(self.dataset.read(int(sample_id)), dtype=np.uint8)
 
     def augmentation_params(self, step: int) -> list[AugmentationParams]:
         """One entry a view, each for this rank's B samples."""
