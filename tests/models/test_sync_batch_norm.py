@@ -1,6 +1,7 @@
 """Promises of the batch norm that is synchronised over ranks."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -164,7 +165,7 @@ def gpu_step_of_this_rank(shares: list[int], is_even: bool) -> dict[str, Tensor]
         setattr(torch, f"batch_norm_{function.__name__}", function)
     x, grad_y = batch((8, 6, 5, 5), torch.float64)
     norm = synchronise_batch_norm(batch_norm(x, affine=True), dist.group.WORLD, is_even=is_even)
-    norm.forward = norm._forward_on_gpu
+    norm.forward = partial(norm._forward_on_gpu, group=dist.group.WORLD)
     rank = dist.get_rank()
     with Operations() as operations:
         results = train_step(norm, x.split(shares)[rank], grad_y.split(shares)[rank])
