@@ -14,7 +14,7 @@ from scale_smog.data.augment import AugmentationParams, View
 from scale_smog.data.datasets import Images
 
 DRAWN_AT_ONCE = 1024  # images whose augmentation is drawn together
-NUM_READERS = 16  # threads more, where reading is slow
+NUM_READERS = 16  # threads that help where reading is slow
 SLOW_READ_S, PATIENCE = 2e-4, 8  # an image on average; images that may take longer at first
 
 
