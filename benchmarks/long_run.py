@@ -91,11 +91,11 @@ def draw(lines: list[dict[str, Any]], images: int, epochs: int) -> None:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     for number, label in enumerate(ROWS):
-        for line in (one for one in lines if one["label"] == label):
+        for repeat, line in enumerate(one for one in lines if one["label"] == label):
             per_epoch = line["curve"][-1]["step"] / epochs
             at = [point["step"] / per_epoch for point in line["curve"]]
             values = [point["test"] for point in line["curve"]]
-            name = label if line["seed"] == lines[0]["seed"] else None
+            name = None if repeat else label
             style = "-" if number < 10 else ":"  # of colours there are ten
             axes.plot(at, values, color=f"C{number % 10}", ls=style, lw=1.2, label=name)
     title = f"{images:,} images of CIFAR-10, 0.31 M weights"
