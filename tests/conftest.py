@@ -34,6 +34,8 @@ LONGEST = (
     "test_notebook.py",
 )
 
+PICTURES = ("scale_smog.evaluation.final.draw_groups", "scale_smog.pretrain.draw_run_curves")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts the tests by their file, the longest first."""
@@ -53,6 +55,26 @@ def processes_that_have_imported_torch(indexes_of_folders: None) -> None:
     """Before a test starts a process: the first start decides what all later ones have imported."""
     if "ranks" in sys.modules:  # else no test here starts ranks
         sys.modules["ranks"].start_forkserver()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Runs draw none, which takes longer than their steps; who looks at them takes `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "scale_smog.pretrain" in sys.modules:  # else no test here trains a run
+            for name in PICTURES:
+                patch.setattr(name, lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures that a run ends with."""
+    from scale_smog.evaluation.groups.pictures import draw_groups
+    from scale_smog.reporting.curves import draw_run_curves
+
+    for name, draw in zip(PICTURES, (draw_groups, draw_run_curves), strict=True):
+        monkeypatch.setattr(name, draw)
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +108,11 @@ def s3_port() -> Iterator[int]:
 def s3(s3_port, tmp_path, monkeypatch):
     """A proxy before the S3 server, which the environment names as Amazon's libraries expect."""
     import s3_store
+    from s3fs import S3FileSystem
 
     from scale_smog.data.remote.space import use_cache
 
+    S3FileSystem.clear_instance_cache()  # the last test's had another address
     with s3_store.proxy_of(s3_port, free_port()) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDOFTHISTEST")

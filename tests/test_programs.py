@@ -95,7 +95,7 @@ def test_dry_run_refuses_first_weights_that_do_not_fit(tmp_path, tars, monkeypat
     assert "weights.pth is another net than model.backbone" in capsys.readouterr().err
 
 
-def test_a_run_leaves_everything_a_user_looks_for(tmp_path, tars, monkeypatch, capsys):
+def test_a_run_leaves_everything_a_user_looks_for(tmp_path, tars, pictures, monkeypatch, capsys):
     recipe = str(write_small_recipe(tmp_path, tars))
     arguments = ["evaluation.baselines=true", "run.evaluate_every=4", "run.checkpoint_every=4"]
     assert run_program("pretrain.py", recipe, *arguments, monkeypatch=monkeypatch) == 0

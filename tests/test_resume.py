@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +18,6 @@ from small_recipe import small_recipe
 from scale_smog import UserError, checkpoint, loop
 from scale_smog.checkpoint import Checkpoints
 from scale_smog.errors import RankError
-from scale_smog.evaluation import final
 from scale_smog.pretrain import pretrain
 from scale_smog.reporting import run_folder
 from scale_smog.reporting.progress import Progress
@@ -26,15 +25,6 @@ from scale_smog.reporting.starts import has_ended
 from scale_smog.runtime import preemption
 
 EVERY_STEP = ("run.checkpoint_every=1",)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures() -> Iterator[None]:
-    """Nobody looks at them here; test_programs.py does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(final, "_draw_groups", lambda *_: None)
-        patch.setattr("scale_smog.pretrain.draw_run_curves", lambda _: None)
-        yield
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -46,7 +46,10 @@ def require_images_fit(model: ModelConfig, sizes_px: Mapping[str, int], batch: i
     with torch.device("meta"):
         online, _ = build_nets(model)
     _require_untied(online.backbone, model.backbone)
+    keys: dict[int, str] = {}  # by size; of those alike the first
     for key, px in sizes_px.items():
+        keys.setdefault(px, key)
+    for px, key in keys.items():
         random = _RandomOperators()
         try:
             with torch.device("meta"), random:

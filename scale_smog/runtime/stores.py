@@ -55,6 +55,7 @@ class Store:
         self.url = url.rstrip("/")
         self._opened: tuple[int, Any, str] | None = None  # process, file system, root in it
         self._opened_at = 0.0
+        self._is_own = False  # else stores of a process share a file system: it takes .2 s to make
         self._lock = threading.Lock()
         self._num_repeated, self._said_at = 0, -SAY_EVERY_S
 
@@ -184,12 +185,12 @@ class Store:
         """The next request looks for credentials again, if that was not done just now."""
         with self._lock:
             if time.monotonic() - self._opened_at > LOOK_EVERY_S:
-                self._opened = None
+                self._opened, self._is_own = None, True
 
     def _file_system(self) -> tuple[Any, str]:
         with self._lock:
             if self._opened is None or self._opened[0] != os.getpid():
-                self._opened = (os.getpid(), *_open(self.url))
+                self._opened = (os.getpid(), *_open(self.url, self._is_own))
                 self._opened_at = time.monotonic()
             return self._opened[1:]
 
@@ -222,8 +223,8 @@ def open_folder(path: str | os.PathLike[str]) -> Store | Folder:
     return Store(str(path)) if is_url(path) else Folder(path)
 
 
-def _open(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it.
+def _open(url: str, is_own: bool) -> tuple[Any, str]:
+    """The file system of a URL, the process's or one of its own, and the path in it.
 
     Raises:
         UserError: fsspec does not know the protocol, or its library is not installed.
@@ -236,7 +237,7 @@ def _open(url: str) -> tuple[Any, str]:
         config = {"retries": {"total_max_attempts": 1}, "max_pool_connections": NUM_CONNECTIONS}
         options["config_kwargs"] = config
     try:
-        system, root = url_to_fs(url, skip_instance_cache=protocol != "memory", **options)
+        system, root = url_to_fs(url, skip_instance_cache=is_own, **options)
     except ImportError as error:
         library = EXTRAS.get(protocol, protocol)
         raise UserError(f"{shown(url)} needs {library} ({error}): pip install {library}") from None

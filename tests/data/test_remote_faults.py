@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 from s3_store import BUCKET, copy_to, proxy_of
+from s3fs import S3FileSystem
 
 from scale_smog.data import EpochPlan, TarDataset, load_manifest
 from scale_smog.data.remote import read_ahead
@@ -26,6 +27,7 @@ ALONE = Node.of_rank(0, 1, 1)
 def stored(tars, s3, monkeypatch):
     """The URL of the small dataset; tries follow one another at once, images come one by one."""
     copy_to(tars, URL)
+    S3FileSystem.clear_instance_cache()  # on its connections aiohttp repeats a request unsaid
     s3.requests.clear()
     monkeypatch.setattr(stores, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(stores, "LONGEST_DELAY_S", 0.05)
@@ -118,6 +120,7 @@ def test_credentials_that_expire_are_looked_up_again_and_no_message_shows_them(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
     write("AKIAOLD")
+    S3FileSystem.clear_instance_cache()  # with the credentials of before
     monkeypatch.setattr(stores, "LOOK_EVERY_S", 0.2)
     dataset = TarDataset(stored, "train")
 

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_on_ranks
-from sklearn.neighbors import KNeighborsClassifier
 
 from scale_smog.evaluation import knn_accuracy, knn_predict
 from scale_smog.evaluation.features import raw_pixels
@@ -22,6 +21,8 @@ def clouds(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_predictions_are_those_of_scikit_learn():
+    from sklearn.neighbors import KNeighborsClassifier
+
     (train_z, train_y), (test_z, test_y) = clouds(3000, 0), clouds(2000, 1)
     oracle = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
     oracle.fit(train_z.numpy(), train_y.numpy())

@@ -3,14 +3,11 @@
 import itertools
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
-from sklearn.cluster import KMeans
-from sklearn.metrics import pairwise_distances_argmin
 
 from scale_smog.errors import UserError
 from scale_smog.grouping import spherical_kmeans
@@ -115,6 +112,9 @@ def test_rows_that_are_not_compared_anew_stay_where_they_belong(distance):
 
 
 def test_scikit_learn_driven_one_iteration_at_a_time_agrees():
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import pairwise_distances_argmin
+
     features = unit_rows(20_000, 0, dim=32)
     start = features[2000:10_000:40]  # no row twice
     x, centres = features.numpy(), start.numpy()
@@ -130,6 +130,8 @@ def test_scikit_learn_driven_one_iteration_at_a_time_agrees():
 
 
 def test_from_its_own_start_faiss_finds_nothing_better():
+    import faiss
+
     features, excess = unit_rows(10_000, 0), []
     for seed in range(5):
         kmeans = faiss.Kmeans(

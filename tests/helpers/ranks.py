@@ -27,6 +27,8 @@ PRELOADED = [
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
     "timm",
+    "scale_smog.data.prepare.shard",
+    "scale_smog.data.prepare.verify",
 ]
 TIMEOUT_S = 300  # a rank that waits in vain ends its test, not the test run
 
@@ -43,8 +45,9 @@ def start_forkserver() -> None:
 def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     """Calls `fn(*args)` on every rank of a new process group; returns the results in rank order.
 
-    `fn` stands at the top of its module, so that the new processes can import it. If a rank raises,
-    the others are stopped and its traceback is part of the exception raised here.
+    `fn` stands at the top of its module, which the new processes import: heavy libraries that only
+    the test compares with are imported inside it. If a rank raises, the others are stopped and its
+    traceback is part of the exception raised here.
     """
     start_forkserver()
     with TemporaryDirectory() as folder:

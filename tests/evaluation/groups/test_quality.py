@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
-from sklearn.metrics import normalized_mutual_info_score
 
 from scale_smog.evaluation.groups.quality import cluster_features, group_quality
 
@@ -25,6 +24,8 @@ def test_entropies_are_of_the_classes_inside_the_groups_in_use():
 
 
 def test_mutual_information_is_that_of_scikit_learn():
+    from sklearn.metrics import normalized_mutual_info_score
+
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(7, (500,), generator=generator)
     groups = (classes * 3 + torch.randint(5, (500,), generator=generator)) % 40

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
-from sklearn.linear_model import LogisticRegression
 
 from scale_smog.evaluation.accuracy import topk_correct
 from scale_smog.evaluation.protocols import LinearConfig
@@ -21,6 +20,8 @@ def features(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_minimum_is_that_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
     (z, y), (test_z, test_y) = features(2000, 0), features(1000, 1)
     oracle = LogisticRegression(C=0.5, max_iter=5000, tol=1e-8)
     oracle.fit(z.double().numpy(), y.numpy())
