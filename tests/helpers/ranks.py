@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks, each a process on this machine."""
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def _run_rank(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # DeepSpeed collects garbage for every engine, and none of this is any
     os.environ.clear()  # the clean process has the environment of the first call
     os.environ.update(environment)
     torch.set_num_threads(1)
