@@ -138,6 +138,18 @@ def test_credentials_that_expire_are_looked_up_again_and_no_message_shows_them(
     assert not any(secret in said for secret in ("AKIAOLD", "AKIANEW", "SECRET"))
 
 
+def test_stores_share_a_file_system_until_one_is_refused(stored, s3):
+    stores_of_run = [stores.Store(URL) for _ in range(3)]
+    names = [set(store.sizes()) for store in stores_of_run]
+    assert names[0] and names[1:] == names[:-1]
+    first = stores_of_run[0]
+    first._opened_at = 0.0  # as if some time had passed
+    first._look_again()
+    systems = [store._file_system()[0] for store in stores_of_run]
+    assert systems[0] is not systems[1] and systems[1] is systems[2]
+    assert set(first.sizes()) == names[0]
+
+
 def test_refused_credentials_end_in_one_line(stored, s3, monkeypatch):
     monkeypatch.setattr(stores, "REFUSAL_PATIENCE_S", 0.1)
     s3.fault = lambda _: "expired"
