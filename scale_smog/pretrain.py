@@ -15,7 +15,7 @@ from scale_smog.checkpoint.start_from import fitting, read_start
 from scale_smog.config import Recipe
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
-from scale_smog.data.datasets import Images, remarks, split_sha256
+from scale_smog.data.datasets import Images, remarks
 from scale_smog.data.loaders.build import (
     build_plan,
     build_training_loader,
@@ -88,7 +88,7 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     schedules = Schedules.of_run(recipe.run, recipe.optimizer, recipe.grouping, plan)
     views = training_views(data, recipe.augment)
     require_loader(data, device)
-    knn = build_knn_probe(recipe, device)
+    knn = build_knn_probe(recipe, device, dataset)
     batch = len(plan.ids(0, distributed.rank(), distributed.world_size()))
     state = build_state(recipe, batch, device, dataset.num_samples)
     recipe, begun = begin_from_start(recipe, state)
@@ -97,10 +97,9 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
         return build_training_loader(data, views, dataset, plan, steps, device)
 
     # From here on the settings are known to be good, and the run folder is written.
-    sha256 = distributed.call_on_main(lambda: split_sha256(data.path, "train"))
-    with run_folder.claimed(recipe, sha256) as changes:
+    with run_folder.claimed(recipe, dataset.sha256) as changes:
         logs.open(run_dir)
-        checkpoints = Checkpoints(recipe.run, {"manifest_sha256": sha256})
+        checkpoints = Checkpoints(recipe.run, {"manifest_sha256": dataset.sha256})
         warnings = restore(state, checkpoints)
         is_finished = state.step >= schedules.num_steps
         if not is_finished and (problem := checkpoints.prepare(state.state_dict())):
@@ -259,14 +258,14 @@ def saves_finished(checkpoints: Checkpoints) -> Iterator[None]:
         raise
 
 
-def build_knn_probe(recipe: Recipe, device: torch.device) -> KnnProbe | None:
+def build_knn_probe(recipe: Recipe, device: torch.device, train: Images) -> KnnProbe | None:
     """kNN on the dataset's test split; None, and a word on the console, where it has none.
 
     Raises:
         UserError: the split is there and cannot be read, or run.stop_below needs it.
     """
     try:
-        return KnnProbe(recipe.data, recipe.evaluation, device)
+        return KnnProbe(recipe.data, recipe.evaluation, device, train)
     except CannotEvaluate as error:
         if "knn" in recipe.run.stop_below:
             raise

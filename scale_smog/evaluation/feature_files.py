@@ -14,6 +14,7 @@ from scale_smog.data.loaders.build import open_together
 from scale_smog.data.loaders.torch import decode_sample
 from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import FeaturesConfig
+from scale_smog.evaluation.splits import random_subset
 from scale_smog.evaluation.task import EvaluationTask
 from scale_smog.reporting.run_record import BOARD_FOLDER
 from scale_smog.runtime.files import printable
@@ -48,8 +49,8 @@ def write_features(
                 _write(config.format, out, name, z, dataset)
                 print(f"{out / name}-features.{config.format}: {z.shape[0]} x {z.shape[1]}")
                 if config.projector:
-                    shown = min(config.projector, len(z))
-                    _show_in_projector(task.run_dir, name, z[:shown], dataset)
+                    shown = random_subset(len(z), config.projector)
+                    _show_in_projector(task.run_dir, name, shown, z[shown], dataset)
 
 
 def _sets(config: FeaturesConfig, data_path: str) -> dict[str, Images]:
@@ -92,18 +93,19 @@ def _import_pyarrow():
     return pyarrow, parquet
 
 
-def _show_in_projector(run_dir: Path, name: str, z: Tensor, dataset: Images) -> None:
+def _show_in_projector(
+    run_dir: Path, name: str, ids: np.ndarray, z: Tensor, dataset: Images
+) -> None:
     """TensorBoard turns them by PCA or t-SNE; each point is a small picture with its class."""
     from torch.utils.tensorboard import SummaryWriter
 
     pictures = []
-    for sample_id in range(len(z)):
+    for sample_id in ids.tolist():
         encoded = np.frombuffer(dataset.read(sample_id), dtype=np.uint8)
         image = decode_sample(dataset, sample_id, encoded)  # [3, H, W]
         image = vision.center_crop(image, [min(image.shape[1:])])
         pictures.append(vision.resize(image, [THUMBNAIL_PX, THUMBNAIL_PX], antialias=True))
-    labels = dataset.labels[: len(z)]
-    words = [dataset.classes[label] if label >= 0 else "" for label in labels]
+    words = [dataset.classes[label] if label >= 0 else "" for label in dataset.labels[ids]]
     # Not among the training's events: who reads those as they come would leave them for these.
     with SummaryWriter(str(run_dir / BOARD_FOLDER / "projector")) as board:
         board.add_embedding(z, words, torch.stack(pictures).float() / 255, tag=f"features/{name}")

@@ -10,9 +10,10 @@ from torch import Tensor
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig
 from scale_smog.data.augment import MEAN, STD
+from scale_smog.data.datasets import Images
 from scale_smog.evaluation.accuracy import topk_correct
 from scale_smog.evaluation.features import Encoder, embed_images, embed_share
-from scale_smog.evaluation.splits import open_labelled_splits, random_subset
+from scale_smog.evaluation.splits import named_splits, random_subset
 
 CHUNK_ROWS = 512
 NORM_EPS = 1e-12  # of `F.normalize`
@@ -103,15 +104,22 @@ class KnnProbe:
         data: which images, and who decodes them.
         config: the evaluation section.
         device: of the encoder.
+        train: the training split, if it is open.
 
     Raises:
         UserError: no test split, images without labels, or splits of other classes.
     """
 
-    def __init__(self, data: DataConfig, config: EvaluationConfig, device: torch.device):
+    def __init__(
+        self,
+        data: DataConfig,
+        config: EvaluationConfig,
+        device: torch.device,
+        train: Images | None = None,
+    ):
         self._data, self._config, self._device = data, config, device
-        train, test = open_labelled_splits(data.path, "kNN")
-        self._train = train, random_subset(train.num_samples, config.num_train_images)
+        bank, test = named_splits(data.path, "kNN", train).values()
+        self._train = bank, random_subset(bank.num_samples, config.num_train_images)
         self._test = test, random_subset(test.num_samples, config.num_test_images)
 
     @property

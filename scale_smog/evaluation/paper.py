@@ -63,7 +63,7 @@ class Ours:
         evaluation: such as "linear".
         backbone: the recipe's.
         width: of a ResNet.
-        epochs: of pre-training; None for a run of so many steps.
+        epochs: of pre-training, up to the checkpoint.
         batch: images of a step of pre-training.
         num_small_crops: small views of an image in pre-training.
         start: what pre-training began with (`run.start_from`, `model.weights`); "": random weights.
@@ -76,7 +76,7 @@ class Ours:
     evaluation: str
     backbone: str
     width: int
-    epochs: float | None
+    epochs: float
     batch: int
     num_small_crops: int
     start: str
@@ -86,12 +86,12 @@ class Ours:
     results: Mapping[str, Any]
 
     @classmethod
-    def of_run(cls, recipe: Recipe, **result: Any) -> "Ours":
-        """Of a run, and a `result`: evaluation, share, dataset, images and results."""
+    def of_run(cls, recipe: Recipe, step: int, **result: Any) -> "Ours":
+        """Of a run's `step`, and a `result`: evaluation, share, dataset, images and results."""
         return cls(
             backbone=recipe.model.backbone,
             width=recipe.model.width,
-            epochs=recipe.run.epochs,
+            epochs=step * recipe.data.global_batch / recipe.data.num_images,
             batch=recipe.data.global_batch,
             num_small_crops=recipe.data.num_small_crops,
             start=shown(recipe.start),
@@ -102,8 +102,7 @@ class Ours:
         """Our values by the names of the tables' columns, per cent."""
         about: dict[str, Cell] = {"model": "ours" + " †" * bool(self.num_small_crops)}
         about |= {"backbone": self.backbone, "width": f"x{self.width}", "batch": self.batch}
-        if self.epochs:
-            about["epochs"] = round(self.epochs)
+        about["epochs"] = round(self.epochs)
         numbers = {k: v for k, v in self.results.items() if isinstance(v, float)}
         return about | {self._column(key): 100 * value for key, value in numbers.items()}
 
@@ -148,7 +147,7 @@ def _data() -> dict[str, Any]:
 
 
 def _is_of(table: Table, ours: Ours) -> bool:
-    if table.epochs and (ours.epochs != table.epochs or ours.num_small_crops):
+    if table.epochs and (round(ours.epochs) != table.epochs or ours.num_small_crops):
         return False
     return (
         table.evaluation == ours.evaluation

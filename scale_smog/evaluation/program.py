@@ -31,9 +31,10 @@ class Evaluator(NamedTuple):
     image_counts: Callable[[EvaluationTask, Splits], ImageCounts]
 
 
-def _knn(task: EvaluationTask, _splits: Splits) -> Results:
+def _knn(task: EvaluationTask, splits: Splits) -> Results:
     recipe = task.recipe
-    probe = KnnProbe(recipe.data, recipe.evaluation, task.device)
+    train, _ = splits.values()
+    probe = KnnProbe(recipe.data, recipe.evaluation, task.device, train)
     results: Results = {}
     for name, encoder in task.frozen_encoders().items():
         results[name], results[f"{name}_top5"] = probe.accuracies(encoder)
@@ -177,6 +178,7 @@ def _comparison(task: EvaluationTask, results: Results, counts: ImageCounts) -> 
     protocols = task.protocols
     ours = Ours.of_run(
         task.recipe,
+        task.step,
         evaluation=task.name,
         share=protocols.finetune.share,
         dataset=protocols.segmentation.setting,

@@ -12,24 +12,20 @@ class CannotEvaluate(UserError):
     """The dataset has no test split with labels of the training images' classes; it trains."""
 
 
-def open_labelled_splits(path: str, purpose: str) -> tuple[Images, Images]:
-    """The training and the test split; a collective. Arguments and errors as of `named_splits`."""
-    train, test = named_splits(path, purpose).values()
-    return train, test
-
-
-def named_splits(path: str, purpose: str) -> dict[str, Images]:
+def named_splits(path: str, purpose: str, train: Images | None = None) -> dict[str, Images]:
     """The training and then the test split, each by its name; a collective.
 
     Args:
         path: of the dataset.
         purpose: that needs labels, for the error's line.
+        train: the training split, if it is open: of a large folder that takes minutes.
 
     Raises:
         UserError: one is missing, has no labels, or their classes differ.
     """
     name = distributed.call_on_main(lambda: test_split(path, purpose))
-    train, test = open_together(path, "train"), open_together(path, name)
+    train = open_together(path, "train") if train is None else train
+    test = open_together(path, name)
     require_labels(train, path, purpose)
     require_same_classes(train, test, path)
     return {"train": train, name: test}

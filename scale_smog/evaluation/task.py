@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +33,7 @@ from scale_smog.runtime.files import write_atomically
 PROGRESS_FILE = "progress.pt"
 METRICS_FILE = "metrics.jsonl"
 DENSE = ("segmentation", "detection")  # which have images of their own
+TRAINED = ("finetune", *DENSE)  # whose backbone learns
 
 Results = dict[str, Any]  # accuracies as fractions, and what they depend on
 
@@ -50,6 +51,7 @@ class EvaluationTask:
         device: to compute on.
         settings: what the result depends on besides weights and images.
         data_sha256: of each split in use, and of the ids of a finetuning's labels.
+        own_net: `evaluation.net` of the run.
     """
 
     name: str
@@ -60,6 +62,7 @@ class EvaluationTask:
     device: torch.device
     settings: dict[str, Any] = field(default_factory=dict)
     data_sha256: dict[str, str] = field(default_factory=dict)
+    own_net: str = "online"
 
     @classmethod
     def open(
@@ -74,11 +77,18 @@ class EvaluationTask:
         checkpoint, run_dir = distributed.call_on_main(lambda: find_checkpoint(Path(path)))
         own, protocols = split_overrides(overrides)
         recipe = load_recipe(run_dir / run_folder.RECIPE_FILE, own)
+        own_net = load_recipe(run_dir / run_folder.RECIPE_FILE).evaluation.net
         recipe = _with_data_found(recipe, run_dir)
         use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
         sizes_px = {"evaluation.image_px": recipe.evaluation.image_px}
         require_images_fit(recipe.model, sizes_px, batch=2)
-        return cls(name, checkpoint, run_dir, recipe, load_protocols(protocols), device)
+        task = cls(name, checkpoint, run_dir, recipe, load_protocols(protocols), device)
+        return replace(task, own_net=own_net)
+
+    @property
+    def step(self) -> int:
+        """Of pre-training, at which the checkpoint was written."""
+        return int(self.checkpoint.name.rpartition("-")[2])
 
     def labelled_splits(self) -> dict[str, Images]:
         """The training and then the test split of the run's dataset, each by its name.
@@ -94,8 +104,8 @@ class EvaluationTask:
         return load_net(self.checkpoint, recipe.model, recipe.nets, recipe.evaluation.net)
 
     def backbone(self) -> nn.Module:
-        """The backbone of this net, on the CPU; the caller's own."""
-        return deepcopy(self._backbone)
+        """The backbone of this net, on the CPU; the caller's own, to train or not."""
+        return deepcopy(self._backbone).requires_grad_(True)  # a momentum net's has no gradients
 
     @cached_property
     def _backbone(self) -> nn.Module:
@@ -141,7 +151,7 @@ class EvaluationTask:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Everything that the result depends on, as JSON."""
-        return {
+        facts = {
             "settings": self.settings,
             "model": self.recipe.model.model_dump(),
             "precision": self.recipe.engine.precision,
@@ -150,6 +160,9 @@ class EvaluationTask:
             "data_path": self.recipe.data.path,
             "data_sha256": self.data_sha256,
         }
+        if self.recipe.evaluation.net == "momentum" and self.name in TRAINED:
+            facts["trained"] = "the whole net"  # for some time it was the head alone
+        return facts
 
     @cached_property
     def folder(self) -> Path:
@@ -183,24 +196,26 @@ class EvaluationTask:
     def finish(self, results: Results, about: dict[str, Any]) -> None:
         """Writes results.json, with every setting and hash, and adds the results to the run's.
 
-        These are of its newest checkpoint and its own dataset only.
+        These are of a run's end and its own dataset only.
 
         Args:
             results: figures.
             about: what else a reader of the file should know.
         """
-        is_online = self.recipe.evaluation.net == "online"
-        key = self.name if is_online else f"{self.name}_{self.recipe.evaluation.net}"
+        net = self.recipe.evaluation.net
+        key = self.name if net == self.own_net else f"{self.name}_{net}"
         if distributed.is_main():
             names = {"evaluation": self.name, "result": key}
             facts = {**names, "figures": results, **about, **self.facts}
             text = json.dumps(facts, indent=1) + "\n"
             write_atomically(self.made_folder() / run_folder.RESULTS_FILE, text.encode())
-            if self._is_of_the_run():
+            if self.is_of_the_run():
                 run_folder.add_results(self.run_dir, {key: results})
 
-    def _is_of_the_run(self) -> bool:
-        if self.checkpoint != find_checkpoint(self.run_dir)[0]:  # the newest whole one
+    def is_of_the_run(self) -> bool:
+        """Whether it is of the run as it has ended, on its own images, and not of an older net."""
+        ended = run_folder.read_results(self.run_dir).get("run", {}).get("step")
+        if self.checkpoint != find_checkpoint(self.run_dir)[0] or ended != self.step:
             return False
         own = run_folder.dataset_sha256(self.run_dir)
         return self.name in DENSE or self.data_sha256["train"] == own

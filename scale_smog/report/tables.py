@@ -123,13 +123,18 @@ def checkpoint_rows(folder: Path) -> list[tuple[str, str, str]]:
 
 
 def evaluations(record: RunRecord) -> list[Evaluation]:
-    """The run's evaluations; those of results.json, and the paper's rows where images are alike."""
+    """The run's evaluations; those of results.json, and the paper's rows where images are alike.
+
+    A run that has gone on since its results has their step in their names.
+    """
     written = _written(record)
+    step = int(record.results.get("run", {}).get("step", 0))
+    has_gone_on = bool(record.logged) and step < record.logged[-1]["step"]
     return [
         Evaluation(
-            name,
+            f"{name}, step {step}" if has_gone_on else name,
             {k: _figure(v) for k, v in figures.items() if isinstance(v, str | int | float)},
-            *_paper(record.recipe, written.get(name, {})),
+            *_paper(record.recipe, step, written.get(name, {})),
         )
         for name, figures in record.results.items()
         if name != "run"
@@ -152,13 +157,14 @@ def _figure(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _paper(recipe: Recipe, written: Mapping[str, Any]) -> tuple[list[PaperTable], str]:
+def _paper(recipe: Recipe, step: int, written: Mapping[str, Any]) -> tuple[list[PaperTable], str]:
     if "image_counts" not in written:
         return [], ""
     name = str(written["evaluation"])
     settings = written["settings"].get(name, {})
     ours = Ours.of_run(
         recipe,
+        step,
         evaluation=name,
         share=settings.get("share", 0.0),
         dataset=settings.get("setting", ""),

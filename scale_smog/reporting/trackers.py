@@ -181,8 +181,10 @@ class TensorBoard(Tracker):
             raise UserError(
                 "--to tensorboard needs --server FOLDER; the run's own is in its folder"
             )
-        id = id or name
-        self._writer = SummaryWriter(str(Path(self._server) / self._project / id))
+        folder = Path(self._server) / self._project
+        if not id:  # a run of another machine may have the same name
+            id = f"{name}-{uuid.uuid4().hex[:4]}" if (folder / name).exists() else name
+        self._writer = SummaryWriter(str(folder / id))
         return id
 
     def log(self, points: Sequence[Point]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
 from scale_smog.evaluation.groups import program as groups
+from scale_smog.evaluation.groups.gallery import GALLERY_FILE
 from scale_smog.evaluation.groups.program import evaluate_groups
+from scale_smog.evaluation.paper import ImageCounts, Ours
 from scale_smog.evaluation.program import PROGRAMS, evaluate
 from scale_smog.evaluation.supervised import finetune, linear
 from scale_smog.evaluation.task import EvaluationTask, weights_sha256
@@ -33,9 +36,12 @@ ROOT = Path(__file__).parent.parent.parent
 SHORT = ["linear.epochs=4", "linear.batch=8", "linear.checkpoint_every=3"]
 
 
+def _newest(run_dir: Path, name: str) -> Path:
+    return max((run_dir / "evaluations").glob(f"{name}-*"), key=lambda x: x.stat().st_mtime)
+
+
 def results(run_dir: Path, name: str) -> dict:
-    newest = max((run_dir / "evaluations").glob(f"{name}-*"), key=lambda x: x.stat().st_mtime)
-    return json.loads((newest / "results.json").read_text())
+    return json.loads((_newest(run_dir, name) / "results.json").read_text())
 
 
 def test_a_result_holds_every_setting_and_the_hashes(run_dir, capsys):
@@ -67,6 +73,36 @@ def test_the_momentum_net_is_evaluated_under_a_name_of_its_own(run_dir):
     assert kept["knn_momentum"] == found["momentum"]["figures"]
 
 
+@pytest.mark.parametrize("net", ["online", "momentum"])
+def test_a_finetuning_trains_all_weights_of_either_net(run_dir, net):
+    short = ["finetune.share=0.5", "finetune.epochs=1", "finetune.batch=8"]
+    evaluate("finetune", [str(run_dir)], [*short, f"evaluation.net={net}"])
+    (path,) = _newest(run_dir, "finetune").glob("trained-progress.pt")
+    trained = torch.load(path, weights_only=True)["net"]
+    before = read_part(list_checkpoints(run_dir)[-1], net)
+    names = [name for name, _ in build_backbone("resnet_tiny").named_parameters()]
+    names = [f"backbone.{name}" for name in names]
+    assert not [name for name in names if torch.equal(trained[name], before[name])]
+
+
+def test_the_plain_name_is_the_runs_own_nets(tmp_path, tars):
+    recipe = small_recipe(tmp_path, tars, "run.steps=4", "evaluation.net=momentum")
+    pretrain(recipe)
+    run_dir = Path(recipe.run.dir)
+    for own in ([], ["evaluation.net=online"]):
+        evaluate("knn", [str(run_dir)], own)
+    found = json.loads((run_dir / "results.json").read_text())
+    assert found["knn"]["net"] == "momentum" and found["knn_online"]["net"] == "online"
+
+
+def test_the_paper_stands_beside_the_epochs_that_a_checkpoint_was_trained_for(run_dir):
+    recipe = EvaluationTask.open("knn", str(run_dir), [], torch.device("cpu")).recipe
+    about = {"evaluation": "linear", "share": 0.0, "dataset": "", "results": {}}
+    images = ImageCounts(num_classes=4, num_train=40, num_test=20)
+    ours = Ours.of_run(recipe, step=100, images=images, **about)
+    assert ours.epochs == 100 * 12 / 40 and ours.cells()["epochs"] == 30
+
+
 def test_a_run_has_figures_of_its_newest_checkpoint_on_its_own_images_only(
     tmp_path, tars, image_folder
 ):
@@ -78,11 +114,12 @@ def test_a_run_has_figures_of_its_newest_checkpoint_on_its_own_images_only(
         return json.loads((run_dir / "results.json").read_text())
 
     before = kept()
+    gallery = (run_dir / GALLERY_FILE).read_bytes()
     evaluate("knn", [str(list_checkpoints(run_dir)[0])], [])
     evaluate("linear", [str(list_checkpoints(run_dir)[0])], SHORT)
     evaluate_groups([str(list_checkpoints(run_dir)[0])], [])
     evaluate("knn", [str(run_dir)], [f"data.path={image_folder}"])
-    assert kept() == before
+    assert kept() == before and (run_dir / GALLERY_FILE).read_bytes() == gallery
     assert len(list((run_dir / "evaluations").iterdir())) == 4
     evaluate("knn", [str(run_dir)], ["evaluation.k=3"])
     assert kept() == before | {"knn": results(run_dir, "knn")["figures"]}
@@ -114,6 +151,30 @@ def test_other_weights_have_another_hash():
     assert weights_sha256(one) != weights_sha256(two)
     two.load_state_dict(one.state_dict())
     assert weights_sha256(one) == weights_sha256(two)
+
+
+def test_the_projector_shows_all_classes_of_a_folder(run_dir, image_folder, tmp_path):
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    write_features([str(copy)], [f"features.path={image_folder}", "features.projector=10"])
+    for board in (copy / "tensorboard").rglob("metadata.tsv"):
+        words = board.read_text().split()
+        assert len(words) == 10 and len(set(words)) == 4
+
+
+@pytest.mark.parametrize(
+    ("features", "labels"),
+    [
+        (np.zeros((6, 4), np.float32), np.arange(5)),
+        (np.zeros((6, 4), np.float32), np.full(6, -1)),
+        (np.zeros((6, 4), np.float32), np.array(list("abcdef"))),
+        (np.zeros((6, 2, 2), np.float32), np.arange(6)),
+        (np.zeros((6, 4), np.int64), np.arange(6)),
+    ],
+)
+def test_features_of_others_that_are_none_are_refused_in_a_line(tmp_path, features, labels):
+    np.savez(tmp_path / "other.npz", features=features, labels=labels)
+    with pytest.raises(UserError, match=r"other\.npz: "):
+        evaluate_groups([str(tmp_path / "other.npz")], [])
 
 
 def test_a_folder_gives_what_its_tars_give(run_dir, image_folder):

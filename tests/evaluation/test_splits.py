@@ -50,10 +50,10 @@ def test_the_test_split_is_the_first_whose_images_are_all_labelled(
 ):
     path = str(make(tmp_path, *unlabelled))
     assert list(splits.named_splits(path, "kNN")) == ["train", chosen]
-    assert [x.num_samples for x in splits.open_labelled_splits(path, "kNN")] == [2, 2]
+    assert [x.num_samples for x in splits.named_splits(path, "kNN").values()] == [2, 2]
 
 
 def test_splits_without_labels_are_named(tmp_path):
     path = str(folders(tmp_path, "val", "test"))
     with pytest.raises(UserError, match=r"kNN needs labels, .* without one in test and in val$"):
-        splits.open_labelled_splits(path, "kNN")
+        splits.named_splits(path, "kNN")

@@ -19,7 +19,7 @@ from scale_smog.evaluation.program import evaluate
 from scale_smog.pretrain import pretrain
 from scale_smog.report.figures import MOST_POINTS, thinned
 from scale_smog.report.page import _key_figures, write_comparison, write_report
-from scale_smog.report.tables import _paper, setting_rows
+from scale_smog.report.tables import _paper, evaluations, setting_rows
 from scale_smog.reporting.run_record import RunRecord
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -144,10 +144,18 @@ def test_a_table_of_the_paper_has_its_digits_and_ours_as_many(run_dir):
     }
     recipe = RunRecord.read(run_dir).recipe
     model = recipe.model.model_copy(update={"backbone": "resnet50"})
-    (table,), _ = _paper(recipe.model_copy(update={"model": model}), written)
+    (table,), _ = _paper(recipe.model_copy(update={"model": model}), 8, written)
     rows = {row[0]: list(row[1:]) for row in table.rows}
     assert "73.83" in {cell for row in rows.values() for cell in row}
     assert rows["ours †"] == ["76.03", "80.00", "–", "–"]
+
+
+def test_results_of_a_run_that_has_gone_on_name_their_step(run_dir):
+    record = RunRecord.read(run_dir)
+    for step, name in ((8, "linear"), (4, "linear, step 4")):
+        results = {"run": {"step": step}, "linear": {"top1": 0.5}}
+        (found,) = evaluations(replace(record, results=results))
+        assert found.name == name
 
 
 def test_the_newest_knn_is_that_of_the_results_only_if_the_run_ended_with_it(run_dir):

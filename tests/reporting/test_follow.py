@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ports import free_port
@@ -173,6 +175,15 @@ def test_tensorboard_has_what_was_logged(run, tmp_path):
         kept = [(event.step, event.value) for event in events.Scalars(name)]
         assert kept == [(step, pytest.approx(value)) for step, value in run.curve(name)]
     assert events.Tags()["images"] == ["views/0"]
+
+
+def test_runs_of_one_name_have_boards_of_their_own(run, tmp_path):
+    for machine in ("a", "b"):
+        copy = shutil.copytree(run.dir, tmp_path / machine / run.dir.name)
+        for _ in range(2):  # the second goes on in the board of the first
+            follow(copy, "tensorboard", "all", str(tmp_path / "boards"), once=True)
+    first, second = sorted(x.name for x in (tmp_path / "boards" / "all").iterdir())
+    assert first == run.dir.name and second.startswith(f"{first}-")
 
 
 def test_tensorboard_needs_a_folder(run):
@@ -344,7 +355,7 @@ def test_other_events_of_the_run_do_not_end_what_is_read(run, tars):
     tracker = Recorder()
     follower = Follower(run.dir, "mlflow", tracker)
     follower.advance()
-    _show_in_projector(run.dir, "train", torch.eye(8), TarDataset(tars, "train"))
+    _show_in_projector(run.dir, "train", np.arange(8), torch.eye(8), TarDataset(tars, "train"))
     run.goes_on(8)
     follower.advance()
     assert tracker.curve("knn") == run.curve("knn")

@@ -50,6 +50,7 @@ def evaluate_groups(
     if not paths:
         raise UserError("groups takes a checkpoint or an .npz file, or several")
     with distributed.process_group() as device:
+        of_files = {path.stem: _read_features(path) for path in files}
         qualities: dict[str, GroupQuality] = {}
         opened = [_opened(EvaluationTask.open("groups", x, overrides, device)) for x in checkpoints]
         for task, dataset in opened:
@@ -60,12 +61,16 @@ def evaluate_groups(
                 trained = f"{task.run_dir}, {task.checkpoint.name}"
             qualities |= {trained if k == "trained" else k: v for k, v in by_net.items()}
         num_groups = next((q.num_groups for q in qualities.values()), GroupingConfig().num_groups)
-        qualities |= {path.stem: _file_groups(path, num_groups) for path in files}
+        for name, (features, labels) in of_files.items():
+            groups = cluster_features(features, num_groups)
+            qualities[name] = group_quality(groups, labels, num_groups)
         if distributed.is_main():
             folder = [*(task.run_dir for task, _ in opened), *(path.parent for path in files)][0]
             draw_group_entropy(folder / ENTROPY_PICTURE, qualities)
             print(_table(qualities))
-            print(f"pictures: {folder / ENTROPY_PICTURE}, {GROUPS_PICTURE}")
+            pictures = [folder / ENTROPY_PICTURE]
+            pictures += [_picture_folder(task) / GROUPS_PICTURE for task, _ in opened]
+            print("pictures: " + ", ".join(map(str, pictures)))
             if with_paper:
                 print("the paper shows these groups' entropy as Figure 5, without numbers")
 
@@ -105,9 +110,10 @@ def _checkpoint_groups(task: EvaluationTask, dataset: Images) -> dict[str, Group
     if distributed.is_main():
         shown = random_subset(len(ids), NUM_PICTURED)
         usage = torch.bincount(assigned, minlength=num_groups)
-        picture = task.run_dir / GROUPS_PICTURE
+        folder = _picture_folder(task)
+        picture = folder / GROUPS_PICTURE
         draw_groups(picture, dataset, ids[shown], z[shown], groups.centroids, usage)
-        write_gallery(task.run_dir / GALLERY_FILE, dataset, ids, z, groups.centroids, usage)
+        write_gallery(folder / GALLERY_FILE, dataset, ids, z, groups.centroids, usage)
     if task.recipe.evaluation.baselines:
         baselines: dict[str, Encoder] = {
             "raw_pixels": raw_pixels,
@@ -117,6 +123,12 @@ def _checkpoint_groups(task: EvaluationTask, dataset: Images) -> dict[str, Group
             clusters = cluster_features(task.embed(encoder, dataset, ids), num_groups).cpu()
             qualities[name] = group_quality(clusters, labels, num_groups)
     return qualities
+
+
+def _picture_folder(task: EvaluationTask) -> Path:
+    """The run's, whose pictures are of its end, or the evaluation's own."""
+    is_own = task.recipe.evaluation.net == task.own_net and task.is_of_the_run()
+    return task.run_dir if is_own else task.made_folder()
 
 
 def _projection(task: EvaluationTask) -> Encoder:
@@ -138,7 +150,12 @@ def _groups(task: EvaluationTask) -> MomentumGroups:
     return groups
 
 
-def _file_groups(path: Path, num_groups: int) -> GroupQuality:
+def _read_features(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [N, D] float and labels [N] int64 of another method.
+
+    Raises:
+        UserError: the file does not hold these.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             features, labels = arrays["features"], arrays["labels"]
@@ -146,8 +163,15 @@ def _file_groups(path: Path, num_groups: int) -> GroupQuality:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} does not hold arrays 'features' and 'labels': {error}") from None
-    groups = cluster_features(torch.from_numpy(features), num_groups)
-    return group_quality(groups, torch.from_numpy(labels).long(), num_groups)
+    is_sound = features.ndim == 2 and np.issubdtype(features.dtype, np.floating)
+    if not is_sound or labels.shape != features.shape[:1]:
+        raise UserError(
+            f"{path}: features [N, D] of floating point and labels [N] are needed, these are "
+            f"{list(features.shape)} {features.dtype} and {list(labels.shape)}"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or (labels < 0).any():
+        raise UserError(f"{path}: labels are numbers of classes from 0, one for each image")
+    return torch.from_numpy(features), torch.from_numpy(labels.astype(np.int64))
 
 
 def _table(qualities: dict[str, GroupQuality]) -> str:
