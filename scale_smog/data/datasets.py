@@ -4,7 +4,7 @@ from pathlib import Path
 
 from scale_smog.data.folder_dataset import FolderDataset
 from scale_smog.data.image_folder import holds_images, list_folder, split_folders
-from scale_smog.data.manifest import MANIFEST_NAME, load_manifest, manifest_sha256
+from scale_smog.data.manifest import MANIFEST_NAME, load_manifest
 from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError
 
@@ -44,13 +44,6 @@ def list_splits(path: str | Path) -> tuple[str, ...]:
         UserError: the manifest of a dataset of tars is damaged.
     """
     return tuple(load_manifest(path).splits if is_tars(path) else split_folders(Path(path)))
-
-
-def split_sha256(path: str | Path, split: str) -> str:
-    """Hex SHA-256 that names a split's content: of the manifest, or of a folder's images."""
-    if is_tars(path):
-        return manifest_sha256(path, split)
-    return FolderDataset(path, _sub_folder(path, split)).sha256
 
 
 def has_labels(path: str | Path, split: str) -> bool:

@@ -49,7 +49,8 @@ INDEX_DTYPE = np.dtype(
 )
 CACHE_VARIABLE = "SCALE_SMOG_CACHE"
 MAX_BAD = 0.05  # share of the images; more of them are a mistake
-IMAGES_AT_ONCE = 20_000  # looked at between two writes of the index
+IMAGES_AT_ONCE = 20_000  # looked at between two moments for writing the index
+KEEP_SHARE_FACTOR = 20  # the index is written whole: at most a twentieth of the time goes there
 NUM_OPENED = 32  # images on which the time of opening is measured
 SLOW_OPENING_MS = 1.0  # from here on it is worth a word
 MANY_REWRITTEN = 0.1  # share of the images
@@ -187,18 +188,36 @@ class _Index:
         unknown = np.flatnonzero(rows["width"] == 0)
         if not len(unknown):
             return
+        if len(unknown) > IMAGES_AT_ONCE:
+            print(
+                f"looking at {len(unknown):,} images of {printable(str(self._folder))}, once; a "
+                "start that is ended meanwhile goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
         self._measure_opening(unknown)
+        try:
+            self._look_at_parts(rows, unknown)
+        finally:
+            self._keep(rows)
+
+    def _look_at_parts(self, rows: np.ndarray, unknown: np.ndarray) -> None:
         num_threads = max(16, num_usable_cores())  # decoding releases the interpreter's lock
         with (
             ThreadPoolExecutor(num_threads) as threads,
             tqdm(total=len(unknown), desc="looking at images", unit="img", disable=None) as bar,
         ):
+            keep_from = 0.0
             for start in range(0, len(unknown), IMAGES_AT_ONCE):
+                if start and time.monotonic() > keep_from:
+                    begin = time.monotonic()
+                    self._keep(rows)
+                    end = time.monotonic()
+                    keep_from = end + KEEP_SHARE_FACTOR * (end - begin)
                 part = unknown[start : start + IMAGES_AT_ONCE]
                 for i, row in zip(part, threads.map(self._row, part), strict=True):
                     rows[i] = row
                     bar.update()
-                self._keep(rows)
 
     def _row(self, i: int) -> tuple[int | bool, ...]:
         """What an image is: INDEX_DTYPE."""

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scale_smog.data.manifest import ShardEntry
+from scale_smog.runtime.files import most_open_files
 from scale_smog.runtime.retries import retry_transient_errors
-
-MAX_OPEN_FILES = 256  # of a rank: a quarter of what a process may usually open
 
 
 class Place(NamedTuple):
@@ -60,7 +59,7 @@ class LocalTars:
 
     def __init__(self, folder: Path, index: TarIndex):
         self._folder, self._index = folder, index
-        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(partial(_OpenFile, folder))
+        self._open = lru_cache(maxsize=most_open_files())(partial(_OpenFile, folder))
 
     def read(self, sample_id: int) -> bytes:
         """A sample's bytes, as they lie there.
@@ -84,7 +83,7 @@ class LocalTars:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(partial(_OpenFile, self._folder))
+        self._open = lru_cache(maxsize=most_open_files())(partial(_OpenFile, self._folder))
 
 
 class _OpenFile:

@@ -79,6 +79,7 @@ def run_in_processes(
     jobs: Sequence[_Job],
     workers: int,
     lock: IO[str] | None = None,
+    advice: str = "",
 ) -> Iterator[tuple[int, _Result]]:
     """Yields (index of the job, its result) in the order in which jobs finish.
 
@@ -87,6 +88,7 @@ def run_in_processes(
         jobs: what it is called with, one after another.
         workers: processes, if there are more than one.
         lock: an open file whose lock lasts until the last of the workers has ended.
+        advice: what the user is told besides when a worker was killed.
 
     Raises:
         UserError: a worker process was killed.
@@ -109,7 +111,7 @@ def run_in_processes(
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, perhaps for lack of memory; "
-                "run the same command again with fewer workers, it continues"
+                f"run the same command again{advice}"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -4,10 +4,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+LEAST_OPEN_FILES, MOST_OPEN_FILES = 16, 2**16
 
 
 def file_sha256(path: Path) -> str:
@@ -66,6 +69,14 @@ def _is_at(path: Path, file: IO[str]) -> bool:
         if error.errno == errno.ESTALE:  # NFS's word for it
             return False
         raise
+
+
+def most_open_files() -> int:
+    """How many files one reader may keep open: a quarter of what the process may open now."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST_OPEN_FILES
+    return min(max(soft // 4, LEAST_OPEN_FILES), MOST_OPEN_FILES)
 
 
 def printable(name: str) -> str:

@@ -18,7 +18,7 @@ from scale_smog import checkpoint
 from scale_smog.config import AugmentConfig, DataConfig, EvaluationConfig
 from scale_smog.data import EpochPlan, TarDataset, images
 from scale_smog.data.augment import training_views
-from scale_smog.data.datasets import Images, has_split, list_splits, open_split, split_sha256
+from scale_smog.data.datasets import Images, has_split, list_splits, open_split
 from scale_smog.data.folder_dataset import FolderDataset
 from scale_smog.data.loaders.build import (
     build_evaluation_loader,
@@ -161,13 +161,13 @@ def test_only_new_and_changed_images_are_looked_at_again(pictures, decoded):
     assert len(decoded) == 65 and changed.num_samples == 64 and changed.sha256 != first
     (pictures / "c" / "new.jpg").unlink()
     (pictures / "d" / "01.jpg").write_bytes(jpeg(41, 31, 1))
-    assert split_sha256(pictures, "train") == first  # of names and contents, not of times
+    assert open_split(pictures, "train").sha256 == first  # of names and contents, not of times
     assert len(decoded) == 66
     path = pictures / "d" / "03.jpg"
     content = bytearray(path.read_bytes())
     content[-10] ^= 1
     path.write_bytes(content)  # as long as before
-    assert split_sha256(pictures, "train") != first and len(decoded) == 67
+    assert open_split(pictures, "train").sha256 != first and len(decoded) == 67
 
 
 def test_a_start_that_was_killed_goes_on_with_the_images_it_had_not_seen(
@@ -186,6 +186,66 @@ def test_a_start_that_was_killed_goes_on_with_the_images_it_had_not_seen(
         open_split(pictures, "train")
     assert len(decoded) == 20
     assert open_split(pictures, "train").num_samples == 63 and len(decoded) == 63
+
+
+@pytest.fixture
+def keeps(monkeypatch) -> list[int]:
+    """Images that were known at each writing of the index; each seems to take an hour."""
+    known, clock = [], [1.0]
+    index = FolderDataset.__init__.__globals__["_Index"]
+    real = index._keep
+
+    def keep(self, rows):
+        real(self, rows)
+        known.append(int((rows["width"] != 0).sum()))
+        clock[0] += 3600
+
+    monkeypatch.setattr(index, "_keep", keep)
+    monkeypatch.setattr("scale_smog.data.folder_dataset.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("scale_smog.data.folder_dataset.IMAGES_AT_ONCE", 5)
+    return known
+
+
+def test_a_large_index_is_not_written_again_and_again(pictures, keeps, monkeypatch):
+    open_split(pictures, "train")
+    assert keeps == [5, 63]  # after the first part, and at the end
+    keeps.clear()
+    monkeypatch.setattr("scale_smog.data.folder_dataset.KEEP_SHARE_FACTOR", -1)
+    monkeypatch.setenv("SCALE_SMOG_CACHE", str(pictures.parent / "cache"))
+    open_split(pictures, "train")
+    assert keeps == [*range(5, 63, 5), 63]
+
+
+def test_a_start_that_an_error_ends_keeps_what_it_has_seen(pictures, keeps, decoded, monkeypatch):
+    real = FolderDataset.__init__.__globals__["_content"]
+
+    def fail(path):
+        if path.endswith("turned.jpg"):
+            raise UserError("cannot read it")
+        return real(path)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot read it"):
+        patch.setattr("scale_smog.data.folder_dataset._content", fail)
+        open_split(pictures, "train")
+    assert keeps[0] == 5 and len(keeps) == 2 and keeps[1] >= 30  # all parts before its own
+    decoded.clear()
+    assert open_split(pictures, "train").num_samples == 63 and len(decoded) == 63 - keeps[1]
+
+
+def test_a_long_look_is_announced_once(pictures, monkeypatch, capsys):
+    said = (
+        f"looking at 63 images of {pictures}, once; a start that is ended meanwhile goes on from "
+        "there\n"
+    )
+    monkeypatch.setattr("scale_smog.data.folder_dataset.IMAGES_AT_ONCE", 62)
+    open_split(pictures, "train")
+    assert capsys.readouterr().err.count(said) == 1
+    open_split(pictures, "train")
+    assert "looking at" not in capsys.readouterr().err
+    monkeypatch.setattr("scale_smog.data.folder_dataset.IMAGES_AT_ONCE", 63)
+    monkeypatch.setenv("SCALE_SMOG_CACHE", str(pictures.parent / "cache"))
+    open_split(pictures, "train")
+    assert said not in capsys.readouterr().err
 
 
 def test_an_image_that_changes_under_a_run_is_named(pictures):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
@@ -19,7 +20,7 @@ from scale_smog.data.prepare.sources import Source
 from scale_smog.data.tar_dataset import TarDataset
 from scale_smog.errors import UserError
 from scale_smog.runtime import retries
-from scale_smog.runtime.files import write_atomically
+from scale_smog.runtime.files import most_open_files, write_atomically
 
 NUM_SAMPLES = 20
 
@@ -164,7 +165,7 @@ def test_a_pickled_dataset_reads_the_same(folder):
 
 
 def test_many_threads_share_few_open_files(folder, monkeypatch):
-    monkeypatch.setattr(tar_files, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(tar_files, "most_open_files", lambda: 2)
     dataset = TarDataset(folder, "train")
     expected = [dataset.read(i) for i in range(NUM_SAMPLES)]
     num_open = len(os.listdir("/proc/self/fd"))
@@ -172,6 +173,38 @@ def test_many_threads_share_few_open_files(folder, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(dataset.read, ids)) == [expected[i] for i in ids]
     assert len(os.listdir("/proc/self/fd")) <= num_open
+
+
+@pytest.mark.parametrize(
+    ("soft", "expected"),
+    [(1024, 256), (20, 16), (4000, 1000), (10**9, 2**16), (resource.RLIM_INFINITY, 2**16)],
+)
+def test_a_reader_keeps_a_quarter_of_the_files_open_that_its_process_may(
+    monkeypatch, soft, expected
+):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, resource.RLIM_INFINITY))
+    assert most_open_files() == expected
+
+
+@pytest.mark.parametrize("travels", [False, True])
+def test_a_tar_is_opened_once_where_the_process_may_open_more_files_than_there_are_tars(
+    tmp_path, monkeypatch, travels
+):
+    num_tars = 300  # more than a quarter of the usual 1,024
+    images = tuple(ImageEntry(str(i), 0, 100) for i in range(num_tars))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        source = Source(("a",), images, lambda _: _png(0))
+        shard_source(source, tmp_path / "data", shard_samples=1, workers=1, full_check=False)
+    soft = 4 * num_tars
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+    dataset = TarDataset(tmp_path / "data", "train")
+    dataset = pickle.loads(pickle.dumps(dataset)) if travels else dataset
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(args) or real(*args))
+    for sample_id in 2 * list(range(num_tars)):
+        dataset.read(sample_id)
+    assert len(opened) == num_tars
 
 
 def test_the_manifest_hash_names_its_content(folder):

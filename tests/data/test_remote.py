@@ -14,7 +14,8 @@ from scale_smog.data.augment import training_views
 from scale_smog.data.loaders import build
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.build import build_plan
-from scale_smog.data.remote import read_ahead
+from scale_smog.data.plan import SequentialPlan
+from scale_smog.data.remote import cache, read_ahead
 from scale_smog.data.remote.cache import ABSENT, COMING
 from scale_smog.data.remote.read_ahead import Node
 from scale_smog.data.remote.space import cache_space, use_cache
@@ -80,6 +81,54 @@ def test_images_come_ahead_though_what_lies_between_them_does_not_fit(tars, stor
     ahead.close()
     assert ahead._ahead and (cache.states[first] != ABSENT).all()
     assert (cache.states != ABSENT).sum() == len(first)  # and nothing else
+
+
+def test_a_cache_keeps_as_many_files_open_as_the_process_may(stored, monkeypatch):
+    monkeypatch.setattr(cache, "most_open_files", lambda: 777)
+    opened = TarDataset(stored, "train").remote._cache._open
+    assert opened.cache_parameters()["maxsize"] == 777
+
+
+def is_true_soon(condition, patience_s=3.0):
+    """Whether it becomes true within the time that a thread may need."""
+    deadline = time.monotonic() + patience_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+@pytest.mark.parametrize("steps_left", [60, 6], ids=["midway", "near the end"])
+def test_images_come_ahead_again_after_an_evaluation_has_used_the_cache(
+    tars, stored, monkeypatch, steps_left
+):
+    monkeypatch.setattr(read_ahead, "MERGED_GAP_BYTES", 0)  # an image a request
+    size = sum(path.stat().st_size for path in tars.glob("train*.tar"))
+    use_cache(cache_space().folder, size / 2 / 2**30)
+    dataset, evaluated_at = TarDataset(stored, "train"), 90
+    states, num_steps = dataset.remote._cache.states, evaluated_at + steps_left
+    plan, alone = EpochPlan(dataset.num_samples, 1, seed=1), Node.of_rank(0, 1, 1)
+    ahead, missed = dataset.remote.read_ahead(plan, range(num_steps), alone), []
+
+    def load():
+        for step in range(num_steps):
+            ids = plan.ids(step)
+            if not is_true_soon(lambda ids=ids: (states[ids] != ABSENT).all()):
+                missed.append(step)
+            yield [dataset.read(int(i)) for i in ids]
+
+    for step, contents in enumerate(ahead.followed(load())):
+        assert all(contents)
+        if step == evaluated_at:
+            # As far ahead as it goes, so that no window to come is one of the images near it.
+            assert is_true_soon(lambda: ahead._ahead >= min(num_steps, evaluated_at + 6))
+            in_order = SequentialPlan(np.arange(dataset.num_samples), 1)
+            other = dataset.remote.read_ahead(in_order, range(in_order.num_steps()), alone)
+            every_id = range(dataset.num_samples)
+            assert len(list(other.followed(dataset.read(i) for i in every_id))) == len(every_id)
+            next_ids = np.concatenate([plan.ids(s) for s in range(step + 1, ahead._ahead)])
+            assert (states[next_ids] == ABSENT).any()
+    assert not missed
+    assert is_true_soon(lambda: not ahead._thread.is_alive())
 
 
 VIEWS = training_views(

@@ -29,6 +29,7 @@ from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.data.prepare.shard_plan import cut_into_shards
 from scale_smog.data.prepare.sources.folder import folder_source
 from scale_smog.data.tar_dataset import TarDataset
+from scale_smog.data.workers import run_in_processes
 from scale_smog.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -105,11 +106,20 @@ def test_output_is_byte_identical_for_any_worker_count_and_place(source, tmp_pat
 def test_shards_are_listed_in_order_whichever_finishes_first(source, tmp_path, monkeypatch):
     expected = _shard(source, tmp_path / "out")
 
-    def backwards(function, jobs, workers, lock):
+    def backwards(function, jobs, workers, lock, advice):
         return reversed([(index, function(job)) for index, job in enumerate(jobs)])
 
     monkeypatch.setattr(sharding, "run_in_processes", backwards)
     assert _shard(source, tmp_path / "backwards") == expected
+
+
+def test_after_a_killed_worker_fewer_of_them_are_advised(source, tmp_path, monkeypatch):
+    def killed(_function, _jobs, _workers, lock, *advice):
+        return run_in_processes(os._exit, [1, 1], 2, lock, *advice)
+
+    monkeypatch.setattr(sharding, "run_in_processes", killed)
+    with pytest.raises(UserError, match="run the same command again with fewer workers, it conti"):
+        _shard(source, tmp_path / "out")
 
 
 def test_resume_after_kill_9_waits_for_the_workers_and_gives_the_same_bytes(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import runpy
 import sys
 import tarfile
@@ -74,6 +75,21 @@ def as_tars(folder: Path, place: Path) -> Path:
 def content(out: Path) -> set[tuple[bytes, int]]:
     dataset = TarDataset(out, "train")
     return {(dataset.read(i), int(dataset.labels[i])) for i in range(dataset.num_samples)}
+
+
+def test_each_file_of_a_list_is_looked_at_once_for_its_size(folder, tmp_path, monkeypatch):
+    path, seen, real = as_csv(folder, tmp_path), [], os.stat
+
+    def stat(path, *args, **options):
+        seen.append(str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    source = open_source(path)
+    monkeypatch.undo()
+    files = {str(file): file.stat().st_size for file in folder.rglob("*.jpg")}
+    assert all(seen.count(file) == 1 for file in files)
+    assert sorted(image.num_bytes for image in source.images) == sorted(files.values())
 
 
 @pytest.mark.parametrize("make", [as_csv, as_parquet, as_tars])

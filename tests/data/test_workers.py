@@ -6,7 +6,8 @@ import psutil
 import pytest
 
 from scale_smog.data import workers
-from scale_smog.data.workers import workers_of_rank
+from scale_smog.data.workers import run_in_processes, workers_of_rank
+from scale_smog.errors import UserError
 
 GIB = 2**30
 
@@ -29,3 +30,11 @@ def test_a_rank_starts_its_share(monkeypatch, wanted, num_ranks, cores, free_gib
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert workers.num_usable_cores() == cores
     assert workers_of_rank(wanted, num_ranks) == expected
+
+
+@pytest.mark.parametrize("advice", ["", " with fewer workers, it continues"])
+def test_a_killed_worker_is_named_with_the_advice_of_its_command_only(advice):
+    with pytest.raises(UserError) as found:
+        list(run_in_processes(os._exit, [1, 1], 2, advice=advice))
+    said = "a worker process was killed, perhaps for lack of memory; run the same command again"
+    assert str(found.value) == said + advice

@@ -134,7 +134,12 @@ def _build(
     else:
         ahead = remote.read_ahead(source.plan, steps, node)
     loader = _loader(data, source, steps, device)
-    return ahead.followed(loader) if ahead else loader
+    if ahead is None:
+        return loader
+    if data.loader == "memory":
+        ahead.close()  # the loader has all it will read
+        return loader
+    return ahead.followed(loader)
 
 
 def _loader(

@@ -188,10 +188,11 @@ def _first_difference(old: tuple[str, ...], new: tuple[str, ...]) -> str:
 def _run(jobs: Sequence[ShardJob], split: str, workers: int, lock: IO[str]) -> list[ShardRecord]:
     """Finishes all shards; their records in the order of the jobs."""
     records = {}
+    advice = " with fewer workers, it continues"
     num_images = sum(len(job.images) for job in jobs)
     # Shards finish in bursts, so the ETA is from the mean rate; no bar where nobody watches.
     with tqdm(total=num_images, desc=split, unit="img", smoothing=0, disable=None) as bar:
-        for index, record in run_in_processes(finish_shard, jobs, workers, lock):
+        for index, record in run_in_processes(finish_shard, jobs, workers, lock, advice):
             records[index] = record
             bar.update(len(jobs[index].images))
             for bad in record.bad:

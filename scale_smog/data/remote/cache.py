@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from scale_smog.data.tar_files import TarIndex
+from scale_smog.runtime.files import most_open_files
 
 ABSENT, COMING, PRESENT = 0, 1, 2
 STRIPE_BYTES = 8 * 2**20  # of a tar: what one process of a machine fetches and removes
-MAX_OPEN_FILES = 256
 _KEEP_SIZE_PUNCH_HOLE = 1 | 2  # of fallocate(2)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -38,6 +38,7 @@ class ShardCache:
         states: uint8 [N], the same memory in all processes: ABSENT, COMING or PRESENT.
         extents: int64 [N], bytes from each sample to the next one of its tar.
         stripes: int64 [N], number of the stripe that each sample begins in.
+        remover: who has removed samples last, of those of this process that do.
 
     Raises:
         OSError: the folder cannot be written.
@@ -53,6 +54,7 @@ class ShardCache:
         np.maximum(self.extents, index.rows["size"], out=self.extents)
         self._tars = np.repeat(np.arange(len(index.names)), np.diff(index.first_ids))
         self.stripes = self._tars + offsets // STRIPE_BYTES
+        self.remover: object | None = None
         self._attach()
 
     def _attach(self) -> None:
@@ -65,7 +67,7 @@ class ShardCache:
             os.close(descriptor)
         # As a plain array: a memmap's own indexing takes ten times as long.
         self.states = np.asarray(np.memmap(path, np.uint8, "r+", shape=(len(self._index.rows),)))
-        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(_SparseFile)
+        self._open = lru_cache(maxsize=most_open_files())(_SparseFile)
         self._is_writable = True
 
     @property

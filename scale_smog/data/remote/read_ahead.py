@@ -4,6 +4,10 @@ The processes of a machine share the work by stripes of the tars. Each goes thro
 in windows that grow with its lead: near the reader a window is a few steps, far ahead of it a large
 part of what the cache holds. Of a window neighbours in a tar are merged into one request, so near
 ones are fetched as single images and far ones, or those of `data.order=block`, as whole stripes.
+
+An evaluation amid a training works on the same cache by a plan of its own, and removes what the
+training's plan wants. So a reader that goes on after others have removed samples has the steps
+ahead of it looked at again.
 """
 
 import threading
@@ -114,6 +118,8 @@ class ReadAhead:
         self._num_waiting = 0
         self._changed = threading.Condition()
         self._is_closed = False
+        self._is_robbed = False  # others have removed samples since the reader's last step
+        self._is_behind = False  # the steps ahead have to be looked at again
         self._pool = ThreadPoolExecutor(NUM_FETCHERS, "fetcher")
         self._advance()  # a reader that comes at once finds that its images are coming
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
@@ -125,6 +131,7 @@ class ReadAhead:
             for step, batch in enumerate(batches, self._steps.start):
                 self._read = step
                 yield batch
+                self._notice_removals()
         finally:
             self.close()
 
@@ -135,9 +142,38 @@ class ReadAhead:
             self._changed.notify_all()
         self._pool.shutdown(wait=False)  # what waits there finds it closed, and gives up its images
 
+    def _notice_removals(self) -> None:
+        """Begins again beside the reader if others have removed samples.
+
+        Only when the reader goes on: one that waits for an evaluation would take from it what it
+        has fetched.
+        """
+        is_robbed = self._is_robbed or self._cache.remover not in (None, self)
+        with self._changed:
+            if is_robbed:
+                self._is_robbed, self._cache.remover = False, self
+                self._is_behind = True
+            if is_robbed or self._is_at_end():
+                self._changed.notify_all()
+
+    def _is_at_end(self) -> bool:
+        """Whether the reader needs nothing more."""
+        return self._read >= self._steps.stop - 1
+
+    def _awaits_work(self) -> bool:
+        """Waits while all steps are fetched; False when there will be no more to do."""
+
+        def may_go_on() -> bool:
+            has_work = self._is_behind or self._ahead < self._steps.stop
+            return has_work or self._is_closed or self._is_at_end()
+
+        with self._changed:
+            self._changed.wait_for(may_go_on)
+            return not self._is_closed and (self._is_behind or self._ahead < self._steps.stop)
+
     def _run(self) -> None:
         try:
-            while not self._is_closed and self._ahead < self._steps.stop:
+            while self._awaits_work():
                 if not self._cache.is_writable:
                     return
                 if not self._advance():
@@ -149,6 +185,9 @@ class ReadAhead:
 
     def _advance(self) -> bool:
         """Begins with the next window, if there is room for it and the last one is almost here."""
+        if self._is_behind:
+            self._is_behind = False
+            self._ahead = min(self._ahead, self._read + 1)
         lead = self._ahead - self._read
         num_steps, room = max(FIRST_STEPS, lead // 2), self._most_ahead - lead
         # At the most ahead it waits for room for a large window: of small ones nothing merges.
@@ -219,6 +258,9 @@ class ReadAhead:
         # A tenth more than must be, so that this is not done for every window.
         excess = max(excess, min(int(freed[-1]), excess + self._limit_bytes // 10))
         self._cache.remove(candidates[: int(np.searchsorted(freed, excess)) + 1])
+        # Said afterwards: a reader that asks meanwhile would take note of it too early.
+        self._is_robbed |= self._cache.remover not in (None, self)
+        self._cache.remover = self
         return True
 
     def _fetch(self, wanted: Range) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ class _Row(NamedTuple):
     """One line of a list."""
 
     image: Path
+    size: int  # bytes
     label: str  # "": none
 
 
@@ -51,7 +53,7 @@ def csv_source(paths: Sequence[Path], _options: SourceOptions) -> Source:
         ImageEntry(
             row.image.relative_to(folder).as_posix(),
             number.get(label, UNLABELLED),
-            row.image.stat().st_size,
+            row.size,
         )
         for row, label in zip(rows, labels, strict=True)
     )
@@ -123,7 +125,16 @@ def _row(path: Path, line: int, columns: _Columns, fields: list[str]) -> _Row:
     label = "" if columns.label is None else fields[columns.label]
     folder = path.absolute().parent
     for spelling in (name, name.strip()):
-        if spelling and os.path.isfile(folder / spelling):
-            return _Row(folder / spelling, label)
+        if (size := _file_size(folder / spelling)) is not None:
+            return _Row(folder / spelling, size, label)
     hint = "; folders are divided by /" if "\\" in name else ""
     raise UserError(f"{path}, line {line}: no file {path.parent / name.strip()}{hint}")
+
+
+def _file_size(path: Path) -> int | None:
+    """Bytes; None: no file. One look at it: a list has millions, often on a network's disk."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # a name with a zero byte is a ValueError
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
