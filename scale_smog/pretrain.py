@@ -90,7 +90,9 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     require_loader(data, device)
     knn = build_knn_probe(recipe, device, dataset)
     batch = len(plan.ids(0, distributed.rank(), distributed.world_size()))
-    state = build_state(recipe, batch, device, dataset.num_samples)
+    has_begun = distributed.call_on_main(lambda: bool(list_checkpoints(run_dir)))
+    first = _without_first_weights(recipe) if has_begun else recipe
+    state = build_state(first, batch, device, dataset.num_samples)
     recipe, begun = begin_from_start(recipe, state)
 
     def load(steps: range) -> Iterable[Batch]:
@@ -256,6 +258,12 @@ def saves_finished(checkpoints: Checkpoints) -> Iterator[None]:
         with phases.during(phases.SAVING), suppress(Exception):
             checkpoints.wait()
         raise
+
+
+def _without_first_weights(recipe: Recipe) -> Recipe:
+    """A run that goes on does not read what it began with, which may be gone."""
+    model = recipe.model.model_copy(update={"weights": ""})
+    return recipe.model_copy(update={"model": model})
 
 
 def build_knn_probe(recipe: Recipe, device: torch.device, train: Images) -> KnnProbe | None:

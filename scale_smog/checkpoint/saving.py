@@ -131,7 +131,9 @@ class Checkpoints:
             return None
         if not isinstance(problem, OSError):
             raise problem
-        whole = list_checkpoints(self._run_dir)
+        whole = []
+        with suppress(OSError):  # of a rank whose mount has failed
+            whole = list_checkpoints(self._run_dir)
         newest = f"; {whole[-1].name} is there" if whole else ""
         return f"no checkpoint written: {problem}; free some space or mend the disk{newest}"
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scale_smog import distributed
+from scale_smog.config import NetName
 from scale_smog.distributed import Partition
 from scale_smog.engine.base import Engine
 from scale_smog.errors import UserError
@@ -123,6 +124,16 @@ class Zero3Engine(ZeroEngine):
             model=self.momentum, config=settings, dist_init_required=False
         )
         return online, momentum
+
+    def embed(self, view: Tensor, of: NetName = "online") -> Tensor:
+        """As of all engines."""
+        # DeepSpeed notes the order of the layers in a net's first pass, until the next pass of the
+        # whole net; this one, of the backbone alone, would be taken for a part of the first, whose
+        # weights then stay gathered and are never updated. The online net's pass back ends its own.
+        if of == "momentum":
+            momentum: Any = self._forward_momentum
+            momentum.optimizer.get_param_coordinator().reset_step()
+        return super().embed(view, of)
 
     def _partition(self, parameter: Any) -> Partition:
         numel, per_rank = parameter.ds_numel, parameter.ds_tensor.numel()

@@ -477,3 +477,13 @@ def test_the_doctor_names_what_is_whole_and_why_the_others_are_not(run):
     assert first == "step-00000001  whole" and verdict == "the run goes on from step-00000001"
     nowhere = subprocess.run([*program[:-1], "nowhere"], capture_output=True, text=True)
     assert nowhere.returncode == 2 and nowhere.stderr.startswith("error: no checkpoint in nowhere")
+
+
+def test_a_failed_save_is_said_though_the_folder_cannot_be_listed(tmp_path, monkeypatch):
+    def stale(_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    checkpoints = Checkpoints(RunConfig(dir=str(tmp_path), steps=1), {})
+    checkpoints._problem = OSError("the disk is gone")
+    monkeypatch.setattr(saving, "list_checkpoints", stale)
+    assert "no checkpoint written: the disk is gone" in (checkpoints.wait() or "")

@@ -11,6 +11,7 @@ from scale_smog import UserError, checkpoint
 from scale_smog.checkpoint.start_from import Start, fitting
 from scale_smog.distributed import Partition
 from scale_smog.export import export
+from scale_smog.models import build_backbone
 from scale_smog.pretrain import pretrain
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
@@ -165,3 +166,14 @@ def test_what_is_no_start_is_refused_in_a_line_and_leaves_no_folder(tmp_path, ta
         with pytest.raises(UserError, match=words):
             begun(tmp_path, tars, start, *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_does_not_need_its_first_weights(tmp_path, tars):
+    weights = tmp_path / "w.pth"
+    torch.save(build_backbone("resnet_tiny").state_dict(), weights)
+    own = (f"model.weights={weights}", "run.steps=4")
+    pretrain(small_recipe(tmp_path, tars, *own))
+    weights.unlink()
+    pretrain(small_recipe(tmp_path, tars, own[0], "run.steps=6"))
+    newest = checkpoint.list_checkpoints(tmp_path / "run")[-1]
+    assert newest.name == "step-00000006"

@@ -27,6 +27,33 @@ def errors_of_features(kind: str, folder: Path) -> dict[str, float]:
     return errors
 
 
+def embedded_after_the_first_step(kind: str, folder: Path) -> None:
+    """A run of four steps that evaluates each net once in between."""
+    recipe = runs.recipe_of(folder / f"{kind} evaluated", kind=kind)
+    state = runs.build_state(recipe)
+    runs.run(recipe, state, num_steps=1)
+    (view, _), _ = runs.global_batch(100)
+    for name in ("momentum", "online"):
+        state.engine.embed(view, of=name)
+    runs.run(recipe, state, num_steps=8)
+
+
+def undisturbed(kind: str, folder: Path) -> None:
+    recipe = runs.recipe_of(folder / f"{kind} undisturbed", kind=kind)
+    runs.run(recipe, runs.build_state(recipe), num_steps=8)
+
+
+@pytest.mark.parametrize("kind", ["zero3", "fsdp"])
+def test_an_evaluation_after_the_first_step_changes_no_training(kind, tmp_path):
+    """DeepSpeed learns the order of the layers in that step."""
+    run_on_ranks(2, embedded_after_the_first_step, kind, tmp_path)
+    run_on_ranks(2, undisturbed, kind, tmp_path)
+    evaluated, other = (
+        runs.final_state(tmp_path / f"{kind} {name}") for name in ("evaluated", "undisturbed")
+    )
+    assert max(runs.difference(evaluated, other).values()) < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["ddp", "zero3", "fsdp"])
 def test_features_of_either_net_are_those_of_its_weights(kind, tmp_path):
     for errors in run_on_ranks(2, errors_of_features, kind, tmp_path):
