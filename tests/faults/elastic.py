@@ -25,10 +25,11 @@ from small_recipe import write_small_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 # What a rank says before it runs a program: how often its agent has restarted it, and its process.
+# torchrun's ranks are unbuffered and write at once: each says it in one piece.
 ANNOUNCING = """
 import os, sys
-print("started", *(os.environ[x] for x in ("RANK", "TORCHELASTIC_RESTART_COUNT")), os.getpid(),
-      flush=True)
+rank, count = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+print(f"started {rank} {count} {os.getpid()}\\n", end="")
 sys.argv[:1] = []
 exec(compile(open(sys.argv[0]).read(), sys.argv[0], "exec"))
 """

@@ -4,22 +4,29 @@ from pathlib import Path
 
 from elastic import Agents
 
+# The ranks do not meet before one of them is killed; then each says in one piece whom it has met.
 MEETING = """
+import sys, time
+from pathlib import Path
 from scale_smog import distributed
 
+while not Path(sys.argv[1]).exists():
+    time.sleep(0.05)
 with distributed.process_group(600):
     ranks = distributed.gather_objects(distributed.rank())
-    print("met " + " ".join(map(str, ranks)), flush=True)  # in one piece: two ranks write at once
+    print("met " + " ".join(map(str, ranks)) + "\\n", end="")
 """
 
 
 def test_ranks_meet_again_when_agents_count_their_restarts_differently(tmp_path: Path):
     program = tmp_path / "meeting.py"
     program.write_text(MEETING)
-    agents = Agents(tmp_path, 2, 2, [str(program)])
+    killed = tmp_path / "killed"
+    agents = Agents(tmp_path, 2, 2, [str(program), str(killed)])
     try:
         agents.wait_until(lambda: len(agents.starts(1)) == 2)
         agents.kill_rank()
+        killed.touch()
         assert agents.wait() == [0, 0]
         assert sorted(agents.restart_counts()) == [0, 1]
         assert all(agents.said(number).count("met 0 1 2 3") == 2 for number in (0, 1))
