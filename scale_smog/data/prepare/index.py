@@ -2,11 +2,13 @@
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from scale_smog.data.images import BadImageError, decode, why_not_as_stored
 from scale_smog.data.labels import numbered_classes, say_unlabelled
@@ -22,7 +24,7 @@ from scale_smog.data.prepare.quarantine import BadImage, write_quarantine
 from scale_smog.data.prepare.tar_names import tars_of_split
 from scale_smog.data.prepare.work_folder import local_copy, says_what_it_cannot_write
 from scale_smog.data.tar_dataset import SIDECAR_DTYPE, npy_bytes
-from scale_smog.data.tars import TarMember, TarSample, format_index, list_tar
+from scale_smog.data.tars import TarSample, format_index, list_tar
 from scale_smog.data.workers import num_usable_cores, run_in_processes
 from scale_smog.errors import UserError
 from scale_smog.runtime.files import file_sha256, printable
@@ -33,7 +35,7 @@ from scale_smog.runtime.stores import Folder, Store, open_folder
 class IndexedTar:
     """What a tar holds that can be trained on."""
 
-    members: list[list[TarMember]]  # of each sample
+    idx: bytes  # DALI's index
     rows: np.ndarray  # SIDECAR_DTYPE [num_samples]; `key` counts the images of the tar
     bad: tuple[BadImage, ...]
     extra: tuple[BadImage, ...]  # members that are no images
@@ -58,8 +60,9 @@ def index_tar(path: Path) -> IndexedTar:
             except BadImageError as error:
                 bad.append(BadImage.of(f"{path.name}#{sample.image.name}", str(error)))
                 continue
-            members.append(list(sample.members))
-    return IndexedTar(members, np.array(rows, SIDECAR_DTYPE), tuple(bad), tuple(extra))
+            members.append(sample.members)
+    rows = np.array(rows, SIDECAR_DTYPE)
+    return IndexedTar(format_index(members), rows, tuple(bad), tuple(extra))
 
 
 def _row(key: int, sample: TarSample, content: bytes) -> tuple[int, ...]:
@@ -87,12 +90,10 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
     others = {name: s for name, s in manifest.splits.items() if name != split} if manifest else {}
     names = _tars_of_no_split(place, others, pattern)
     names = names if pattern else tars_of_split(place, names, split)
-    jobs = [(place, name) for name in names]
-    indexed = dict(run_in_processes(_index_in_place, jobs, num_usable_cores()))
-    tars = [indexed[number] for number in range(len(names))]
-    bad = [image for tar, _, _ in tars for image in tar.bad]
-    extra = [member for tar, _, _ in tars for member in tar.extra]
-    labels = np.concatenate([tar.rows["label"] for tar, _, _ in tars])
+    tars = _run([(place, name) for name in names], split)
+    bad = [image for tar in tars for image in tar.bad]
+    extra = [member for tar in tars for member in tar.extra]
+    labels = np.concatenate([tar.labels for tar in tars])
     with says_what_it_cannot_write(place):
         write_quarantine(place, split, bad, extra, len(labels) + len(bad), max_bad)
         say_unlabelled(place.url, labels)
@@ -101,11 +102,7 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
             options={"indexed": 1},
             source_fingerprint="",
             num_samples=len(labels),
-            shards=tuple(
-                _write_index(place, name, *tar)
-                for name, tar in zip(names, tars, strict=True)
-                if len(tar[0].rows)
-            ),
+            shards=tuple(tar.entry for tar in tars if tar.entry.num_samples),
         )
         classes = manifest.classes if manifest and others else ()
         classes += numbered_classes(1 + int(labels.max()))[len(classes) :]
@@ -116,12 +113,45 @@ def index_folder(out: str | Path, split: str = "train", max_bad: float = 0.05) -
     return described
 
 
-def _index_in_place(job: tuple[Folder | Store, str]) -> tuple[IndexedTar, int, str]:
-    """A tar with its size in bytes and its hash."""
+@dataclass(frozen=True)
+class _Record:
+    """What is kept of a tar until the last one has been read: little, for sets of any size."""
+
+    entry: ShardEntry
+    labels: np.ndarray  # int64 [num_samples]
+    bad: tuple[BadImage, ...]
+    extra: tuple[BadImage, ...]
+
+
+def _run(jobs: Sequence[tuple[Folder | Store, str]], split: str) -> list[_Record]:
+    """Indexes all tars; their records in the order of the jobs."""
+    records = {}
+    with tqdm(total=len(jobs), desc=split, unit="tar", disable=None) as bar:
+        for number, record in run_in_processes(_index_in_place, jobs, num_usable_cores()):
+            records[number] = record
+            bar.update()
+    return [records[number] for number in range(len(jobs))]
+
+
+def _index_in_place(job: tuple[Folder | Store, str]) -> _Record:
     place, name = job
     with local_copy(place, [name]) as folder:
         path = folder / name
-        return index_tar(path), path.stat().st_size, file_sha256(path)
+        tar, num_bytes, sha256 = index_tar(path), path.stat().st_size, file_sha256(path)
+    npy = npy_bytes(tar.rows)
+    entry = ShardEntry(
+        name=name,
+        num_samples=len(tar.rows),
+        bytes=num_bytes,
+        sha256=sha256,
+        idx_sha256=hashlib.sha256(tar.idx).hexdigest(),
+        npy_sha256=hashlib.sha256(npy).hexdigest(),
+    )
+    if entry.num_samples:
+        with says_what_it_cannot_write(place):
+            place.write(entry.idx_name, tar.idx)
+            place.write(entry.npy_name, npy)
+    return _Record(entry, tar.rows["label"].copy(), tar.bad, tar.extra)
 
 
 def _folder_and_pattern(out: str) -> tuple[str, str]:
@@ -148,20 +178,3 @@ def _tars_of_no_split(
         if printable(name) != name:  # the manifest, in JSON, cannot name it
             raise UserError(f"{printable(f'{place}/{name}')}: its name is not UTF-8: rename it")
     return names
-
-
-def _write_index(
-    place: Folder | Store, name: str, tar: IndexedTar, num_bytes: int, sha256: str
-) -> ShardEntry:
-    idx, npy = format_index(tar.members), npy_bytes(tar.rows)
-    entry = ShardEntry(
-        name=name,
-        num_samples=len(tar.rows),
-        bytes=num_bytes,
-        sha256=sha256,
-        idx_sha256=hashlib.sha256(idx).hexdigest(),
-        npy_sha256=hashlib.sha256(npy).hexdigest(),
-    )
-    place.write(entry.idx_name, idx)
-    place.write(entry.npy_name, npy)
-    return entry

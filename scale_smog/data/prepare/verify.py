@@ -133,7 +133,7 @@ def _indexed_problems(folder: Path, entry: ShardEntry) -> list[str]:
         return [f"{entry.name}: {error}"]
     problems = []
     idx = folder / entry.idx_name
-    if idx.exists() and idx.read_bytes() != format_index(tar.members):
+    if idx.exists() and idx.read_bytes() != tar.idx:
         problems.append(f"{entry.idx_name}: does not index {entry.name}")
     if (folder / entry.npy_name).read_bytes() != npy_bytes(tar.rows):
         problems.append(f"{entry.npy_name}: does not describe {entry.name}")
