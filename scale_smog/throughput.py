@@ -15,10 +15,11 @@ from scale_smog import distributed
 from scale_smog.config import Recipe
 from scale_smog.data.augment import training_views
 from scale_smog.data.batch import Batch
-from scale_smog.data.datasets import num_images, open_split
-from scale_smog.data.loaders.build import build_plan, build_training_loader
+from scale_smog.data.datasets import num_images
+from scale_smog.data.loaders.build import build_plan, build_training_loader, open_together
 from scale_smog.data.loaders.synthetic import SyntheticLoader
 from scale_smog.data.plan import images_per_rank
+from scale_smog.data.remote.space import use_cache
 from scale_smog.grouping import spherical_kmeans
 from scale_smog.loop import train_step
 from scale_smog.profiling import report
@@ -74,6 +75,7 @@ def profile_on(device: torch.device, recipe: Recipe, options: Options) -> dict[s
         )
     num = recipe.data.num_images
     if recipe.data.loader != "synthetic":
+        use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
         num = num_images(recipe.data.path, "train")
     recipe, _ = fit_to_data(recipe, num)
     measure = profile_loader if options.loader_only else profile_step
@@ -159,7 +161,7 @@ def build_batches(
     views = training_views(recipe.data, recipe.augment)
     if synthetic or recipe.data.loader == "synthetic":
         return SyntheticLoader(views, batch, num, device)
-    dataset = open_split(recipe.data.path, "train")
+    dataset = open_together(recipe.data.path, "train")
     plan = build_plan(recipe.data, dataset, recipe.run.seed)
     return build_training_loader(recipe.data, views, dataset, plan, range(num), device)
 

@@ -8,7 +8,9 @@ from s3_store import BUCKET, copy_to
 from small_recipe import small_recipe
 
 from scale_smog import UserError
+from scale_smog.preflight.dry_run import dry_run
 from scale_smog.pretrain import pretrain
+from scale_smog.throughput import Options, profile
 
 
 def losses(folder):
@@ -41,3 +43,15 @@ def test_what_comes_back_goes_on_under_its_own_recipe_and_dataset_only(tars, tmp
     shutil.rmtree(tmp_path / "run")
     pretrain(small_recipe(tmp_path, tars, there))  # its own: there is nothing left to train
     assert not losses(tmp_path)
+
+
+def profile_loader(recipe):
+    profile(recipe, Options(num_steps=1, num_warm_up=0, loader_only=True))
+
+
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize("program", [dry_run, profile_loader])
+def test_what_programs_read_of_a_store_is_kept_where_the_recipe_says(tars, tmp_path, program):
+    copy_to(tars, url := f"s3://{BUCKET}/{tmp_path.name}")
+    program(small_recipe(tmp_path, url, f"data.cache_dir={tmp_path}/there"))
+    assert list((tmp_path / "there").rglob("manifest.json"))

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from scale_smog import distributed
-from scale_smog.config import Recipe
+from scale_smog.config import DataConfig, Recipe
 from scale_smog.data import EpochPlan
+from scale_smog.data.remote.space import use_cache
 from scale_smog.data.workers import describe_workers, num_usable_cores, workers_of_rank
 from scale_smog.profiling.memory import MemoryPlan, plan_memory
 from scale_smog.recipe import dump_recipe
@@ -28,7 +29,7 @@ def dry_run(recipe: Recipe) -> str:
         from scale_smog.state import build_initial_nets  # slow to import
 
         build_initial_nets(recipe.model, recipe.nets)
-    num_images, source = _count_images(recipe)
+    num_images, source = _count_images(recipe.data)
     recipe, _ = fit_to_data(recipe, num_images)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rows = [
@@ -46,13 +47,14 @@ def _ranks_per_node(world_size: int) -> int:
     return min(world_size, USUAL_RANKS_A_NODE)
 
 
-def _count_images(recipe: Recipe) -> tuple[int, str]:
+def _count_images(data: DataConfig) -> tuple[int, str]:
     """Training images, and a word on where that number is from."""
-    if not is_url(recipe.data.path) and not Path(recipe.data.path).exists():
-        return recipe.data.num_images, f" (data.num_images: there is no {recipe.data.path} here)"
+    if not is_url(data.path) and not Path(data.path).exists():
+        return data.num_images, f" (data.num_images: there is no {data.path} here)"
     from scale_smog.data.datasets import num_images
 
-    return num_images(recipe.data.path, "train"), ""
+    use_cache(data.cache_dir, data.cache_gib)
+    return num_images(data.path, "train"), ""
 
 
 def _length_rows(recipe: Recipe, num_images: int, world_size: int) -> list[tuple[str, str]]:
