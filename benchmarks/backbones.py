@@ -11,10 +11,10 @@ import json
 
 import torch
 from compare import claim, interleaved
+from torch.utils.flop_counter import FlopCounterMode
 
 from scale_smog.config import Recipe
 from scale_smog.models import build_backbone
-from scale_smog.profiling.flops import forward_flops
 from scale_smog.profiling.hardware import load_hardware
 from scale_smog.profiling.scaling_model import predict
 
@@ -61,7 +61,10 @@ def measure(quick: bool, repeats: int) -> None:
 
         sides[f"{name} x{width}"] = run
         with torch.device("meta"):
-            flops = forward_flops(build_backbone(name, width), 224)
+            meta, image = build_backbone(name, width), torch.empty(2, 3, 224, 224)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            meta(image)
+        flops = counter.get_total_flops() / len(image)
         rows[f"{name} x{width}"] = (num, sum(p.numel() for p in net.parameters()), flops)
     seconds = interleaved(sides, repeats)
     print(

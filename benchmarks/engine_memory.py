@@ -23,7 +23,8 @@ from scale_smog.engine import Engine, build_engine
 from scale_smog.grouping import MomentumGroups
 from scale_smog.loss import group_contrastive_loss
 from scale_smog.models import build_nets, process_group_for, synchronise_batch_norm
-from scale_smog.profiling.memory import plan_memory, sent_mib
+from scale_smog.profiling.memory import plan_memory
+from scale_smog.profiling.sharding import shards_of
 
 KINDS = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 RANKS_PER_NODE, BATCH, IMAGE_PX, NUM_GPUS = 2, 2, 64, 64
@@ -59,6 +60,37 @@ def main() -> None:
         print("| " + " | ".join(map(str, row.values())) + " |")
     fsdp = next(row for row in rows if row["engine"] == "fsdp")
     claim("MiB of a rank of fsdp, planned against measured", fsdp["planned_mib"], fsdp["peak_mib"])
+
+
+def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
+    """MiB that a rank sends at a step for weights and gradients, by the ring algorithms.
+
+    A ring all-reduce of n bytes among r ranks sends 2 n (r - 1) / r from each, an all-gather or a
+    reduce-scatter half of it (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
+    """
+    with torch.device("meta"):
+        nets_of_rank = build_nets(recipe.model, recipe.nets)
+    num_online, num_momentum = (sum(p.numel() for p in x.parameters()) for x in nets_of_rank)
+    kind = recipe.engine.kind
+    weight_bytes = 8 if recipe.engine.precision == "fp64" else 4
+    grad_bytes = 2 if recipe.engine.reduce_precision == "bf16" else weight_bytes
+    if kind in ("zero2", "zero3"):  # they share the gradients of every micro-batch
+        grad_bytes *= recipe.engine.accumulate
+    parts = shards_of(kind, world_size, ranks_per_node).weights
+    once = (world_size - 1) / world_size
+    if parts == 1:  # gradients are summed up and, under ZeRO, new weights sent round
+        gathered = num_online * weight_bytes if kind != "ddp" else 0
+        return (gathered + 2 * num_online * grad_bytes) * once / MIB
+    # Weights are gathered for every forward pass, and once more for the backward pass.
+    engine, nets = recipe.engine, recipe.nets
+    num_sizes = nets.num_online_views + (1 if recipe.data.num_small_crops else 0)
+    num_passes = (engine.num_online_forwards + 1) * num_sizes
+    num_values = num_passes * num_online + nets.num_momentum_views * num_momentum
+    gathered = engine.accumulate * num_values * weight_bytes
+    sent = (gathered + num_online * grad_bytes) * (parts - 1) / parts
+    copies = world_size / parts  # hsdp: the nodes' copies add up their parts of the gradients
+    sent += 2 * num_online / parts * grad_bytes * (copies - 1) / copies
+    return sent / MIB
 
 
 def recipe(kind: str, width: int, global_batch: int, image_px: int, precision: str) -> Recipe:

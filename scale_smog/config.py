@@ -350,6 +350,9 @@ class OptimizerConfig(Section):
     Paper: section 4.1."""
 
 
+ZERO_BUCKET_NUMEL = 50_000_000  # of ZeRO's gradients; DeepSpeed allocates it whole, 200 MB in fp32
+
+
 class EngineConfig(Section):
     """How the nets are spread over the ranks, and in which precision they compute."""
 

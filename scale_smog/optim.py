@@ -13,6 +13,11 @@ from torch.optim.sgd import sgd
 from scale_smog.config import OptimizerConfig
 from scale_smog.distributed import all_reduce
 
+STATE_KEYS = {  # of torch's optimizers and of Lars, beside AdamW's step count
+    "lars": ("momentum_buffer",),
+    "sgd": ("momentum_buffer",),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
 LARGE, RANGE = 2**16, 2**12  # values of a tensor
 
 

@@ -29,6 +29,7 @@ from scale_smog.models import (
     unsynchronised_running_stats,
 )
 from scale_smog.optim import (
+    STATE_KEYS,
     Lars,
     ParameterPartition,
     build_optimizer,
@@ -42,11 +43,6 @@ from scale_smog.runtime import phases
 
 # Shapes: B images per rank, D feature size, V views of the online net, L branches with drop path.
 
-STATE_KEYS = {  # of torch's optimizers and of Lars, beside AdamW's step count
-    "lars": ("momentum_buffer",),
-    "sgd": ("momentum_buffer",),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of the weights
 
 

@@ -21,7 +21,7 @@ from scale_smog import distributed
 from scale_smog.distributed import Partition
 from scale_smog.engine.base import Engine
 from scale_smog.errors import UserError
-from scale_smog.models import MomentumNet, OnlineNet, stages
+from scale_smog.models import MomentumNet, OnlineNet, sharding_units
 from scale_smog.optim import ParameterPartition
 
 
@@ -61,12 +61,9 @@ class FsdpEngine(Engine):
     def _shard(
         self, net: OnlineNet | MomentumNet, mesh: DeviceMesh, policy: MixedPrecisionPolicy
     ) -> None:
-        # Every parameter belongs to a part, none to the root, which would keep its own after a
+        # Every parameter belongs to a unit, none to the root, which would keep its own after a
         # forward pass without backward: the momentum update needs them split again.
-        parts = [*stages(net.backbone), net.backbone, net.projector]
-        if isinstance(net, OnlineNet):
-            parts.append(net.predictor)
-        for module in dict.fromkeys([*parts, net]):
+        for module in [*sharding_units(net), net]:
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
     def _partition(self, parameter: Tensor) -> Partition:

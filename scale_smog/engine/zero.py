@@ -15,13 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scale_smog import distributed
-from scale_smog.config import NetName
+from scale_smog.config import ZERO_BUCKET_NUMEL, NetName
 from scale_smog.distributed import Partition
 from scale_smog.engine.base import Engine
 from scale_smog.errors import UserError
 from scale_smog.optim import ParameterPartition
-
-REDUCE_BUCKET_NUMEL = 50_000_000  # DeepSpeed allocates the whole bucket: 200 MB in fp32
 
 
 class ZeroEngine(Engine):
@@ -49,8 +47,8 @@ class ZeroEngine(Engine):
         }
         zero = {
             "stage": int(self.config.kind.removeprefix("zero")),
-            "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
-            "allgather_bucket_size": REDUCE_BUCKET_NUMEL,
+            "reduce_bucket_size": ZERO_BUCKET_NUMEL,
+            "allgather_bucket_size": ZERO_BUCKET_NUMEL,
         }
         further = self.config.deepspeed
         zero |= further.get("zero_optimization", {}) | self._zero_settings

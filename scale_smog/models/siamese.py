@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scale_smog.config import DEFAULT_NETS, ModelConfig, NetPlan
 from scale_smog.models import heads
-from scale_smog.models.backbones import build_backbone
+from scale_smog.models.backbones import build_backbone, stages
 from scale_smog.models.drop_path import drop_paths, dropped
 
 # Shapes: B images per rank, F size of the backbone's features, D of the projections,
@@ -111,6 +111,14 @@ class MomentumNet(nn.Module):
     def features(self, view: Tensor) -> Tensor:
         """The backbone's features [B, F] of a view [B, 3, H, W], for evaluation."""
         return self.backbone(view)
+
+
+def sharding_units(net: OnlineNet | MomentumNet) -> list[nn.Module]:
+    """The parts of a net to be sharded one by one, in order; they hold all of its parameters."""
+    units = [*stages(net.backbone), net.backbone, net.projector]
+    if isinstance(net, OnlineNet):
+        units.append(net.predictor)
+    return list(dict.fromkeys(units))
 
 
 def build_nets(model: ModelConfig, plan: NetPlan = DEFAULT_NETS) -> tuple[OnlineNet, MomentumNet]:

@@ -9,12 +9,13 @@ backward pass hides is found by sending each bucket when its last gradient is re
 import math
 from collections.abc import Iterator, Sequence
 
+from scale_smog.config import ZERO_BUCKET_NUMEL
 from scale_smog.profiling.hardware import MICRO, Hardware, Link
+from scale_smog.profiling.sharding import shards_of
 from scale_smog.profiling.workload import Parts, Workload
 
 DDP_FIRST_BUCKET, DDP_BUCKET = 2**20, 25 * 2**20  # bytes, torch's defaults
-ZERO_BUCKET_NUMEL = 50_000_000
-FSDP_UNITS = 7  # parts of a net that are gathered at once: stages, rest, projector, predictor
+PREFETCH_BUCKET_NUMEL = 50_000_000  # weights that DeepSpeed's ZeRO-3 gathers at once, its default
 COMPUTE_PARTS = ("online_forward", "momentum_forward", "backward")
 Points = Sequence[tuple[int, float]]  # bytes, seconds
 
@@ -97,11 +98,6 @@ def exposed_s(
     }
 
 
-def weight_shards(engine: str, gpus: int, per_node: int) -> int:
-    """Over how many ranks an engine splits the weights."""
-    return {"zero3": gpus, "fsdp": gpus, "hsdp": min(gpus, per_node)}.get(engine, 1)
-
-
 def finish_s(sent: Sequence[tuple[float, float]]) -> float:
     """When the last of messages (ready, seconds) is through, sent one at a time and in order."""
     free = 0.0
@@ -161,8 +157,10 @@ def _split_weights_s(
     # For each pass forward and backward, and the momentum net's, of each micro-batch.
     num_passes = (config.num_online_forwards + 1) * num_sizes + nets.num_momentum_views
     num_gathers = config.accumulate * num_passes
-    shards = weight_shards(engine, gpus, model.machine.gpus_per_node)
-    messages = len(work.cost.norm_channels) if engine == "zero3" else FSDP_UNITS
+    shards = shards_of(engine, gpus, model.machine.gpus_per_node).weights
+    messages = work.cost.num_units
+    if engine == "zero3":
+        messages = math.ceil(work.num_weights / PREFETCH_BUCKET_NUMEL)
     sent_s = num_gathers * model.seconds("all_gather", weights, shards, messages)
     sent_s += model.seconds("reduce_scatter", gradients, shards, messages)
     # A part is copied into the message and the whole out of it; gradients likewise.
@@ -199,7 +197,7 @@ def _batch_norm_s(
 
     online_s, momentum_s = gathered_s(cost.norm_channels), gathered_s(cost.momentum_norm_channels)
     seconds = online_s + momentum_s
-    if weight_shards(engine, gpus, model.machine.gpus_per_node) == 1:
+    if shards_of(engine, gpus, model.machine.gpus_per_node).weights == 1:
         beside = (online_s - parts["momentum_forward"], momentum_s - parts["online_forward"])
         seconds = model.unhidden_s(seconds, max(0.0, *beside))
     seconds += work.num_repeats * online_s

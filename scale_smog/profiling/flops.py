@@ -6,18 +6,18 @@ its arithmetic at the device's peak or its bytes at the memory's bandwidth, whic
 Convolutional nets are bound by the latter, so their MFU says little.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from scale_smog.config import DEFAULT_NETS, DataConfig, ModelConfig, NetPlan
-from scale_smog.models import build_nets
+from scale_smog.models import build_nets, sharding_units
 
 VALUE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 CAST_BYTES = 6  # of a weight under autocast: read as float32, written as bf16
@@ -48,6 +48,7 @@ class StepCost:
     ready: list[Ready]  # in the order in which gradients become ready
     norm_channels: list[int]  # of each batch norm of the online net, in the order of the pass
     momentum_norm_channels: list[int]
+    num_units: int  # that FSDP gathers one by one
 
     def at_batch(self, batch: int, more: "StepCost", counted: tuple[int, int]) -> "StepCost":
         """The cost of another batch: everything is linear in it.
@@ -142,16 +143,14 @@ def count_step(
         momentum_forward.append(cast)
         backward.append(cast)
     return StepCost(
-        online_forward, momentum_forward, backward, ready, channels.seen, momentum_channels.seen
+        online_forward,
+        momentum_forward,
+        backward,
+        ready,
+        norm_channels=channels.seen,
+        momentum_norm_channels=momentum_channels.seen,
+        num_units=len(sharding_units(online)),
     )
-
-
-def forward_flops(backbone: torch.nn.Module, px: int) -> float:
-    """Floating-point operations of one image [3, px, px] through a net on the meta device."""
-    counter = OpCounter(VALUE_BYTES["fp32"])
-    with counter, torch.no_grad():
-        backbone(torch.empty(2, 3, px, px, device="meta"))
-    return sum(op.flops for op in counter.take()) / 2
 
 
 class _NormChannels:
@@ -194,7 +193,8 @@ class OpCounter(TorchDispatchMode):
             reads, writes = (sum(x.numel() for x in xs) for xs in (inputs, outputs))
             if "batch_norm" in name:
                 reads *= 2  # once for the statistics (or their gradients), once to apply them
-            flops = FLOPS[name](args, outputs) if name in FLOPS else 0.0
+            formula = flop_registry.get(func.overloadpacket)
+            flops = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
             self.ops.append(Op(name, float(flops), float((reads + writes) * self._value_bytes)))
         return result
 
@@ -203,28 +203,3 @@ FREE = {  # no memory is touched
     "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
     "_unsafe_view", "lift_fresh", "_reshape_alias",
 }  # fmt: skip
-
-
-def _convolution(args: Sequence[Any], outputs: list[Tensor]) -> float:
-    weight = args[1]  # [C_out, C_in / groups, h, w]
-    return 2 * outputs[0].numel() * prod(weight.shape[1:])
-
-
-def _convolution_backward(args: Sequence[Any], outputs: list[Tensor]) -> float:
-    grad_output, weight, wanted = args[0], args[2], args[-1]  # wanted: of input, weight, bias
-    return 2 * grad_output.numel() * prod(weight.shape[1:]) * sum(wanted[:2])
-
-
-def _matrix_product(position: int) -> Callable[[Sequence[Any], list[Tensor]], float]:
-    """2 m n k, where the left matrix [..., m, k] is the argument at `position`."""
-    return lambda args, outputs: 2 * outputs[0].numel() * args[position].shape[-1]
-
-
-FLOPS: dict[str, Callable[[Sequence[Any], list[Tensor]], float]] = {
-    "convolution": _convolution,
-    "convolution_backward": _convolution_backward,
-    "mm": _matrix_product(0),
-    "bmm": _matrix_product(0),
-    "addmm": _matrix_product(1),
-    "baddbmm": _matrix_product(1),
-}

@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from scale_smog.config import EngineConfig, Recipe
+from scale_smog.config import ZERO_BUCKET_NUMEL, EngineConfig, Recipe
 from scale_smog.models import MomentumNet, OnlineNet, build_nets, stages
 from scale_smog.models.check import batch_norm_images, image_sizes, require_images_fit
+from scale_smog.optim import STATE_KEYS
+from scale_smog.profiling.sharding import Shards, shards_of
 
 MIB = 2**20
 ZERO3_LIVE = 1e9  # weights that DeepSpeed keeps gathered by default
-REDUCE_BUCKET_NUMEL = 50_000_000  # that the ZeRO engines ask DeepSpeed for; it allocates it whole
-STATES = {"lars": 1, "sgd": 1, "adamw": 2}  # optimizer values a parameter
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
     online, momentum = _nets_without_values(recipe)
     value_bytes = 8 if engine.precision == "fp64" else 4
     num_online, num_momentum = _numel(online), _numel(momentum)
-    parts = _parts(engine.kind, world_size, ranks_per_node)
+    shards = shards_of(engine.kind, world_size, ranks_per_node)
     batch = data.global_batch // world_size
-    weights = _weights_and_gradients(engine, parts, online, momentum)
-    activations = _activation_bytes(online, recipe, batch // engine.accumulate, parts)
+    weights = _weights_and_gradients(engine, shards, online, momentum)
+    activations = _activation_bytes(online, recipe, batch // engine.accumulate, shards)
     if engine.precision == "bf16" and not engine.activation_checkpointing:
         activations += 2 * num_online  # autocast's copies of the weights, for the pass back
     if engine.kind == "zero1":  # its gradients come while activations go: they share the room
         activations = max(activations, num_online * value_bytes)
-    states = STATES[recipe.optimizer.name] * num_online / parts.optimizer
+    states = len(STATE_KEYS[recipe.optimizer.name]) * num_online / shards.optimizer
     bank = recipe.num_kept_features(batch) * model.dim * 4
     groups = 3 * recipe.grouping.num_groups * (model.dim + 1) * value_bytes
     return MemoryPlan(
         num_backbone_parameters=_numel(online.backbone),
         num_online_parameters=num_online,
         weights_and_gradients_mib=weights * value_bytes / MIB,
-        momentum_net_mib=num_momentum / parts.weights * value_bytes / MIB,
+        momentum_net_mib=num_momentum / shards.weights * value_bytes / MIB,
         optimizer_mib=states * value_bytes / MIB,
         activations_mib=activations / MIB,
         groups_and_bank_mib=(bank + groups) / MIB,
@@ -78,15 +78,15 @@ def plan_memory(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> Mem
 
 
 def _weights_and_gradients(
-    engine: EngineConfig, parts: "_Parts", online: OnlineNet, momentum: MomentumNet
+    engine: EngineConfig, shards: Shards, online: OnlineNet, momentum: MomentumNet
 ) -> float:
     """Values that a rank holds of them at the peak, master values and buffers among them."""
     num_online, num_momentum, kind = _numel(online), _numel(momentum), engine.kind
-    values = num_online / parts.weights
+    values = num_online / shards.weights
     if kind != "zero1":
-        values += num_online / parts.gradients
+        values += num_online / shards.gradients
     if kind.startswith("zero"):  # masters apart from what the nets compute with, and a bucket
-        values += num_online / parts.optimizer + REDUCE_BUCKET_NUMEL
+        values += num_online / shards.optimizer + ZERO_BUCKET_NUMEL
     if kind == "zero3":  # both nets gathered, and a stage once more while it is on its way
         gathered = min(num_online, ZERO3_LIVE) + min(num_momentum, ZERO3_LIVE)
         return values + gathered + _largest_stage(online)
@@ -95,51 +95,21 @@ def _weights_and_gradients(
     return values
 
 
-def _bytes_of_a_live_weight(engine: EngineConfig, parts: "_Parts") -> float:
+def _bytes_of_a_live_weight(engine: EngineConfig, shards: Shards) -> float:
     """That a weight of the computing stage takes besides: a copy, gathered values, gradients."""
     num_bytes = 0.0
     if engine.precision == "bf16":
         if engine.activation_checkpointing:
             num_bytes += 2  # autocast's copy; without checkpointing those of all stages are held
-        if parts.weights == 1 and not engine.compile:  # a stage's gradients wait for one another
+        if shards.weights == 1 and not engine.compile:  # a stage's gradients wait for one another
             num_bytes += 2
-    if parts.weights > 1 and engine.kind != "zero3":  # gathered, and its gradient
+    if shards.weights > 1 and engine.kind != "zero3":  # gathered, and its gradient
         num_bytes += 2 * (8 if engine.precision == "fp64" else 4)
     return num_bytes
 
 
 def _largest_stage(online: OnlineNet) -> int:
     return max(_numel(stage) for stage in stages(online.backbone))
-
-
-def sent_mib(recipe: Recipe, world_size: int, ranks_per_node: int = 8) -> float:
-    """MiB that a rank sends at a step for weights and gradients, by the ring algorithms.
-
-    A ring all-reduce of n bytes among r ranks sends 2 n (r - 1) / r from each, an all-gather or a
-    reduce-scatter half of it (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
-    """
-    online, momentum = _nets_without_values(recipe)
-    num_online, num_momentum = _numel(online), _numel(momentum)
-    kind = recipe.engine.kind
-    weight_bytes = 8 if recipe.engine.precision == "fp64" else 4
-    grad_bytes = 2 if recipe.engine.reduce_precision == "bf16" else weight_bytes
-    if kind in ("zero2", "zero3"):  # they share the gradients of every micro-batch
-        grad_bytes *= recipe.engine.accumulate
-    parts = _parts(kind, world_size, ranks_per_node).weights
-    once = (world_size - 1) / world_size
-    if parts == 1:  # gradients are summed up and, under ZeRO, new weights sent round
-        gathered = num_online * weight_bytes if kind != "ddp" else 0
-        return (gathered + 2 * num_online * grad_bytes) * once / MIB
-    # Weights are gathered for every forward pass, and once more for the backward pass.
-    engine, nets = recipe.engine, recipe.nets
-    num_sizes = nets.num_online_views + (1 if recipe.data.num_small_crops else 0)
-    num_passes = (engine.num_online_forwards + 1) * num_sizes
-    num_values = num_passes * num_online + nets.num_momentum_views * num_momentum
-    gathered = engine.accumulate * num_values * weight_bytes
-    sent = (gathered + num_online * grad_bytes) * (parts - 1) / parts
-    copies = world_size / parts  # hsdp: the nodes' copies add up their parts of the gradients
-    sent += 2 * num_online / parts * grad_bytes * (copies - 1) / copies
-    return sent / MIB
 
 
 def _nets_without_values(recipe: Recipe) -> tuple[OnlineNet, MomentumNet]:
@@ -158,31 +128,11 @@ class _NothingDrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Parts(NamedTuple):
-    """Over how many ranks each kind of tensor is split."""
-
-    optimizer: int
-    gradients: int
-    weights: int
-
-
-def _parts(kind: str, world_size: int, ranks_per_node: int) -> _Parts:
-    per_node = min(ranks_per_node, world_size)
-    return {
-        "ddp": _Parts(1, 1, 1),
-        "zero1": _Parts(world_size, 1, 1),
-        "zero2": _Parts(world_size, world_size, 1),
-        "zero3": _Parts(world_size, world_size, world_size),
-        "fsdp": _Parts(world_size, world_size, world_size),
-        "hsdp": _Parts(per_node, per_node, per_node),
-    }[kind]
-
-
 def _numel(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _activation_bytes(online: OnlineNet, recipe: Recipe, batch: int, parts: "_Parts") -> float:
+def _activation_bytes(online: OnlineNet, recipe: Recipe, batch: int, shards: Shards) -> float:
     """Bytes that the online net's forward pass keeps for backward, and those of a live stage.
 
     Counted for 2 images, and scaled.
@@ -196,7 +146,7 @@ def _activation_bytes(online: OnlineNet, recipe: Recipe, batch: int, parts: "_Pa
         online(large, others)
     value_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[recipe.engine.precision]
     of_value = value_bytes * batch / num_images
-    of_weight = _bytes_of_a_live_weight(recipe.engine, parts)
+    of_weight = _bytes_of_a_live_weight(recipe.engine, shards)
     if not recipe.engine.activation_checkpointing:
         return saved.numel() * of_value + of_weight * _largest_stage(online)
     return max(

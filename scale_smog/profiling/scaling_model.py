@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from scale_smog.config import Recipe
-from scale_smog.profiling.communication_model import exposed_s, weight_shards
+from scale_smog.profiling.communication_model import exposed_s
 from scale_smog.profiling.hardware import Hardware
+from scale_smog.profiling.sharding import shards_of
 from scale_smog.profiling.workload import Parts, Workload, estimate_parts
 
 ESTIMATES = (2, 1, 0)  # pessimistic, nominal, optimistic: ascending images/s
-SPLIT_STATE = ("zero1", "zero2")  # whole weights, but optimizer state over all ranks
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -74,8 +74,8 @@ def whole_parts(parts: Parts, engine: str, ranks: int, per_node: int) -> dict[st
 
 def _shards(engine: str, gpus: int, per_node: int) -> dict[str, int]:
     """Over how many ranks the work of a part is split."""
-    weights = weight_shards(engine, gpus, per_node)
-    return {"optimizer": gpus if engine in SPLIT_STATE else weights, "ema": weights}
+    shards = shards_of(engine, gpus, per_node)
+    return {"optimizer": shards.optimizer, "ema": shards.weights}
 
 
 def predict(

@@ -12,7 +12,7 @@ from scale_smog import UserError
 from scale_smog.config import DataConfig, ModelConfig
 from scale_smog.models import OnlineNet, average_running_stats, stages, unsynchronised_running_stats
 from scale_smog.models.backbones import build_backbone
-from scale_smog.profiling.memory import _SavedTensors, plan_memory, sent_mib
+from scale_smog.profiling.memory import _SavedTensors, plan_memory
 
 
 @pytest.mark.parametrize(
@@ -138,22 +138,16 @@ def test_the_plan_knows_what_each_engine_splits():
         recipe = recipe.model_copy(
             update={"data": DataConfig(path="", global_batch=4096, large_px=32, small_px=32)}
         )
-        return plan_memory(recipe, 64), sent_mib(recipe, 64)
+        return plan_memory(recipe, 64)
 
     plans = {kind: plan(kind) for kind in runs.ENGINES}
-    held = {kind: memory.total_mib for kind, (memory, _) in plans.items()}
+    held = {kind: memory.total_mib for kind, memory in plans.items()}
     assert held["fsdp"] < held["hsdp"] < held["ddp"]
     # zero1's gradients come while activations go, so zero2 holds less of them and as much in all.
     assert held["zero2"] == pytest.approx(held["zero1"], rel=0.01)
     assert held["zero1"] < 0.75 * held["ddp"]
-    shares = {kind: memory.momentum_net_mib for kind, (memory, _) in plans.items()}
+    shares = {kind: memory.momentum_net_mib for kind, memory in plans.items()}
     assert shares["zero3"] == pytest.approx(shares["zero2"] / 64)
-    sent = {kind: mib for kind, (_, mib) in plans.items()}
-    weights = 4 * plans["ddp"][0].num_online_parameters / 2**20
-    assert sent["ddp"] == pytest.approx(2 * weights * 63 / 64)
-    # DeepSpeed sums the gradients on all ranks and then sends the new weights round.
-    assert sent["zero2"] == sent["zero1"] == pytest.approx(1.5 * sent["ddp"])
-    assert sent["fsdp"] > 1.5 * sent["ddp"]
 
 
 @pytest.mark.parametrize("name", ["resnet50", "swin_tiny"])

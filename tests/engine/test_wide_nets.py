@@ -65,7 +65,7 @@ def losses_by_engine(model: ModelConfig) -> dict[str, list[float]]:
 
 def losses_of_nets() -> dict[str, dict[str, list[float]]]:
     os.environ["LOCAL_RANK"] = str(distributed.rank())
-    zero.REDUCE_BUCKET_NUMEL = BUCKET_NUMEL
+    zero.ZERO_BUCKET_NUMEL = BUCKET_NUMEL
     return {name: losses_by_engine(model) for name, model in MODELS.items()}
 
 

@@ -1,5 +1,7 @@
 """The alpha-beta model: what collectives take, and what of it a step waits for."""
 
+import math
+
 import pytest
 
 from scale_smog.config import Recipe
@@ -60,3 +62,19 @@ def test_batch_norms_of_one_net_hide_behind_the_other_where_the_nets_are_whole(w
 
     assert waits_s("ddp", 0.9) < 0.75 * waits_s("ddp", 0.0)
     assert waits_s("fsdp", 0.9) == waits_s("fsdp", 0.0) == waits_s("ddp", 0.0)
+
+
+@pytest.mark.parametrize(("backbone", "num_units"), [("resnet18", 7), ("vit_tiny_patch16_224", 15)])
+def test_split_weights_wait_for_a_message_a_unit_under_fsdp_and_a_bucket_under_zero3(
+    backbone, num_units
+):
+    work = Workload.of(recipe_of(model={"backbone": backbone}), 8)
+    assert work.num_weights < 50e6  # one bucket
+    parts = estimate_parts(work, H200, 1)
+    network = H200.network.model_copy(update={"latency_us": (1e6,) * 3})
+    slow = H200.model_copy(update={"network": network, "overlap": (0.0,) * 3})
+    fsdp, zero3 = (
+        exposed_s(work, parts, 64, engine, "local", slow, 1)["weights"] - math.log2(8)  # norms
+        for engine in ("fsdp", "zero3")
+    )
+    assert fsdp / zero3 == pytest.approx(num_units, rel=0.01)
