@@ -6,6 +6,11 @@ SC 2011.
 
 import numpy as np
 
+# Streams: what the draws for one number are for. A view's augmentation takes the view's own number.
+ORDERS = -1  # of an epoch's samples, and of the rows that a k-means begins with
+DROP_PATH = 2**20  # of the first view; the others' follow
+RANDOM_SELECT = 2**21  # of groups, an operator
+
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -22,7 +27,7 @@ def random_words(
         seed: of the run, below 2**64.
         sample_ids: [N] int, below 2**32.
         epochs: [N] int or one for all.
-        stream: tells apart the draws for one sample, such as its views; -1 is the sample order.
+        stream: one of those above.
         num_words: draws a sample.
 
     Returns:

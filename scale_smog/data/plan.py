@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from scale_smog.counter_rng import random_words
+from scale_smog.counter_rng import ORDERS, random_words
 from scale_smog.errors import UserError
 
 NEVER = np.iinfo(np.int64).max
@@ -191,5 +191,5 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 def _random_words64(num: int, seed: int, epoch: int) -> np.ndarray:
     """Raw draws [num] uint64, to sort by: NumPy may change what `permutation` returns."""
-    words = random_words(seed, np.arange(-(-num // 2)), epoch, stream=-1, num_words=4)
+    words = random_words(seed, np.arange(-(-num // 2)), epoch, ORDERS, num_words=4)
     return ((words[:, ::2] << np.uint64(32)) | words[:, 1::2]).reshape(-1)[:num]

@@ -33,13 +33,12 @@ class FeatureBank:
         """What has been stored: [N, D] float32, N = B x min(steps pushed, S)."""
         return self._ring[: self._num_pushed].flatten(0, 1)
 
-    def global_rows(self) -> Tensor:
-        """The global number [N] int64 of each row of `features`."""
-        num_steps, batch, _ = self._ring[: self._num_pushed].shape
-        step = torch.arange(num_steps, device=self._ring.device)[:, None]
-        image = torch.arange(batch, device=self._ring.device)[None, :]
+    def own_rows(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of `features` for each global number [K], and whether this rank has it [K]."""
+        batch = self._ring.shape[1]
         size = batch * distributed.world_size()
-        return (step * size + distributed.rank() * batch + image).flatten()
+        step, image = numbers // size, numbers % size  # image of the global batch
+        return step * batch + image % batch, image // batch == distributed.rank()
 
     def state_dict(self) -> dict[str, Partition]:
         """The ring of all ranks [global batch, S, D] and the number of pushes."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from scale_smog import distributed
 from scale_smog.config import GroupingConfig
-from scale_smog.counter_rng import random_words
+from scale_smog.counter_rng import RANDOM_SELECT, random_words
 from scale_smog.errors import UserError
+from scale_smog.grouping.draws import draw_distinct, gather_rows
 from scale_smog.grouping.feature_bank import FeatureBank
 from scale_smog.grouping.kmeans import KMeansResult, spherical_kmeans
 from scale_smog.grouping.precision import full_float32
@@ -89,7 +90,7 @@ class MomentumGroups(nn.Module):
             return (z @ self.centroids.T).argmax(dim=1)
 
     def updated_by(self, z: Tensor, beta: float) -> Tensor:
-        """The groups after one update by the global batch; nothing is stored yet.
+        """The groups after one update by the global batch, which `commit` makes the groups.
 
         G'_k = unit(beta G_k + (1 - beta) mean of the features assigned to k) (Eq. 4). Groups
         without features keep their value. One all-reduce, whose gradient is exact across ranks.
@@ -130,23 +131,16 @@ class MomentumGroups(nn.Module):
         Raises:
             UserError: there are fewer features than groups.
         """
-        features, rows = bank.features(), bank.global_rows()
-        num_features = len(rows) * distributed.world_size()
-        if num_features < len(self.centroids):
+        features, num_groups = bank.features(), len(self.centroids)
+        num_features = len(features) * distributed.world_size()
+        if num_features < num_groups:
             raise UserError(
-                f"{num_features} features for {len(self.centroids)} groups to begin with, as steps "
+                f"{num_features} features for {num_groups} groups to begin with, as steps "
                 "that were not finite left none: begin anew with more "
                 "grouping.instance_warmup_steps or a lower optimizer.base_lr"
             )
-        draws = random_words(self.seed, np.arange(num_features), 0, stream=-1, num_words=1)[:, 0]
-        drawn = torch.from_numpy(np.argsort(draws, kind="stable")[: len(self.centroids)].copy())
-        drawn = drawn.to(features.device)  # [K] global numbers
-        order = rows.argsort()
-        place = torch.searchsorted(rows[order], drawn).clamp(max=len(rows) - 1)
-        local = order[place]  # [K] this rank's row, if it has the number
-        owned = rows[local] == drawn
-        seeds = distributed.all_reduce(features[local] * owned[:, None])  # one rank's row + zeros
-        return self._cluster(features, seeds)
+        drawn = draw_distinct(num_groups, num_features, self.seed, 0, features.device)
+        return self._cluster(features, gather_rows(features, *bank.own_rows(drawn)))
 
     def reseed_from(self, bank: FeatureBank) -> ResetReport:
         """Replaces the groups by k-means over the bank, started from the groups themselves."""
@@ -172,14 +166,11 @@ class MomentumGroups(nn.Module):
     def _random_rows(self, z: Tensor) -> Tensor:
         """K features [K, D] drawn from the global batch by number, the same on every rank."""
         num_images = len(z) * distributed.world_size()
-        words = random_words(
-            self.seed, np.arange(len(self.centroids)), int(self.num_commits), 0, num_words=1
-        )
-        drawn = torch.from_numpy((words[:, 0] % np.uint64(num_images)).astype(np.int64))
-        local = drawn.to(z.device) - distributed.rank() * len(z)  # [K]
-        owned = (local >= 0) & (local < len(z))
-        rows = z[local.clamp(0, len(z) - 1)] * owned[:, None]
-        return distributed.differentiable_all_reduce(rows)
+        ids, commit = np.arange(len(self.centroids)), int(self.num_commits)
+        words = random_words(self.seed, ids, commit, RANDOM_SELECT, num_words=1)[:, 0]
+        drawn = torch.from_numpy((words % np.uint64(num_images)).astype(np.int64))
+        row = drawn.to(z.device) - distributed.rank() * len(z)  # [K]
+        return gather_rows(z, row, is_own=(row >= 0) & (row < len(z)))
 
 
 def chance_loss(num_choices: int) -> float:

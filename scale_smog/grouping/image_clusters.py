@@ -1,12 +1,11 @@
 """The cluster of every image of a dataset, by k-means of the features last seen of it."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scale_smog import distributed
-from scale_smog.counter_rng import random_words
 from scale_smog.distributed import Partition
+from scale_smog.grouping.draws import draw_distinct, gather_rows
 from scale_smog.grouping.kmeans import spherical_kmeans
 
 
@@ -57,12 +56,10 @@ class ImageClusters:
             draw: a number that tells apart the times at which images are drawn.
         """
         features = self._features[: self._num_own]
-        words = random_words(self._seed, np.arange(len(self._ids)), draw, stream=-1, num_words=1)
-        drawn = np.argsort(words[:, 0], kind="stable")[: len(self.centroids)].copy()
-        row = torch.from_numpy(drawn).to(features.device) - self._first  # [K]
+        num, num_images = len(self.centroids), len(self._ids)
+        row = draw_distinct(num, num_images, self._seed, draw, features.device) - self._first  # [K]
         is_own = (row >= 0) & (row < self._num_own)
-        own = self._features[torch.where(is_own, row, self._num_own)]
-        seeds = distributed.all_reduce(own * is_own[:, None])  # one rank's row + zeros
+        seeds = gather_rows(self._features, row, is_own)
         result = spherical_kmeans(features, seeds, iterations=iterations)
         self.centroids.copy_(result.centroids)
         self._ids.zero_()

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scale_smog.counter_rng import uniforms
+from scale_smog.counter_rng import DROP_PATH, uniforms
 from scale_smog.errors import UserError
 
 # Shapes: L residual branches, V views, B images per rank, N images that pass together.
-
-FIRST_STREAM = 2**20  # of the draws of views; the streams below belong to the views' augmentation
 
 
 class DropPath(nn.Module):
@@ -67,7 +65,7 @@ def draw_factors(
     """
     rows, steps = np.array(images), np.full(len(images), step)
     drawn = [  # [B, L] each
-        uniforms(seed, rows, steps, FIRST_STREAM + view, len(rates)) for view in range(num_views)
+        uniforms(seed, rows, steps, DROP_PATH + view, len(rates)) for view in range(num_views)
     ]
     rate = np.array(rates)
     factors = (np.stack(drawn) >= rate) / (1 - rate)  # [V, B, L]
