@@ -539,6 +539,11 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
 
+    def with_values(self, section: str, **values: Any) -> Self:
+        """A copy with other values in a section, which are taken as they are."""
+        changed = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: changed})
+
     @property
     def start(self) -> str:
         """What the nets begin with, but for random weights: `run.start_from` or `model.weights`."""

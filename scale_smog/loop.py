@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from scale_smog.checkpoint import Checkpoints
-from scale_smog.config import Recipe
+from scale_smog.config import RunConfig
 from scale_smog.data.batch import Batch
 from scale_smog.errors import UserError
 from scale_smog.evaluation.online import OnlineProbe
@@ -15,7 +15,7 @@ from scale_smog.state import TrainState
 
 
 def train(
-    recipe: Recipe,
+    run: RunConfig,
     state: TrainState,
     batches: Iterable[Batch],
     schedules: Schedules,
@@ -23,17 +23,15 @@ def train(
     checkpoints: Checkpoints,
     evaluate: Callable[[int], None],
     probe: OnlineProbe | None = None,
-) -> bool:
+) -> None:
     """Trains from `state.step` to the end of the schedules; the last step is saved.
 
-    Returns:
-        False if a stop request ended it: in a step, k-means or an evaluation; the last finished
-        step stands.
-
     Raises:
+        StopRequested: on all ranks alike, in a step, k-means or an evaluation; the last finished
+            step is saved.
         UserError: too many steps in a row were not finite, or the last one could not be saved.
     """
-    run, loader, is_stopped = recipe.run, iter(batches), False
+    loader = iter(batches)
     try:
         while state.step < schedules.num_steps:
             phases.enter(phases.DATA)
@@ -53,9 +51,9 @@ def train(
                 progress.restart()
             phases.check_for_stop()
     except phases.StopRequested:
-        is_stopped = True
+        save_last(state, checkpoints, progress)
+        raise
     save_last(state, checkpoints, progress)
-    return not is_stopped
 
 
 def train_step(state: TrainState, batch: Batch, scheduled: ScheduledValues) -> StepReport:

@@ -225,7 +225,8 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, norms: list[float])
         The layers' norms as they are now.
     """
     factor = min(1.0, max_norm / (math.hypot(*norms) + 1e-6))
-    torch._foreach_mul_(gradients, factor)
+    if gradients:  # small tensors leave some ranks without a row
+        torch._foreach_mul_(gradients, factor)
     return [factor * norm for norm in norms]
 
 
@@ -238,8 +239,10 @@ def ema_update(means: list[Tensor], values: list[Tensor], weight: float) -> None
         values: n tensors of the same shapes.
         weight: of the new values, 0 to 1.
     """
+    if not means:  # of a rank that holds no row
+        return
     pairs = zip(means, values, strict=True)
-    if not means or not all(x.is_cpu and _lie_alike(x, y) for x, y in pairs):
+    if not all(x.is_cpu and _lie_alike(x, y) for x, y in pairs):
         torch._foreach_lerp_(means, values, weight)
         return
     # The same sum, below 1/2 to the bit, as a step of SGD by means - values: a decay of 1 less the

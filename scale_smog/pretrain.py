@@ -89,11 +89,13 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
     views = training_views(data, recipe.augment)
     require_loader(data, device)
     knn = build_knn_probe(recipe, device, dataset)
-    batch = len(plan.ids(0, distributed.rank(), distributed.world_size()))
+    batch = plan.images_per_rank(distributed.world_size())
     has_begun = distributed.call_on_main(lambda: bool(list_checkpoints(run_dir)))
-    first = _without_first_weights(recipe) if has_begun else recipe
-    state = build_state(first, batch, device, dataset.num_samples)
-    recipe, begun = begin_from_start(recipe, state)
+    # A run that goes on does not read what it began with, which may be gone.
+    first = recipe.with_values("model", weights="") if has_begun else recipe
+    state, begun = build_state(first, batch, device, dataset.num_samples), []
+    if recipe.run.start_from and not has_begun:
+        recipe, begun = begin_from_start(recipe, state)
 
     def load(steps: range) -> Iterable[Batch]:
         return build_training_loader(data, views, dataset, plan, steps, device)
@@ -166,8 +168,7 @@ def train_remaining(
     batches = load(range(state.step, schedules.num_steps))
     progress = Progress(recipe, metrics, schedules.num_steps, state.engine.device)
     with saves_finished(checkpoints):
-        if not train(recipe, state, batches, schedules, progress, checkpoints, evaluate, online):
-            raise phases.StopRequested
+        train(recipe.run, state, batches, schedules, progress, checkpoints, evaluate, online)
 
 
 def in_main_folder(recipe: Recipe) -> Recipe:
@@ -176,11 +177,11 @@ def in_main_folder(recipe: Recipe) -> Recipe:
     main = distributed.broadcast_object(own)
     if main == own:
         return recipe
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(main)})})
+    return recipe.with_values("run", dir=str(main))
 
 
 def begin_from_start(recipe: Recipe, state: TrainState) -> tuple[Recipe, list[str]]:
-    """Puts what `run.start_from` names into a state, unless the run has checkpoints of its own.
+    """Puts what `run.start_from` names into a state.
 
     Returns:
         The recipe with the hash of what the run begins with, and a line on each thing that was
@@ -190,9 +191,6 @@ def begin_from_start(recipe: Recipe, state: TrainState) -> tuple[Recipe, list[st
         UserError: there is no such start, or it is another net.
     """
     run, own = recipe.run, state.state_dict()
-    run_dir = Path(run.dir)
-    if not run.start_from or distributed.call_on_main(lambda: list_checkpoints(run_dir)):
-        return recipe, []
     start = read_start(run.start_from, run.start_sha256)
     values, lines = fitting(start, own, run.start_parts, run.start_from)
     state.load_state_dict({name: x.values for name, x in own.items()} | values, step=0)
@@ -200,8 +198,7 @@ def begin_from_start(recipe: Recipe, state: TrainState) -> tuple[Recipe, list[st
         state.method.num_first_images = 0  # they need no start of their own
     if start.run_dir:
         lines += run_folder.trained_otherwise(start.run_dir, recipe)
-    filled = run.model_copy(update={"start_sha256": start.sha256})
-    return recipe.model_copy(update={"run": filled}), lines
+    return recipe.with_values("run", start_sha256=start.sha256), lines
 
 
 def restore(state: TrainState, checkpoints: Checkpoints) -> list[str]:
@@ -258,12 +255,6 @@ def saves_finished(checkpoints: Checkpoints) -> Iterator[None]:
         with phases.during(phases.SAVING), suppress(Exception):
             checkpoints.wait()
         raise
-
-
-def _without_first_weights(recipe: Recipe) -> Recipe:
-    """A run that goes on does not read what it began with, which may be gone."""
-    model = recipe.model.model_copy(update={"weights": ""})
-    return recipe.model_copy(update={"model": model})
 
 
 def build_knn_probe(recipe: Recipe, device: torch.device, train: Images) -> KnnProbe | None:

@@ -34,8 +34,7 @@ def fit_to_data(
     Raises:
         UserError: what the recipe gives does not fit what is derived.
     """
-    data = recipe.data.model_copy(update={"num_images": num_images})  # what is planned with
-    recipe = recipe.model_copy(update={"data": data})
+    recipe = recipe.with_values("data", num_images=num_images)  # what is planned with
     if not recipe.run.small_data:
         return recipe, []
     given = recipe.model_dump(exclude_unset=True)

@@ -70,9 +70,7 @@ def profile_on(device: torch.device, recipe: Recipe, options: Options) -> dict[s
     """As `profile`, on a rank whose process group is there."""
     target = load_hardware(options.hardware or hardware_name(device) or DEFAULT_TARGET)
     if options.synthetic:
-        recipe = recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"loader": "synthetic"})}
-        )
+        recipe = recipe.with_values("data", loader="synthetic")
     num = recipe.data.num_images
     if recipe.data.loader != "synthetic":
         use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
@@ -207,9 +205,9 @@ def measure_steps(
 
 def without_resets(recipe: Recipe) -> Recipe:
     """So that measured steps are alike, and the run's usual ones; k-means is measured by itself."""
-    changes = {"reset_every": 10**9, "bank_steps": recipe.bank_steps, "instance_warmup_steps": 0}
-    grouping = recipe.grouping.model_copy(update=changes)
-    return recipe.model_copy(update={"grouping": grouping})
+    return recipe.with_values(
+        "grouping", reset_every=10**9, bank_steps=recipe.bank_steps, instance_warmup_steps=0
+    )
 
 
 def _run(state: TrainState, batches: Iterator[Batch], num: int, timeline: Timeline) -> None:

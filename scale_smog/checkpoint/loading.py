@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from scale_smog.checkpoint.manifest import CheckpointManifest, DamagedCheckpoint, read_manifest
+from scale_smog.checkpoint.manifest import DamagedCheckpoint, read_manifest
 from scale_smog.checkpoint.planner import LoadPlanner, Reader
 from scale_smog.distributed import Partition, call_on_all_ranks
 from scale_smog.errors import UserError
@@ -34,14 +34,11 @@ def load(folder: Path, part: str = "*") -> tuple[dict[str, Tensor], dict[str, An
         for name, (shape, dtype) in manifest.tensors.items()
         if fnmatch(name, f"{part}.*")
     }
-    return read(folder, manifest, partitions, None), facts
+    return read(folder, partitions, None), facts
 
 
 def read(
-    folder: Path,
-    manifest: CheckpointManifest,
-    partitions: dict[str, Partition],
-    group: dist.ProcessGroup | None,
+    folder: Path, partitions: dict[str, Partition], group: dist.ProcessGroup | None
 ) -> dict[str, Tensor]:
     """Values for the partitions, each in its shape; a collective of a group.
 

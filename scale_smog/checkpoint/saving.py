@@ -153,7 +153,7 @@ class Checkpoints:
             except OSError as error:
                 passed_over.append(str(error))
                 continue
-            values = read(folder, manifest, partitions, self._group)
+            values = read(folder, partitions, self._group)
             self.newest_step = manifest.step
             if self._mirror:  # the run may have ended before its copy was there
                 self._mirror.push(folder)
@@ -199,7 +199,7 @@ class Checkpoints:
         """
         self._left_to_others = set()
         own = self._own(partitions)
-        ranges = [(_range_key(name, x), _num_bytes(x)) for name, x in own.items()]
+        ranges = [(_key(f"{name} from {x.start}"), x.num_bytes) for name, x in own.items()]
         parts = self._on_all(lambda: np.array(ranges, dtype=np.int64).reshape(-1, 2).T)
         keys, num_bytes = np.concatenate(parts, axis=1)  # [ranges of all ranks] each
         _, first, place = np.unique(keys, return_index=True, return_inverse=True)
@@ -223,7 +223,7 @@ class Checkpoints:
         world_size = distributed.world_size()
         loads = dict.fromkeys(range(0, world_size, -(-world_size // MAX_WRITERS)), 0)
         shared = [
-            (_num_bytes(partition), name)
+            (partition.num_bytes, name)
             for name, partition in partitions.items()
             if partition.is_replicated
         ]
@@ -287,15 +287,6 @@ class Checkpoints:
         self._on_all(function if distributed.is_main() else lambda: None)
 
 
-def _num_bytes(partition: Partition) -> int:
-    return partition.values.numel() * partition.values.element_size()
-
-
-def _range_key(name: str, partition: Partition) -> int:
-    """Says which range it is, in 62 bits."""
-    return crc32(str(partition.start).encode()) << 30 ^ crc32(name.encode())
-
-
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -340,11 +331,11 @@ def _tensor_facts(partition: Partition) -> TensorFacts:
 
 
 def _range(name: str, partition: Partition) -> tuple[int, int, int]:
-    return _name_key(name), partition.start, partition.start + partition.values.numel()
+    return _key(name), partition.start, partition.start + partition.values.numel()
 
 
-def _name_key(name: str) -> int:
-    """A number of 63 bits for a tensor's name."""
+def _key(name: str) -> int:
+    """A number of 63 bits for the name of a tensor or of a range."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
@@ -362,7 +353,7 @@ def _check_whole(ranges: np.ndarray, tensors: dict[str, TensorFacts]) -> None:
     is_first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]  # range of its tensor
     is_last = np.roll(is_first, -1)
     is_wrong = starts != np.where(is_first, 0, np.roll(ends, 1))
-    names = {_name_key(name): name for name in tensors}
+    names = {_key(name): name for name in tensors}
     sizes = {key: math.prod(tensors[name].shape) for key, name in names.items()}
     is_wrong[is_last] |= ends[is_last] != [sizes.get(key) for key in keys[is_last].tolist()]
     if is_wrong.any():

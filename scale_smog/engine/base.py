@@ -58,7 +58,7 @@ class MicroBatch(NamedTuple):
     """What passes through the online net at once."""
 
     view: Tensor  # [b, 3, H, W]
-    small: list[Tensor]  # each [b, 3, h, w]
+    others: list[Tensor]  # each [b, 3, h, w]
     factors: Tensor | None  # of drop path [L, V, b]
 
 
@@ -143,7 +143,7 @@ class Engine(ABC):
         self._optimizer_config = optimizer
         self._num_steps = 0
         self._is_applied = True
-        self._finite_if: dict[str, Tensor] = {}  # of a step's passes, [] each: finite if they were
+        self._finite_if: list[Tensor] = []  # of a step's passes, [] each: finite if they were
         self._buffers = BufferSnapshot([self.online, self.momentum])
         # Engines that split the nets have streams of their own, which gather the weights.
         self._momentum_stream = SideStream(self.device if self.net_group is None else None)
@@ -177,8 +177,8 @@ class Engine(ABC):
     def _step(self) -> None:
         """Has `_update` run where the partitions' gradients are, and shares the result."""
 
-    def forward_online(self, view: Tensor, small: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """z [B, D] of the large view and p [V, B, D] of all views, with their graph.
+    def forward_online(self, view: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """z [B, D] of the first view and p [V, B, D] of it and the others, with their graph.
 
         Drop path is at work in passes that are trained: those with gradients.
         """
@@ -186,8 +186,8 @@ class Engine(ABC):
         if torch.is_grad_enabled():
             self._buffers.take()
             self._momentum_stream.may_start_now()
-            factors = self._drop_factors(num_views=1 + len(small))
-        micro_batches = self._split(view, small, factors)
+            factors = self._drop_factors(num_views=1 + len(others))
+        micro_batches = self._split(view, others, factors)
         if len(micro_batches) == 1:
             z, p, self.features = self._forward_online(*micro_batches[0])
             return z, p
@@ -208,12 +208,12 @@ class Engine(ABC):
         """
         with self._momentum_stream.running():
             z = torch.cat([self._forward_momentum(x.view) for x in self._split(view)])
-            self._finite_if[f"z' of pass {len(self._finite_if)}"] = z.sum()  # no gradient will tell
+            self._finite_if.append(z.sum())  # no gradient will tell
         return z
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the mean over ranks of `loss`, averaged over ranks while it runs."""
-        self._finite_if["loss"] = loss.detach()
+        self._finite_if.append(loss.detach())
         if self._pending is None:
             self._backward(loss)
             return
@@ -370,7 +370,7 @@ class Engine(ABC):
         Args:
             norms: of the layers [k, L], gradients' first.
         """
-        total = torch.stack([*self._finite_if.values(), norms[0].sum()]).sum()
+        total = torch.stack([*self._finite_if, norms[0].sum()]).sum()
         requested = total.new_full((), float(phases.is_stop_requested))
         sums = distributed.all_reduce(torch.stack([total, requested]))  # [2]
         total_of_all, num_requests, *read = torch.cat([sums, norms.flatten()]).tolist()
@@ -392,17 +392,17 @@ class Engine(ABC):
         return factors.to(self.device, self.dtype, non_blocking=True)
 
     def _split(
-        self, view: Tensor, small: Sequence[Tensor] = (), factors: Tensor | None = None
+        self, view: Tensor, others: Sequence[Tensor] = (), factors: Tensor | None = None
     ) -> list[MicroBatch]:
         """The views in micro-batches, in the nets' precision and the convolutions' layout."""
         num = self.config.accumulate
         views = [
-            x.to(self.dtype, memory_format=torch.channels_last).chunk(num) for x in (view, *small)
+            x.to(self.dtype, memory_format=torch.channels_last).chunk(num) for x in (view, *others)
         ]
         of_images = [None] * num if factors is None else factors.chunk(num, dim=2)
         return [
-            MicroBatch(large, list(crops), own)
-            for large, *crops, own in zip(*views, of_images, strict=True)
+            MicroBatch(first, list(more), own)
+            for first, *more, own in zip(*views, of_images, strict=True)
         ]
 
     @property

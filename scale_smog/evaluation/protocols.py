@@ -50,7 +50,7 @@ class FinetuneConfig(Section):
 
     setting: Literal["simclr", "swav"] = "simclr"
     """Whose values to take for what is not given. Paper: Table 4, by SimCLR's protocol."""
-    share: Share = 0.01
+    share: Annotated[Share, Field(gt=0)] = 0.01
     """Of the labels. Paper: Table 4."""
     list: str = ""
     """File of image names, one a line, such as SimCLR's published subsets; empty: a draw of

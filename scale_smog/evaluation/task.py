@@ -33,7 +33,6 @@ from scale_smog.runtime.files import write_atomically
 PROGRESS_FILE = "progress.pt"
 METRICS_FILE = "metrics.jsonl"
 DENSE = ("segmentation", "detection")  # which have images of their own
-TRAINED = ("finetune", *DENSE)  # whose backbone learns
 
 Results = dict[str, Any]  # accuracies as fractions, and what they depend on
 
@@ -151,7 +150,7 @@ class EvaluationTask:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Everything that the result depends on, as JSON."""
-        facts = {
+        return {
             "settings": self.settings,
             "model": self.recipe.model.model_dump(),
             "precision": self.recipe.engine.precision,
@@ -160,9 +159,6 @@ class EvaluationTask:
             "data_path": self.recipe.data.path,
             "data_sha256": self.data_sha256,
         }
-        if self.recipe.evaluation.net == "momentum" and self.name in TRAINED:
-            facts["trained"] = "the whole net"  # for some time it was the head alone
-        return facts
 
     @cached_property
     def folder(self) -> Path:
@@ -239,8 +235,7 @@ def _with_data_found(recipe: Recipe, run_dir: Path) -> Recipe:
     path = start / recipe.data.path
     if Path(recipe.data.path).exists() or not path.exists():
         return recipe
-    data = recipe.data.model_copy(update={"path": str(path)})
-    return recipe.model_copy(update={"data": data})
+    return recipe.with_values("data", path=str(path))
 
 
 def weights_sha256(net: nn.Module) -> str:

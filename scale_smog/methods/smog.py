@@ -28,7 +28,8 @@ class Smog(GroupMethod):
         self.groups = groups.to(engine.device, engine.dtype)
         self.bank = FeatureBank(recipe.bank_steps, batch, dim, engine.device)
         self.parts |= {"groups": self.groups, "bank": self.bank}
-        if self.config.init == "kmeans":
+        # After an instance-contrastive start they begin with what the net has learnt by then.
+        if self.config.init == "kmeans" and not self.config.instance_warmup_steps:
             self.num_first_images = recipe.num_init_features
 
     def start(self, batches: Iterable[Batch]) -> None:

@@ -107,8 +107,7 @@ def _claim(recipe: Recipe, sha256: str, lock: ExitStack) -> list[str]:
                 " give another run.dir"
             )
         if not recipe.run.start_sha256:  # a run that goes on does not read what it began with
-            run = recipe.run.model_copy(update={"start_sha256": kept.run.start_sha256})
-            recipe = recipe.model_copy(update={"run": run})
+            recipe = recipe.with_values("run", start_sha256=kept.run.start_sha256)
         changes = _allowed_changes(kept, recipe)
     try:
         dataset = json.dumps(facts | {"manifest_sha256": sha256})

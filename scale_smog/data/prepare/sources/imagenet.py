@@ -97,7 +97,8 @@ def _with_classes(path: Path, images: list[_Image], labels: str) -> list[_Image]
     names = sorted(name for name, *_ in images)
     wnid_of = _wnids_of_devkit(source, names) if _is_packed(source) else _wnids(source, names)
     if missing := [name for name in names if name not in wnid_of]:
-        raise UserError(f"{source} does not name {missing[0]}" + f" and {len(missing) - 1} more")
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{source} does not name {missing[0]}{others}")
     return [(name, offset, size, wnid_of[name]) for name, offset, size, _ in images]
 
 

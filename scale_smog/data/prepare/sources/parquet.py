@@ -83,18 +83,18 @@ class _Columns(NamedTuple):
             UserError: there is no such column.
         """
 
-        def find(kind: str, named: str, usual: Sequence[str]) -> str:
+        def find(named: str, usual: Sequence[str]) -> str:
             if named and named not in names:
                 raise UserError(f"{path} has no column {named!r}; it has {', '.join(names)}")
             return named or next((name for name in usual if name in names), "")
 
-        image = find("image", options.image_column, IMAGE_COLUMNS)
+        image = find(options.image_column, IMAGE_COLUMNS)
         if not image:
             raise UserError(
                 f"{path} has no column {' or '.join(map(repr, IMAGE_COLUMNS))}; it has "
                 f"{', '.join(names)}: name it by --image-column"
             )
-        return cls(image, find("label", options.label_column, LABEL_COLUMNS))
+        return cls(image, find(options.label_column, LABEL_COLUMNS))
 
 
 def _rows(path: Path, file: Any, columns: _Columns) -> Iterator[_Row]:
