@@ -1,12 +1,10 @@
 """A new run begins with what another one has learnt: nets and groups, as far as they fit."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from scale_smog.checkpoint.nets import find_checkpoint
 from scale_smog.distributed import Partition
 from scale_smog.errors import UserError
 from scale_smog.models.hub import HUB, STATE_FILE, NotOnHub, fetch
-from scale_smog.models.weights import read_weights
+from scale_smog.models.weights import backbone_sha256, read_weights
 
 PARTS = ("online", "momentum", "groups")  # of a checkpoint, and of an export with everything
 OF_IMAGES = "groups.features"  # a row an image, by its id: of no use with other images
@@ -32,12 +30,12 @@ class Start(NamedTuple):
     @property
     def sha256(self) -> str:
         """Of the online backbone: the same for a run, its exports and their copies on a hub."""
-        digest = hashlib.sha256()
-        for name in sorted(x for x in self.tensors if x.startswith("online.backbone.")):
-            value = self.tensors[name].contiguous()
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        of_backbone = {
+            name.removeprefix("online.backbone."): value
+            for name, value in self.tensors.items()
+            if name.startswith("online.backbone.")
+        }
+        return backbone_sha256(of_backbone)
 
 
 def read_start(source: str, sha256: str = "") -> Start:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from scale_smog import distributed
-from scale_smog.config import DataConfig, EvaluationConfig
+from scale_smog.config import DataConfig, EvaluationConfig, ModelConfig
 from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.build import build_evaluation_loader
+from scale_smog.models import build_backbone
 
 Encoder = Callable[[Tensor], Tensor]  # images [B, 3, H, W] -> features [B, F]
 TINY_PX = 32
@@ -25,6 +26,12 @@ def raw_pixels(images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     tiny = F.adaptive_avg_pool2d(images, (min(height, TINY_PX), min(width, TINY_PX)))
     return tiny.flatten(1)
+
+
+def random_backbone(model: ModelConfig, seed: int) -> nn.Module:
+    """The baseline of a net that has learnt nothing."""
+    torch.manual_seed(seed)
+    return build_backbone(model.backbone, model.width, model.small_images, model.drop_path)
 
 
 def embed_images(

@@ -8,14 +8,13 @@ import torch
 from scale_smog import checkpoint, distributed
 from scale_smog.config import Recipe
 from scale_smog.data.datasets import Images
-from scale_smog.evaluation.features import embed_images, raw_pixels
+from scale_smog.evaluation.features import embed_images, random_backbone, raw_pixels
 from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
 from scale_smog.evaluation.groups.pictures import GROUPS_PICTURE, NUM_PICTURED, draw_groups
 from scale_smog.evaluation.knn import KnnProbe
 from scale_smog.evaluation.splits import random_subset
 from scale_smog.grouping import perplexity
 from scale_smog.methods import GroupMethod
-from scale_smog.models import build_nets
 from scale_smog.reporting import run_folder
 from scale_smog.reporting.curves import CURVES_FILE
 from scale_smog.reporting.metrics import Metrics
@@ -73,8 +72,8 @@ def _knn_results(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, 
     embed = stoppable(partial(state.engine.embed, of=recipe.evaluation.net))
     results = {"trained": knn.accuracy(embed), **knn.settings}
     if recipe.evaluation.baselines:
-        torch.manual_seed(recipe.run.seed)
-        random_net = build_nets(recipe.model)[0].backbone.to(state.engine.device).eval()
+        random_net = random_backbone(recipe.model, recipe.run.seed)
+        random_net.to(state.engine.device).eval()
         with torch.no_grad():
             results["random"] = knn.accuracy(stoppable(random_net))
         results["raw_pixels"] = knn.accuracy(stoppable(raw_pixels))

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -21,11 +21,12 @@ from scale_smog.config import Recipe
 from scale_smog.data.datasets import Images
 from scale_smog.data.remote.space import use_cache
 from scale_smog.errors import UserError
-from scale_smog.evaluation.features import Encoder, embed_images
+from scale_smog.evaluation.features import Encoder, embed_images, random_backbone
 from scale_smog.evaluation.protocols import Protocols, load_protocols, split_overrides
 from scale_smog.evaluation.splits import named_splits
-from scale_smog.models import MomentumNet, OnlineNet, build_nets
+from scale_smog.models import MomentumNet, OnlineNet
 from scale_smog.models.check import require_images_fit
+from scale_smog.models.weights import backbone_sha256
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
 from scale_smog.runtime.files import write_atomically
@@ -59,9 +60,9 @@ class EvaluationTask:
     recipe: Recipe
     protocols: Protocols
     device: torch.device
+    own_net: str  # that the run's own recipe evaluates
     settings: dict[str, Any] = field(default_factory=dict)
     data_sha256: dict[str, str] = field(default_factory=dict)
-    own_net: str = "online"
 
     @classmethod
     def open(
@@ -75,14 +76,14 @@ class EvaluationTask:
         # One rank looks: training may write another checkpoint meanwhile.
         checkpoint, run_dir = distributed.call_on_main(lambda: find_checkpoint(Path(path)))
         own, protocols = split_overrides(overrides)
-        recipe = load_recipe(run_dir / run_folder.RECIPE_FILE, own)
-        own_net = load_recipe(run_dir / run_folder.RECIPE_FILE).evaluation.net
+        file = run_dir / run_folder.RECIPE_FILE
+        recipe, own_net = load_recipe(file, own), load_recipe(file).evaluation.net
         recipe = _with_data_found(recipe, run_dir)
         use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
         sizes_px = {"evaluation.image_px": recipe.evaluation.image_px}
         require_images_fit(recipe.model, sizes_px, batch=2)
-        task = cls(name, checkpoint, run_dir, recipe, load_protocols(protocols), device)
-        return replace(task, own_net=own_net)
+        settings = load_protocols(protocols)
+        return cls(name, checkpoint, run_dir, recipe, settings, device, own_net)
 
     @property
     def step(self) -> int:
@@ -112,8 +113,7 @@ class EvaluationTask:
 
     def random_backbone(self) -> nn.Module:
         """A backbone with random weights, of the run's seed, for comparison."""
-        torch.manual_seed(self.recipe.run.seed)
-        return build_nets(self.recipe.model)[0].backbone
+        return random_backbone(self.recipe.model, self.recipe.run.seed)
 
     def backbones(self) -> dict[str, nn.Module]:
         """The nets to evaluate: "trained", and "random" where the recipe asks for baselines."""
@@ -155,7 +155,7 @@ class EvaluationTask:
             "model": self.recipe.model.model_dump(),
             "precision": self.recipe.engine.precision,
             "checkpoint": f"{self.run_dir.name}/{self.checkpoint.name}",
-            "checkpoint_sha256": weights_sha256(self._backbone),
+            "checkpoint_sha256": backbone_sha256(self._backbone.state_dict()),
             "data_path": self.recipe.data.path,
             "data_sha256": self.data_sha256,
         }
@@ -236,16 +236,3 @@ def _with_data_found(recipe: Recipe, run_dir: Path) -> Recipe:
     if Path(recipe.data.path).exists() or not path.exists():
         return recipe
     return recipe.with_values("data", path=str(path))
-
-
-def weights_sha256(net: nn.Module) -> str:
-    """Hex SHA-256 of a net's names and values, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, value in net.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(
-            value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if value.dim()
-            else str(value.item()).encode()
-        )
-    return digest.hexdigest()

@@ -62,10 +62,6 @@ class Method(ABC):
         """
         raise NotImplementedError("this method has no start")
 
-    @abstractmethod
-    def timed(self) -> list[tuple[Any, str, str]]:
-        """For a profile: owner and name of what a step calls besides the engine's, and its part."""
-
     def state_dict(self) -> dict[str, Partition]:
         """What this rank holds of its parts; tensors that are no partitions are alike on all."""
         return {

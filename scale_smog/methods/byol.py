@@ -3,9 +3,6 @@
 The projector has no batch norm at its end; the online net alone has a predictor.
 """
 
-import sys
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -33,10 +30,6 @@ class Byol(Method):
         if is_applied:
             engine.update_ema(cosine_ema(self.recipe.model.ema, scheduled.progress))
         return StepReport(loss, is_applied, CHANCE_LOSS)
-
-    def timed(self) -> list[tuple[Any, str, str]]:
-        """The loss."""
-        return [(sys.modules[__name__], "regression_loss", "grouping")]
 
 
 def regression_loss(p: Tensor, targets: Tensor) -> Tensor:

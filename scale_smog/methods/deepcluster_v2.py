@@ -7,7 +7,6 @@ neither predictor nor momentum net.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
@@ -72,13 +71,3 @@ class DeepClusterV2(GroupMethod):
     def centroids(self) -> Tensor:
         """The clusters' centroids [K, D]."""
         return self.clusters.centroids
-
-    def timed(self) -> list[tuple[Any, str, str]]:
-        """Clusters of images and loss; k-means."""
-        return [
-            (self.clusters, "of", "grouping"),
-            (losses, "group_contrastive_loss", "grouping"),
-            (self.clusters, "push", "grouping"),
-            (self, "count", "grouping"),
-            (self.clusters, "find", "kmeans"),
-        ]

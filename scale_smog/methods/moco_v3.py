@@ -3,9 +3,6 @@
 Projector and predictor end with a batch norm. Keys are the batch's own: there is no queue.
 """
 
-import sys
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,10 +32,6 @@ class MocoV3(Method):
             engine.update_ema(cosine_ema(self.recipe.model.ema, scheduled.progress))
         chance = 4 * temperature * chance_loss(keys.shape[1] * distributed.world_size())
         return StepReport(loss, is_applied, chance)
-
-    def timed(self) -> list[tuple[Any, str, str]]:
-        """The loss."""
-        return [(sys.modules[__name__], "symmetrised_loss", "grouping")]
 
 
 def symmetrised_loss(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:

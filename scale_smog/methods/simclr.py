@@ -3,9 +3,6 @@
 Behind the backbone is a projector alone. Every view is trained; there is no momentum net.
 """
 
-import sys
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,10 +25,6 @@ class SimClr(Method):
         temperature = self.recipe.method.temperature
         _, report = contrast_images(self.engine, batch, scheduled, temperature)
         return report
-
-    def timed(self) -> list[tuple[Any, str, str]]:
-        """The loss."""
-        return [(sys.modules[__name__], "nt_xent_loss", "grouping")]
 
 
 def contrast_images(

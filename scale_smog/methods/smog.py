@@ -1,7 +1,6 @@
 """SMoG: synchronous momentum grouping (Pang et al., ECCV 2022)."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
@@ -96,15 +95,3 @@ class Smog(GroupMethod):
     def centroids(self) -> Tensor:
         """The groups [K, D]."""
         return self.groups.centroids
-
-    def timed(self) -> list[tuple[Any, str, str]]:
-        """Assignment, update and loss of the groups; k-means."""
-        return [
-            (self.groups, "assign", "grouping"),
-            (self.groups, "updated_by", "grouping"),
-            (losses, "group_contrastive_loss", "grouping"),
-            (self.groups, "commit", "grouping"),
-            (self.bank, "push", "grouping"),
-            (self.usage, "push", "grouping"),
-            (self.groups, "reseed_from", "kmeans"),
-        ]

@@ -4,9 +4,6 @@ Behind the projector, which has no batch norm at its end, are K trained prototyp
 momentum net. Codes are assignments to the prototypes, balanced over the global batch.
 """
 
-import sys
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,16 +68,6 @@ class Swav(GroupMethod):
     def centroids(self) -> Tensor:
         """The prototypes [K, D]."""
         return F.normalize(self.engine.whole_parameter(PROTOTYPES))
-
-    def timed(self) -> list[tuple[Any, str, str]]:
-        """Codes and loss."""
-        this = sys.modules[__name__]
-        return [
-            (self, "queued_scores", "grouping"),
-            (this, "sinkhorn", "grouping"),
-            (this, "swapped_prediction_loss", "grouping"),
-            (self, "count", "grouping"),
-        ]
 
 
 @torch.no_grad()

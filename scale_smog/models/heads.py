@@ -48,15 +48,7 @@ def predictor(
         activation: `nn.ReLU` or `nn.GELU`.
         is_normed: Whether a BN follows, as in MoCo v3.
     """
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        fc1=nn.Linear(dim, hidden, bias=False),
-        bn1=nn.BatchNorm1d(hidden),
-        act=activation(),
-        fc2=nn.Linear(hidden, dim, bias=not is_normed),
-    )
-    if is_normed:
-        layers["bn2"] = nn.BatchNorm1d(dim, affine=False)
-    return nn.Sequential(layers)
+    return projector(dim, hidden, dim, activation, is_normed)
 
 
 class Prototypes(nn.Module):

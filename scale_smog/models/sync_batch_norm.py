@@ -37,7 +37,7 @@ def process_group_for(
     Raises:
         UserError: The scope is unknown, or its number of ranks does not divide the world size.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    world_size = distributed.world_size()
     sizes: dict[str | int, int | None] = {"global": world_size, "node": ranks_per_node, "local": 1}
     size = sizes.get(scope, scope)
     if not isinstance(size, int) or size < 1:
@@ -98,7 +98,7 @@ def frozen_running_stats(module: nn.Module) -> Iterator[None]:
 
 def unsynchronised_running_stats(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Running means and variances [C] that differ between ranks: of scopes below global."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if distributed.world_size() == 1:
         return []
     norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
     unshared = [m for m in norms if not _spans_all_ranks(m)]
@@ -116,13 +116,13 @@ def average_running_stats(statistics: list[Tensor]) -> None:
     if statistics:
         flat = torch.cat(statistics)
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        flat /= distributed.world_size()
         torch._foreach_copy_(statistics, flat.split([len(x) for x in statistics]))
 
 
 def _spans_all_ranks(norm: nn.Module) -> bool:
     group = getattr(norm, "process_group", None)
-    return group is not None and dist.get_world_size(group) == dist.get_world_size()
+    return group is not None and dist.get_world_size(group) == distributed.world_size()
 
 
 class _TrackedPasses:

@@ -1,6 +1,8 @@
 """Files of weights that others trained: read, renamed to our keys, put into a backbone."""
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +17,16 @@ from scale_smog.models.timm_nets import classifier_names, with_resized_positions
 Weights = dict[str, Tensor]
 
 CLASSIFIERS = {"fc", "head", "classifier"}  # of torchvision's nets; timm's say it themselves
+
+
+def backbone_sha256(weights: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 of a backbone's names and values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        values = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def from_torchvision_swin(weights: Weights) -> Weights:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from scale_smog.data.datasets import is_tars, open_split
 from scale_smog.data.folder_dataset import FolderDataset
-from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest, manifest_sha256
+from scale_smog.data.manifest import DatasetManifest, ShardEntry, load_manifest, split_sha256
 from scale_smog.data.remote.copies import check_tars
 from scale_smog.errors import UserError
 from scale_smog.preflight.table import Row, most_common
@@ -38,7 +38,8 @@ def inspect(path: str, thorough: bool) -> DatasetView:
             assert isinstance(images, FolderDataset)
             problems = _unreadable_images(images) if thorough else ()
             return DatasetView(images.sha256, f"{images.num_samples:,} images", problems)
-        manifest, name = load_manifest(path), manifest_sha256(path)
+        manifest = load_manifest(path)
+        name = split_sha256(manifest, "train")
         if is_url(path):  # every byte of it is compared as it is read
             check_tars(Store(path), manifest)
             return DatasetView(name, f"{_num_shards(manifest):,} shards", ())

@@ -159,7 +159,7 @@ def run(recipe: Recipe, state: TrainState, num_steps: int = NUM_STEPS) -> None:
     loader = batches(state.step, recipe.data.num_small_crops)
     checkpoints = checkpoint.Checkpoints(recipe.run, {})
     progress = Progress(recipe, Silence(), num_steps, state.engine.device)
-    train(recipe, state, loader, schedules, progress, checkpoints, lambda step: None)
+    train(recipe.run, state, loader, schedules, progress, checkpoints, lambda step: None)
 
 
 def final_state(folder: Path) -> States:
