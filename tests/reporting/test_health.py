@@ -99,7 +99,7 @@ def train_on_poison(recipe: Recipe) -> tuple[str, list[str]]:
     checkpoints = Checkpoints(recipe.run, {})
     try:
         progress = Progress(recipe, metrics, runs.NUM_STEPS, state.engine.device)
-        train(recipe, state, batches(), schedules, progress, checkpoints, lambda step: None)
+        train(recipe.run, state, batches(), schedules, progress, checkpoints, lambda step: None)
     except UserError as error:
         return str(error), said
     return "", said
