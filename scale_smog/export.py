@@ -22,7 +22,7 @@ from scale_smog.models.backbones import ENTRY_POINTS
 from scale_smog.models.hub import STATE_FILE, WEIGHTS_FILE, save_for_hub
 from scale_smog.models.timm_nets import save_for_timm
 from scale_smog.recipe import load_recipe
-from scale_smog.reporting import run_folder
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import write_atomically
 from scale_smog.runtime.stores import shown
 
@@ -80,7 +80,7 @@ def export(
     if with_state and net == "momentum":
         raise UserError("--full goes with --net online: a run that begins with it takes that net")
     folder, run_dir = find_checkpoint(Path(path))
-    recipe = load_recipe(run_dir / run_folder.RECIPE_FILE)
+    recipe = load_recipe(run_dir / run_layout.RECIPE_FILE)
     backbone = load_net(folder, recipe.model, recipe.nets, net).backbone
     weights = {name: value.contiguous() for name, value in backbone.state_dict().items()}
     architecture = _architecture(recipe.model, kind)

@@ -23,7 +23,7 @@ from scale_smog.models import build_backbone, build_nets
 from scale_smog.models.weights import from_torchvision_swin, load_weights
 from scale_smog.pretrain import pretrain
 from scale_smog.recipe import dump_recipe
-from scale_smog.reporting import run_folder
+from scale_smog.runtime import run_layout
 from scale_smog.state import build_initial_nets
 
 
@@ -42,7 +42,7 @@ def fake_run(tmp_path, monkeypatch):
                     value.mul_(1 + 0.1 * torch.rand_like(value)).add_(0.01)
         run_dir = tmp_path / "run"
         run_dir.mkdir(exist_ok=True)
-        (run_dir / run_folder.RECIPE_FILE).write_text(dump_recipe(recipe))
+        (run_dir / run_layout.RECIPE_FILE).write_text(dump_recipe(recipe))
         parts = {"online": online.state_dict(), "momentum": momentum.state_dict()}
         parts["groups"] = {"centroids": torch.eye(3)}
         monkeypatch.setattr(nets, "read_part", lambda folder, part: parts[part])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from scale_smog.errors import UserError
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import file_sha256, fsync_folder
 from scale_smog.runtime.retries import retry_transient_errors
 
@@ -58,7 +59,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoint folders of a run, whole or not, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step-*")
+    folders = (run_dir / run_layout.CHECKPOINTS_FOLDER).glob("step-*")
     return sorted(f for f in folders if _NAME.fullmatch(f.name))
 
 

@@ -26,11 +26,12 @@ from scale_smog.checkpoint.manifest import (
 )
 from scale_smog.config import RunConfig
 from scale_smog.errors import UserError
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import rename_durably
 from scale_smog.runtime.stores import Store
 
-DATASET_FILE = "dataset.json"
-OF_THE_FOLDER = (DATASET_FILE, "recipe.yaml")  # by the last a run's folder is known
+# By the last a run's folder is known.
+OF_THE_FOLDER = (run_layout.DATASET_FILE, run_layout.RECIPE_FILE)
 RETRY_S = 30.0  # after a copy that failed, besides the patience of the store's own requests
 _MANIFEST = re.compile(rf"step-(\d{{8}})/{re.escape(MANIFEST_FILE)}")
 
@@ -120,7 +121,7 @@ class Mirror:
         if steps and not self._is_same_run(run_dir) and own:
             return None
         for step in reversed(steps):
-            final = step_folder(run_dir / "checkpoints", step)
+            final = step_folder(run_dir / run_layout.CHECKPOINTS_FOLDER, step)
             if own and final.name <= own[-1].name:
                 return None
             try:
@@ -147,10 +148,10 @@ class Mirror:
         Raises:
             UserError: it is known to hold those of another.
         """
-        file = run_dir / DATASET_FILE
+        file = run_dir / run_layout.DATASET_FILE
         here = _run_id(file.read_bytes()) if file.exists() else None
-        is_there = self._store.size(DATASET_FILE) is not None
-        there = _run_id(self._store.read(DATASET_FILE)) if is_there else None
+        is_there = self._store.size(run_layout.DATASET_FILE) is not None
+        there = _run_id(self._store.read(run_layout.DATASET_FILE)) if is_there else None
         if here and there and here != there:
             raise UserError(
                 f"run.mirror={self} holds another run than {run_dir}: give each a place of its own"

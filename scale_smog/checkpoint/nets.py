@@ -10,6 +10,7 @@ from scale_smog.checkpoint.manifest import find_damage, list_checkpoints
 from scale_smog.config import ModelConfig, NetName, NetPlan
 from scale_smog.errors import UserError
 from scale_smog.models import MomentumNet, OnlineNet, build_nets
+from scale_smog.runtime import run_layout
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -26,7 +27,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         if problem := find_damage(path):
             raise UserError(f"not a whole checkpoint: {problem}")
         return path, path.parent.parent
-    is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()
+    folder_name = run_layout.CHECKPOINTS_FOLDER
+    is_run = path.name != folder_name or (path / folder_name).is_dir()
     run_dir = path if is_run else path.parent
     for folder in reversed(list_checkpoints(run_dir)):
         if find_damage(folder) is None:

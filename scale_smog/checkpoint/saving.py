@@ -45,6 +45,7 @@ from scale_smog.checkpoint.planner import SavePlanner, Writer, own_files
 from scale_smog.config import RunConfig
 from scale_smog.distributed import Partition, call_on_all_ranks
 from scale_smog.errors import UserError
+from scale_smog.runtime import run_layout
 
 # Ranks that write what several hold. All read it when they resume: from few files, or ranks times
 # ranks of them would be opened.
@@ -74,7 +75,7 @@ class Checkpoints:
 
     def __init__(self, run: RunConfig, facts: dict[str, Any]):
         self._run_dir = distributed.broadcast_object(Path(run.dir).absolute())  # rank 0 decides
-        self._folder = self._run_dir / "checkpoints"
+        self._folder = self._run_dir / run_layout.CHECKPOINTS_FOLDER
         self._run, self._facts = run, facts
         self._mirror = Mirror(run) if run.mirror and distributed.is_main() else None
         self.newest_step: int | None = None  # that was loaded, or whose save has begun

@@ -16,6 +16,7 @@ from scale_smog.distributed import Partition
 from scale_smog.errors import UserError
 from scale_smog.models.hub import HUB, STATE_FILE, NotOnHub, fetch
 from scale_smog.models.weights import backbone_sha256, read_weights
+from scale_smog.runtime import run_layout
 
 PARTS = ("online", "momentum", "groups")  # of a checkpoint, and of an export with everything
 OF_IMAGES = "groups.features"  # a row an image, by its id: of no use with other images
@@ -77,7 +78,7 @@ def _read(source: str) -> Start:
 def is_checkpoint(path: Path) -> bool:
     """Whether an absolute path is a run, its folder of checkpoints or one of these."""
     is_one = path in list_checkpoints(path.parent.parent)
-    are_all = path.name == "checkpoints" and bool(list_checkpoints(path.parent))
+    are_all = path.name == run_layout.CHECKPOINTS_FOLDER and bool(list_checkpoints(path.parent))
     return is_one or are_all or bool(list_checkpoints(path))
 
 

@@ -16,7 +16,7 @@ from scale_smog.errors import UserError
 from scale_smog.evaluation.protocols import FeaturesConfig
 from scale_smog.evaluation.splits import random_subset
 from scale_smog.evaluation.task import EvaluationTask
-from scale_smog.reporting.run_record import BOARD_FOLDER
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import printable
 
 THUMBNAIL_PX = 32
@@ -107,5 +107,5 @@ def _show_in_projector(
         pictures.append(vision.resize(image, [THUMBNAIL_PX, THUMBNAIL_PX], antialias=True))
     words = [dataset.classes[label] if label >= 0 else "" for label in dataset.labels[ids]]
     # Not among the training's events: who reads those as they come would leave them for these.
-    with SummaryWriter(str(run_dir / BOARD_FOLDER / "projector")) as board:
+    with SummaryWriter(str(run_dir / run_layout.BOARD_FOLDER / "projector")) as board:
         board.add_embedding(z, words, torch.stack(pictures).float() / 255, tag=f"features/{name}")

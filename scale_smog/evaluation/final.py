@@ -9,15 +9,15 @@ from scale_smog import checkpoint, distributed
 from scale_smog.config import Recipe
 from scale_smog.data.datasets import Images
 from scale_smog.evaluation.features import embed_images, random_backbone, raw_pixels
-from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
-from scale_smog.evaluation.groups.pictures import GROUPS_PICTURE, NUM_PICTURED, draw_groups
+from scale_smog.evaluation.groups.gallery import write_gallery
+from scale_smog.evaluation.groups.pictures import NUM_PICTURED, draw_groups
 from scale_smog.evaluation.knn import KnnProbe
 from scale_smog.evaluation.splits import random_subset
 from scale_smog.grouping import perplexity
 from scale_smog.methods import GroupMethod
 from scale_smog.reporting import run_folder
-from scale_smog.reporting.curves import CURVES_FILE
 from scale_smog.reporting.metrics import Metrics
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.phases import stoppable
 from scale_smog.state import TrainState
 
@@ -64,8 +64,8 @@ def _draw_groups(recipe: Recipe, state: TrainState, method: GroupMethod, dataset
     centroids = method.centroids()
     if distributed.is_main():
         run_dir, usage = Path(recipe.run.dir), method.usage.counts().cpu()
-        draw_groups(run_dir / GROUPS_PICTURE, dataset, ids, z, centroids, usage)
-        write_gallery(run_dir / GALLERY_FILE, dataset, ids, z, centroids, usage)
+        draw_groups(run_dir / run_layout.GROUPS_PICTURE, dataset, ids, z, centroids, usage)
+        write_gallery(run_dir / run_layout.GALLERY_FILE, dataset, ids, z, centroids, usage)
 
 
 def _knn_results(recipe: Recipe, state: TrainState, knn: KnnProbe) -> dict[str, float]:
@@ -88,13 +88,13 @@ def _table(run_dir: Path, results: dict[str, dict[str, float]]) -> str:
         rows += [
             ("groups in use", f"{groups['in_use']} of {groups['num_groups']}"),
             ("group perplexity", f"{groups['perplexity']:.1f}"),
-            ("picture of the groups", str(run_dir / GROUPS_PICTURE)),
+            ("picture of the groups", str(run_dir / run_layout.GROUPS_PICTURE)),
         ]
     rows += [
         ("peak memory of a rank", f"{distributed.peak_memory_mib():.0f} MiB"),
-        ("results", str(run_dir / run_folder.RESULTS_FILE)),
-        ("TensorBoard log", str(run_dir / "tensorboard")),
+        ("results", str(run_dir / run_layout.RESULTS_FILE)),
+        ("TensorBoard log", str(run_dir / run_layout.BOARD_FOLDER)),
         ("checkpoint", str(checkpoint.list_checkpoints(run_dir)[-1])),
-        ("training curves", str(run_dir / CURVES_FILE)),
+        ("training curves", str(run_dir / run_layout.CURVES_FILE)),
     ]
     return "\n".join(["", *(f"  {name:<24}{value}" for name, value in rows)])

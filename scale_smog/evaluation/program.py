@@ -17,7 +17,7 @@ from scale_smog.evaluation.supervised.finetune import evaluate_finetuned, with_b
 from scale_smog.evaluation.supervised.label_subsets import labelled_samples
 from scale_smog.evaluation.supervised.linear import evaluate_linear
 from scale_smog.evaluation.task import EvaluationTask, Results
-from scale_smog.reporting import run_folder
+from scale_smog.runtime import run_layout
 
 # The images of the splits in use, by the splits' names, as the evaluation reads them; opened once.
 Splits = dict[str, Any]
@@ -170,7 +170,7 @@ def _prepared(task: EvaluationTask, splits: Splits) -> EvaluationTask:
 def _table(task: EvaluationTask, results: Results) -> str:
     shown = {k: v for k, v in results.items() if isinstance(v, str | int | float)}
     rows = [(k, f"{v:.4f}" if isinstance(v, float) else str(v)) for k, v in shown.items()]
-    rows.append(("results", str(task.folder / run_folder.RESULTS_FILE)))
+    rows.append(("results", str(task.folder / run_layout.RESULTS_FILE)))
     return "\n".join([f"{task.name} of {task.checkpoint}", *(f"  {k:<20}{v}" for k, v in rows)])
 
 

@@ -29,10 +29,10 @@ from scale_smog.models.check import require_images_fit
 from scale_smog.models.weights import backbone_sha256
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import write_atomically
 
 PROGRESS_FILE = "progress.pt"
-METRICS_FILE = "metrics.jsonl"
 DENSE = ("segmentation", "detection")  # which have images of their own
 
 Results = dict[str, Any]  # accuracies as fractions, and what they depend on
@@ -76,7 +76,7 @@ class EvaluationTask:
         # One rank looks: training may write another checkpoint meanwhile.
         checkpoint, run_dir = distributed.call_on_main(lambda: find_checkpoint(Path(path)))
         own, protocols = split_overrides(overrides)
-        file = run_dir / run_folder.RECIPE_FILE
+        file = run_dir / run_layout.RECIPE_FILE
         recipe, own_net = load_recipe(file, own), load_recipe(file).evaluation.net
         recipe = _with_data_found(recipe, run_dir)
         use_cache(recipe.data.cache_dir, recipe.data.cache_gib)
@@ -186,7 +186,7 @@ class EvaluationTask:
     def log(self, line: dict[str, Any]) -> None:
         """Adds a line to the evaluation's metrics; on rank 0 only."""
         if distributed.is_main():
-            with open(self.made_folder() / METRICS_FILE, "a", encoding="utf-8") as file:
+            with open(self.made_folder() / run_layout.METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def finish(self, results: Results, about: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class EvaluationTask:
             names = {"evaluation": self.name, "result": key}
             facts = {**names, "figures": results, **about, **self.facts}
             text = json.dumps(facts, indent=1) + "\n"
-            write_atomically(self.made_folder() / run_folder.RESULTS_FILE, text.encode())
+            write_atomically(self.made_folder() / run_layout.RESULTS_FILE, text.encode())
             if self.is_of_the_run():
                 run_folder.add_results(self.run_dir, {key: results})
 

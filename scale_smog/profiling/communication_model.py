@@ -9,6 +9,8 @@ backward pass hides is found by sending each bucket when its last gradient is re
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from scale_smog.config import ZERO_BUCKET_NUMEL
 from scale_smog.profiling.hardware import MICRO, Hardware, Link
 from scale_smog.profiling.sharding import shards_of
@@ -72,15 +74,9 @@ class CommunicationModel:
 
 def fit_alpha_beta(points: Points) -> tuple[float, float]:
     """alpha [s] and beta [s/byte] of measured times, by least squares of the relative error."""
-    # With weights 1 / t^2 the normal equations of two unknowns; neither may become negative.
-    weights = [1 / t**2 for _, t in points]
-    w, wx = sum(weights), sum(k * x for k, (x, _) in zip(weights, points, strict=True))
-    wxx = sum(k * x * x for k, (x, _) in zip(weights, points, strict=True))
-    wt = sum(k * t for k, (_, t) in zip(weights, points, strict=True))
-    wxt = sum(k * x * t for k, (x, t) in zip(weights, points, strict=True))
-    beta = (w * wxt - wx * wt) / (w * wxx - wx * wx)
-    alpha = (wt - beta * wx) / w
-    return max(alpha, 1e-7), max(beta, 1e-13)
+    num_bytes, seconds = np.array(points).T
+    beta, alpha = np.polyfit(num_bytes, seconds, 1, w=1 / seconds)
+    return max(float(alpha), 1e-7), max(float(beta), 1e-13)
 
 
 def exposed_s(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 PARTS = (
@@ -149,7 +150,7 @@ class StepProfile:
         middle = [steps[i] for _, i in totals[quarter : len(totals) - quarter]]
         parts = {name: statistics.fmean(step.get(name, 0.0) for step in middle) for name in PARTS}
         seconds = [total for total, _ in totals]
-        percentiles = {f"p{p}": _percentile(seconds, p) for p in (50, 95, 99)}
+        percentiles = {f"p{p}": float(np.percentile(seconds, p)) for p in (50, 95, 99)}
         return cls(sum(parts.values()), parts, percentiles)
 
     def with_kmeans(self, seconds: float) -> "StepProfile":
@@ -175,10 +176,3 @@ class Communication(NamedTuple):
 
     exposed: float  # while nothing else was computed
     hidden: float  # behind computation
-
-
-def _percentile(ordered: Sequence[float], percent: float) -> float:
-    place = percent / 100 * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scale_smog.errors import UserError
-from scale_smog.evaluation.groups.gallery import GALLERY_FILE
 from scale_smog.report.figures import charts_of_run, charts_of_several
 from scale_smog.report.tables import (
     checkpoint_rows,
@@ -19,6 +18,7 @@ from scale_smog.report.tables import (
     start_rows,
 )
 from scale_smog.reporting.run_record import RunRecord
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import write_atomically
 
 ASSETS = Path(__file__).with_name("assets")
@@ -144,7 +144,7 @@ def _key_figure_rows(records: Mapping[str, RunRecord]) -> dict[str, list[str]]:
 
 
 def _gallery(run_dir: Path) -> dict[str, Any] | None:
-    path = run_dir / GALLERY_FILE
+    path = run_dir / run_layout.GALLERY_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

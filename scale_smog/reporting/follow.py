@@ -14,10 +14,10 @@ from typing import Any
 from scale_smog.config import Recipe
 from scale_smog.errors import UserError
 from scale_smog.recipe import load_recipe
-from scale_smog.reporting import run_folder
-from scale_smog.reporting.run_record import BOARD_FOLDER, METRICS_FILE, BoardEvents, read_lines
+from scale_smog.reporting.run_record import BoardEvents, read_lines
 from scale_smog.reporting.starts import has_ended
 from scale_smog.reporting.trackers import TRACKERS, Point, Tracker
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import write_atomically
 from scale_smog.runtime.stores import shown
 
@@ -35,11 +35,11 @@ class Follower:
     """
 
     def __init__(self, run_dir: Path, kind: str, tracker: Tracker) -> None:
-        if not (run_dir / run_folder.RECIPE_FILE).is_file():
-            raise UserError(f"{run_dir} is not a run's folder: it has no {run_folder.RECIPE_FILE}")
+        if not (run_dir / run_layout.RECIPE_FILE).is_file():
+            raise UserError(f"{run_dir} is not a run's folder: it has no {run_layout.RECIPE_FILE}")
         self._run_dir, self._tracker = run_dir, tracker
         self._path = run_dir / f"follow-{kind}.json"
-        self._events = BoardEvents(run_dir / BOARD_FOLDER)
+        self._events = BoardEvents(run_dir / run_layout.BOARD_FOLDER)
         self._is_open = False
         kept = json.loads(self._path.read_text()) if self._path.exists() else {}
         self._id: str | None = kept.get("id")
@@ -49,13 +49,13 @@ class Follower:
     def advance(self) -> None:
         """Sends what is new; what could not be sent is new again."""
         if not self._is_open:
-            recipe = load_recipe(self._run_dir / run_folder.RECIPE_FILE)
+            recipe = load_recipe(self._run_dir / run_layout.RECIPE_FILE)
             name = self._run_dir.resolve().name
             self._id = self._tracker.open(self._id, name, flat(recipe))
             self._is_open = True
             self._keep()
-        lines = read_lines(self._run_dir / METRICS_FILE)
-        self._send(METRICS_FILE, [_point(line) for line in lines])
+        lines = read_lines(self._run_dir / run_layout.METRICS_FILE)
+        self._send(run_layout.METRICS_FILE, [_point(line) for line in lines])
         self._events.reload()
         logged = {name for line in lines for name in line}
         for tag in self._events.scalar_tags:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from scale_smog import distributed
 from scale_smog.data.augment import MEAN, STD
 from scale_smog.reporting.health import Floors
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import write_atomically
 
 _MEAN, _STD = (torch.tensor(v / 255, dtype=torch.float32)[:, None, None] for v in (MEAN, STD))
@@ -46,10 +47,10 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter  # of rank 0 only
 
         self._has_warned = False
-        path = run_dir / "metrics.jsonl"
+        path = run_dir / run_layout.METRICS_FILE
         _cut_after(path, step)
         self._lines = open(path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(run_dir / run_layout.BOARD_FOLDER), purge_step=step + 1)
         self._on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             initial=step, total=num_steps, unit="step", disable=not self._on_terminal, smoothing=0.1

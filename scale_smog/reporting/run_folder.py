@@ -18,19 +18,17 @@ from scale_smog import distributed
 from scale_smog.config import Recipe
 from scale_smog.errors import UserError
 from scale_smog.recipe import dump_recipe, load_recipe
+from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import locked, write_atomically
 from scale_smog.runtime.stores import shown
 
-RECIPE_FILE = "recipe.yaml"
-RESULTS_FILE = "results.json"
-DATASET_FILE = "dataset.json"
 LOCK_FILE = ".lock"
 # A run that was told to stop has a checkpoint to write; NFS keeps a dead host's lock for 90 s.
 LOCK_PATIENCE_S, LOCK_LOOK_S = 150.0, 0.2
 # Of a look before the run, and of a start that was killed or found the disk full.
 KNOWN_FILES = (
     *("profile.json", "scaling.png", "trace", LOCK_FILE, ".probe-*"),
-    *(DATASET_FILE, f".{DATASET_FILE}.tmp", f".{RECIPE_FILE}.tmp"),
+    *(run_layout.DATASET_FILE, f".{run_layout.DATASET_FILE}.tmp", f".{run_layout.RECIPE_FILE}.tmp"),
 )
 FREE_SECTIONS = ("engine", "deadlines")
 FREE_KEYS = (
@@ -59,7 +57,7 @@ LENGTHS = ("run.steps", "run.epochs")
 
 def kept_recipe(run_dir: str) -> Recipe | None:
     """What the run of this folder is trained by; None if there is no run yet."""
-    path = Path(run_dir) / RECIPE_FILE
+    path = Path(run_dir) / run_layout.RECIPE_FILE
     try:
         return load_recipe(path) if path.exists() else None
     except OSError as error:  # such as a name that is too long
@@ -111,15 +109,15 @@ def _claim(recipe: Recipe, sha256: str, lock: ExitStack) -> list[str]:
         changes = _allowed_changes(kept, recipe)
     try:
         dataset = json.dumps(facts | {"manifest_sha256": sha256})
-        write_atomically(folder / DATASET_FILE, dataset.encode())
-        write_atomically(folder / RECIPE_FILE, dump_recipe(recipe).encode())
+        write_atomically(folder / run_layout.DATASET_FILE, dataset.encode())
+        write_atomically(folder / run_layout.RECIPE_FILE, dump_recipe(recipe).encode())
     except OSError as error:
         raise UserError(f"cannot write run.dir={folder}: {error.strerror}") from None
     return changes
 
 
 def _require_free_or_known(folder: Path) -> None:
-    if not folder.exists() or (folder / RECIPE_FILE).exists():
+    if not folder.exists() or (folder / run_layout.RECIPE_FILE).exists():
         return
     if not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file: give another run.dir")
@@ -195,7 +193,9 @@ def _without_secrets(value: Any) -> Any:
 
 def trained_otherwise(start: Path, recipe: Recipe) -> list[str]:
     """A line on each setting of what is trained that differs from the run in another folder."""
-    changed = differences(load_recipe(start / RECIPE_FILE).model_dump(), recipe.model_dump())
+    changed = differences(
+        load_recipe(start / run_layout.RECIPE_FILE).model_dump(), recipe.model_dump()
+    )
     return [
         f"another {key} than the start: {before} -> {after}"
         for key, before, after in changed
@@ -210,13 +210,13 @@ def dataset_sha256(folder: Path) -> str:
 
 def _dataset_facts(folder: Path) -> dict[str, str]:
     """What dataset.json says, and a name of the run that no other run has."""
-    path = folder / DATASET_FILE
+    path = folder / run_layout.DATASET_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_results(folder: Path) -> dict[str, dict[str, float]]:
     """The run's results.json: evaluation -> figure -> value; empty before the first."""
-    path = folder / RESULTS_FILE
+    path = folder / run_layout.RESULTS_FILE
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -226,7 +226,7 @@ def add_results(folder: Path, results: dict[str, dict[str, float]]) -> None:
     Results with a "run" are of a newer checkpoint than what is there, of which nothing stays.
     """
     if distributed.is_main():
-        with locked(folder / RESULTS_FILE):  # evaluations may end at the same time
+        with locked(folder / run_layout.RESULTS_FILE):  # evaluations may end at the same time
             kept = {} if "run" in results else read_results(folder)
             text = json.dumps(kept | results, indent=1) + "\n"
-            write_atomically(folder / RESULTS_FILE, text.encode())
+            write_atomically(folder / run_layout.RESULTS_FILE, text.encode())

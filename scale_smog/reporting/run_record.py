@@ -10,10 +10,8 @@ from scale_smog.config import Recipe
 from scale_smog.errors import UserError
 from scale_smog.recipe import load_recipe
 from scale_smog.reporting import run_folder
+from scale_smog.runtime import run_layout
 
-METRICS_FILE = "metrics.jsonl"
-STARTS_FILE = "starts.jsonl"
-BOARD_FOLDER = "tensorboard"
 RESET_TAG = "reset/drift"
 
 Curve = tuple[Sequence[int], Sequence[float]]  # steps, values
@@ -48,19 +46,19 @@ class RunRecord:
         Raises:
             UserError: not the folder of a run.
         """
-        if not (folder / run_folder.RECIPE_FILE).is_file():
-            raise UserError(f"{folder} is not a run's folder: it has no {run_folder.RECIPE_FILE}")
-        logged = read_lines(folder / METRICS_FILE)
-        events = BoardEvents(folder / BOARD_FOLDER)
+        if not (folder / run_layout.RECIPE_FILE).is_file():
+            raise UserError(f"{folder} is not a run's folder: it has no {run_layout.RECIPE_FILE}")
+        logged = read_lines(folder / run_layout.METRICS_FILE)
+        events = BoardEvents(folder / run_layout.BOARD_FOLDER)
         events.reload()
         own = {name for line in logged for name in line}
         return cls(
             folder=folder,
-            recipe=load_recipe(folder / run_folder.RECIPE_FILE),
+            recipe=load_recipe(folder / run_layout.RECIPE_FILE),
             logged=logged,
             scalars={tag: events.curve(tag) for tag in events.scalar_tags if tag not in own},
             pictures=events.pictures(),
-            starts=[x for x in read_lines(folder / STARTS_FILE) if "ended" not in x],
+            starts=[x for x in read_lines(folder / run_layout.STARTS_FILE) if "ended" not in x],
             results=run_folder.read_results(folder),
         )
 

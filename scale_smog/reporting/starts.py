@@ -12,7 +12,8 @@ import torch
 
 from scale_smog import distributed
 from scale_smog.config import Recipe
-from scale_smog.reporting.run_record import STARTS_FILE, read_lines
+from scale_smog.reporting.run_record import read_lines
+from scale_smog.runtime import run_layout
 
 CPU_FILE = Path("/proc/cpuinfo")
 
@@ -44,7 +45,7 @@ def note_end(run_dir: Path, step: int) -> None:
 
 def has_ended(run_dir: Path) -> bool:
     """Whether the run has come to its end, and was not started again since."""
-    lines = read_lines(run_dir / STARTS_FILE)
+    lines = read_lines(run_dir / run_layout.STARTS_FILE)
     return bool(lines) and "ended" in lines[-1]
 
 
@@ -52,7 +53,7 @@ def _add_line(run_dir: Path, step: int, facts: dict[str, Any]) -> None:
     if distributed.is_main():
         line = {"time": round(time.time()), "step": step, **facts}
         # As with metrics, a full disk is no reason to end a run.
-        with suppress(OSError), open(run_dir / STARTS_FILE, "a+b") as file:
+        with suppress(OSError), open(run_dir / run_layout.STARTS_FILE, "a+b") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)  # a line that a full disk has torn
             file.write(json.dumps(line).encode() + b"\n")

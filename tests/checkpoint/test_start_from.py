@@ -14,7 +14,7 @@ from scale_smog.export import export
 from scale_smog.models import build_backbone
 from scale_smog.pretrain import pretrain
 from scale_smog.recipe import load_recipe
-from scale_smog.reporting import run_folder
+from scale_smog.runtime import run_layout
 
 # No step that changes anything: what the run ends with is what it began with.
 RESTING = (
@@ -58,7 +58,7 @@ def test_a_run_begins_with_nets_and_groups_of_another(tmp_path, tars, source, ca
     for part in ("online", "momentum"):
         assert_close(parameters(after, part), parameters(before, part))
     assert torch.allclose(after["groups.centroids"], before["groups.centroids"], atol=1e-5)
-    kept = load_recipe(run_dir / run_folder.RECIPE_FILE).run
+    kept = load_recipe(run_dir / run_layout.RECIPE_FILE).run
     assert kept.start_from == str(source) and len(kept.start_sha256) == 64
     assert f"groups: from {source}" in capsys.readouterr().out
 
@@ -139,7 +139,7 @@ def test_a_run_its_export_and_a_file_of_it_are_one_start(tmp_path, tars, source)
         ("file", plain / "model.safetensors"),
     ):
         run_dir = begun(tmp_path / name, tars, place)
-        hashes.add(load_recipe(run_dir / run_folder.RECIPE_FILE).run.start_sha256)
+        hashes.add(load_recipe(run_dir / run_layout.RECIPE_FILE).run.start_sha256)
         states[name] = final_state(run_dir)
     assert len(hashes) == 1
     assert_close(states["whole"], states["run"])

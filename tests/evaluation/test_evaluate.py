@@ -23,7 +23,6 @@ from scale_smog.data.prepare.shard import shard_folder
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import write_features
 from scale_smog.evaluation.groups import program as groups
-from scale_smog.evaluation.groups.gallery import GALLERY_FILE
 from scale_smog.evaluation.groups.program import evaluate_groups
 from scale_smog.evaluation.paper import ImageCounts, Ours
 from scale_smog.evaluation.program import PROGRAMS, evaluate
@@ -32,6 +31,7 @@ from scale_smog.evaluation.task import EvaluationTask
 from scale_smog.models import build_backbone
 from scale_smog.models.weights import backbone_sha256
 from scale_smog.pretrain import pretrain
+from scale_smog.runtime import run_layout
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = ["linear.epochs=4", "linear.batch=8", "linear.checkpoint_every=3"]
@@ -115,12 +115,12 @@ def test_a_run_has_figures_of_its_newest_checkpoint_on_its_own_images_only(
         return json.loads((run_dir / "results.json").read_text())
 
     before = kept()
-    gallery = (run_dir / GALLERY_FILE).read_bytes()
+    gallery = (run_dir / run_layout.GALLERY_FILE).read_bytes()
     evaluate("knn", [str(list_checkpoints(run_dir)[0])], [])
     evaluate("linear", [str(list_checkpoints(run_dir)[0])], SHORT)
     evaluate_groups([str(list_checkpoints(run_dir)[0])], [])
     evaluate("knn", [str(run_dir)], [f"data.path={image_folder}"])
-    assert kept() == before and (run_dir / GALLERY_FILE).read_bytes() == gallery
+    assert kept() == before and (run_dir / run_layout.GALLERY_FILE).read_bytes() == gallery
     assert len(list((run_dir / "evaluations").iterdir())) == 4
     evaluate("knn", [str(run_dir)], ["evaluation.k=3"])
     assert kept() == before | {"knn": results(run_dir, "knn")["figures"]}

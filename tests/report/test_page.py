@@ -13,7 +13,6 @@ import pytest
 from small_recipe import small_recipe
 
 from scale_smog.errors import UserError
-from scale_smog.evaluation.groups.gallery import GALLERY_FILE
 from scale_smog.evaluation.paper import ImageCounts
 from scale_smog.evaluation.program import evaluate
 from scale_smog.pretrain import pretrain
@@ -21,6 +20,7 @@ from scale_smog.report.figures import MOST_POINTS, thinned
 from scale_smog.report.page import _key_figures, write_comparison, write_report
 from scale_smog.report.tables import _paper, evaluations, setting_rows
 from scale_smog.reporting.run_record import RunRecord
+from scale_smog.runtime import run_layout
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MOST_MIB = 6
@@ -39,9 +39,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tars: Path) -> Path:
     pretrain(recipe)
     folder = Path(recipe.run.dir)
     evaluate("knn", [str(folder)], [])
-    gallery = json.loads((folder / GALLERY_FILE).read_text())
+    gallery = json.loads((folder / run_layout.GALLERY_FILE).read_text())
     gallery["groups"][0]["classes"] = {HOSTILE: 1}  # names of classes are names of folders
-    (folder / GALLERY_FILE).write_text(json.dumps(gallery))
+    (folder / run_layout.GALLERY_FILE).write_text(json.dumps(gallery))
     return folder
 
 

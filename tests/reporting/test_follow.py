@@ -23,11 +23,11 @@ from scale_smog.data import TarDataset
 from scale_smog.errors import UserError
 from scale_smog.evaluation.feature_files import _show_in_projector
 from scale_smog.recipe import dump_recipe
-from scale_smog.reporting import run_folder
 from scale_smog.reporting.follow import Follower, flat, follow
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.starts import has_ended, note_end, note_start
 from scale_smog.reporting.trackers import TRACKERS, Mlflow, Point, Tracker
+from scale_smog.runtime import run_layout
 
 LOGGED = ("loss", "lr", "images_per_s")
 
@@ -39,7 +39,7 @@ class Run:
         self.recipe = small_recipe(folder, "nowhere")
         self.dir = Path(self.recipe.run.dir)
         self.dir.mkdir()
-        (self.dir / run_folder.RECIPE_FILE).write_text(dump_recipe(self.recipe))
+        (self.dir / run_layout.RECIPE_FILE).write_text(dump_recipe(self.recipe))
         self._step = 0
 
     def goes_on(self, num_steps: int) -> None:

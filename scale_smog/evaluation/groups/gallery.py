@@ -16,7 +16,6 @@ from scale_smog.evaluation.groups.pictures import thumbnail
 from scale_smog.evaluation.groups.quality import class_entropy
 from scale_smog.runtime.files import write_atomically
 
-GALLERY_FILE = "gallery.json"
 THUMBNAIL_PX = 64
 MOST_GROUPS = 200  # a fair sample of more, by their tightness
 IMAGES_A_GROUP = 12

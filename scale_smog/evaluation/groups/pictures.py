@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # only the rank that draws imports them
     from matplotlib.gridspec import SubplotSpec
     from PIL import Image
 
-GROUPS_PICTURE = "groups.png"
 NUM_PICTURED = 2048  # training images among which the picture finds each group's closest
 NUM_GROUPS_SHOWN = 10
 NUM_IMAGES_SHOWN = 8

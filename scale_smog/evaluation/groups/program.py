@@ -16,17 +16,13 @@ from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.build import open_together
 from scale_smog.errors import UserError
 from scale_smog.evaluation.features import Encoder, raw_pixels
-from scale_smog.evaluation.groups.gallery import GALLERY_FILE, write_gallery
-from scale_smog.evaluation.groups.pictures import (
-    GROUPS_PICTURE,
-    NUM_PICTURED,
-    draw_group_entropy,
-    draw_groups,
-)
+from scale_smog.evaluation.groups.gallery import write_gallery
+from scale_smog.evaluation.groups.pictures import NUM_PICTURED, draw_group_entropy, draw_groups
 from scale_smog.evaluation.groups.quality import GroupQuality, cluster_features, group_quality
 from scale_smog.evaluation.splits import random_subset, require_labels
 from scale_smog.evaluation.task import EvaluationTask
 from scale_smog.grouping import MomentumGroups
+from scale_smog.runtime import run_layout
 
 ROWS_AT_ONCE = 2**15  # of features: times all groups they are a matrix of GiB
 ENTROPY_PICTURE = "group_entropy.png"
@@ -69,7 +65,7 @@ def evaluate_groups(
             draw_group_entropy(folder / ENTROPY_PICTURE, qualities)
             print(_table(qualities))
             pictures = [folder / ENTROPY_PICTURE]
-            pictures += [_picture_folder(task) / GROUPS_PICTURE for task, _ in opened]
+            pictures += [_picture_folder(task) / run_layout.GROUPS_PICTURE for task, _ in opened]
             print("pictures: " + ", ".join(map(str, pictures)))
             if with_paper:
                 print("the paper shows these groups' entropy as Figure 5, without numbers")
@@ -111,9 +107,9 @@ def _checkpoint_groups(task: EvaluationTask, dataset: Images) -> dict[str, Group
         shown = random_subset(len(ids), NUM_PICTURED)
         usage = torch.bincount(assigned, minlength=num_groups)
         folder = _picture_folder(task)
-        picture = folder / GROUPS_PICTURE
+        picture = folder / run_layout.GROUPS_PICTURE
         draw_groups(picture, dataset, ids[shown], z[shown], groups.centroids, usage)
-        write_gallery(folder / GALLERY_FILE, dataset, ids, z, groups.centroids, usage)
+        write_gallery(folder / run_layout.GALLERY_FILE, dataset, ids, z, groups.centroids, usage)
     if task.recipe.evaluation.baselines:
         baselines: dict[str, Encoder] = {
             "raw_pixels": raw_pixels,

@@ -13,6 +13,7 @@ from PIL import Image
 from scale_smog.data import TarDataset
 from scale_smog.evaluation.groups import gallery
 from scale_smog.evaluation.groups.pictures import thumbnail
+from scale_smog.runtime import run_layout
 
 
 def write(tmp_path, tars) -> tuple[dict, TarDataset, torch.Tensor, torch.Tensor]:
@@ -20,7 +21,7 @@ def write(tmp_path, tars) -> tuple[dict, TarDataset, torch.Tensor, torch.Tensor]
     generator = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(40, 8, generator=generator))
     groups = F.normalize(torch.randn(5, 8, generator=generator))
-    path = tmp_path / gallery.GALLERY_FILE
+    path = tmp_path / run_layout.GALLERY_FILE
     gallery.write_gallery(path, dataset, np.arange(40), z, groups, torch.arange(5) + 100)
     return json.loads(path.read_text()), dataset, z, groups
 
