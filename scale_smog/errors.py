@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 HOLD_BACK_S = 5.0  # a launcher that sees rank 0 fail has ended the other ranks by then
@@ -25,6 +25,12 @@ class RunEnded(UserError):
 
 class RankError(UserError):
     """A mistake that one rank alone meets: the rank that has it says it."""
+
+
+def first_few(names: Sequence[str], separator: str = ", ", most: int = 8) -> str:
+    """Names in a row, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from scale_smog import errors
-from scale_smog.errors import CommonError, UserError, exits_on_user_error
+from scale_smog.errors import CommonError, UserError, exits_on_user_error, first_few
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,8 @@ def test_what_all_ranks_are_known_to_have_met_rank_0_says_alone(monkeypatch, cap
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), exits_on_user_error():
         raise ZeroDivisionError
+
+
+def test_names_that_are_left_out_are_counted():
+    assert first_few(["a", "b"]) == "a, b" and first_few([]) == ""
+    assert first_few([str(i) for i in range(10)], "; ", most=3) == "0; 1; 2 and 7 more"

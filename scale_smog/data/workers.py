@@ -29,7 +29,7 @@ def workers_of_rank(wanted: int, num_ranks: int) -> int:
         wanted: data.workers.
         num_ranks: that share the cores of this rank.
     """
-    import psutil  # comes with deepspeed, which not every machine has
+    import psutil  # a step of given views needs none
 
     memory = psutil.virtual_memory().available // num_ranks // WORKER_BYTES
     return min(wanted, num_usable_cores() // num_ranks, memory)

@@ -12,9 +12,8 @@ from queue import SimpleQueue
 
 import torch.distributed as dist
 
-from scale_smog.errors import CommonError, RankError, UserError
+from scale_smog.errors import CommonError, RankError, UserError, first_few
 
-MAX_NAMED = 8
 EXTRA_WAIT_S = 10.0  # of the other ranks, so that rank 0 says first who is missing
 LEAVING_S, HEARING_S = 3.0, 1.0  # to tell the others that a rank leaves, and for them to hear it
 COMPLETE, LEFT = b"complete", b"left by "
@@ -171,16 +170,11 @@ def _missing(store: dist.Store, world_size: int, timeout_s: float) -> str:
     came = [f"{host} ({num})" for host, num in hosts.items()]
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     return (
-        f"{_first_few([f'rank {r}' for r in absent])} did not come within {timeout_s:.0f} s, "
-        f"ranks came from {_first_few(came)}{f' of {nodes}' if nodes else ''}: is every host up, "
+        f"{first_few([f'rank {r}' for r in absent])} did not come within {timeout_s:.0f} s, "
+        f"ranks came from {first_few(came)}{f' of {nodes}' if nodes else ''}: is every host up, "
         "does ssh reach it, and does it reach "
         f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}?"
     )
-
-
-def _first_few(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def _unreachable(host: str, port: int, is_server: bool, timeout_s: float) -> str:

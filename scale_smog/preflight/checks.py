@@ -21,7 +21,7 @@ from scale_smog.data.datasets import open_split
 from scale_smog.data.plan import images_per_rank
 from scale_smog.data.remote.space import use_cache
 from scale_smog.data.workers import describe_workers, num_usable_cores, workers_of_rank
-from scale_smog.errors import UserError
+from scale_smog.errors import UserError, first_few
 from scale_smog.preflight import dataset, versions
 from scale_smog.preflight.libraries import check_libraries
 from scale_smog.preflight.network import check_collectives, check_links
@@ -147,8 +147,7 @@ def check_nodes(hosts: Hosts, must_be_in_order: bool) -> Row:
     ]
     if must_be_in_order and not hosts.are_in_order:
         faults.append("the ranks of a host do not follow one another: srun --distribution=block")
-    more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
-    return Row("hosts", summary + ", ".join(counts[:8]) + more, faults)
+    return Row("hosts", summary + first_few(counts), faults)
 
 
 def check_recipes(recipe: Recipe) -> Row:

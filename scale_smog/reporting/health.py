@@ -14,7 +14,7 @@ from torch import Tensor
 from scale_smog import distributed
 from scale_smog.config import Figure, RunConfig
 from scale_smog.data.batch import Batch
-from scale_smog.errors import RunEnded
+from scale_smog.errors import RunEnded, first_few
 from scale_smog.grouping import perplexity
 
 COLLAPSED_SHARE = 0.1  # of the groups
@@ -93,8 +93,8 @@ class SkippedSteps:
             return
         self._num_in_a_row += 1
         causes = distributed.gather_objects(_what_is_not_finite(loss, batch))
-        named = [f"rank {r}: {cause}" for r, cause in enumerate(causes) if cause][:8]
-        cause = "; ".join(named) or "gradients, with finite losses"
+        named = [f"rank {r}: {cause}" for r, cause in enumerate(causes) if cause]
+        cause = first_few(named, "; ") or "gradients, with finite losses"
         say(f"warning: step {step} left out, not finite ({cause})")
         if self._num_in_a_row >= self._run.max_skipped:
             folder = Path(self._run.dir) / "not_finite" / f"step-{step:08d}"

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from scale_smog import distributed
+from scale_smog.errors import first_few
 from scale_smog.runtime.own_time import OwnTime
 
 WINDOW_S = 5.0  # at least, so that what is sampled means something
@@ -17,7 +18,6 @@ MAX_EXCESS_S, MAX_EXCESS, MAX_RATIO = 0.5, 0.02, 2.0  # of a window: seconds, sh
 MAX_DATA_WAIT = 0.2  # of the time, beyond the median
 MAX_GPU_RATIO = 1.0 / 0.7  # of a GPU's time for the same product to the median of the GPUs
 SILENCE_S = 60.0  # after a line
-MAX_NAMED = 8
 
 
 class Stragglers:
@@ -92,9 +92,7 @@ class Stragglers:
             return None
         self._silent_until = time.monotonic() + SILENCE_S
         self._named |= set(news)
-        more = f" and {len(news) - MAX_NAMED} more" if len(news) > MAX_NAMED else ""
-        named = "; ".join(due[rank] for rank in news[:MAX_NAMED])
-        return f"slower than the other ranks: {named}{more}"
+        return f"slower than the other ranks: {first_few([due[rank] for rank in news], '; ')}"
 
 
 class GpuProbe:

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
+from scale_smog.errors import first_few
+
 BACKENDS = ("gloo", "nccl2", "nccl")  # torch calls its newer NCCL nccl2; each has a recorder
 NUM_KEPT = 2000  # collectives; a step of a deep net with BatchNorm over all ranks begins some 200
 NUM_COMPARED = 600
-MAX_NAMED = 8
 DIFFERENCE = "where the others began"
 FILE_PREFIX = "flight-recorder-"
 
@@ -113,7 +114,7 @@ def compare_published(store: dist.Store, hosts: Sequence[str]) -> str:
         histories = {rank: _unpack(value) for rank, value in zip(there, values, strict=True)}
         if difference := first_difference(histories, is_complete=len(there) == len(hosts)):
             ranks, what = difference
-            names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks[:MAX_NAMED])
+            names = first_few([f"rank {rank} on {hosts[rank]}" for rank in ranks])
             return f"; {names} {what}"
     return ""
 

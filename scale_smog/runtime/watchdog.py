@@ -22,6 +22,7 @@ import torch.distributed as dist
 from scale_smog import distributed
 from scale_smog.config import DeadlinesConfig
 from scale_smog.distributed.process_group import TIMEOUT_EXIT_CODE
+from scale_smog.errors import first_few
 from scale_smog.runtime import flight_recorder, phases, rank_logs
 
 T = TypeVar("T")
@@ -319,19 +320,15 @@ def diagnose(heartbeats: list[Heartbeat], stalled: list[int]) -> str:
         stalled: ranks that sent no new one.
     """
     if stalled:
-        names = [f"rank {r} on {heartbeats[r].host}" for r in stalled[:8]]
+        names = first_few([f"rank {r} on {heartbeats[r].host}" for r in stalled])
         phase = heartbeats[stalled[0]].phase
-        return (
-            f"{NO_HEARTBEAT} {', '.join(names)}, last seen in phase '{phase}': stopped, ended or "
-            "cut off"
-        )
+        return f"{NO_HEARTBEAT} {names}, last seen in phase '{phase}': stopped, ended or cut off"
     least = min(heartbeat.num_phases for heartbeat in heartbeats)
     behind = [r for r, heartbeat in enumerate(heartbeats) if heartbeat.num_phases == least]
     if len(behind) == len(heartbeats):
         phase = heartbeats[0].phase
         return f"all ranks are alive in phase '{phase}' and wait for one another"
-    names = [_name(r, heartbeats[r]) for r in behind[:8]]
-    return f"the others wait for {', '.join(names)}"
+    return f"the others wait for {first_few([_name(r, heartbeats[r]) for r in behind])}"
 
 
 def _stalled(previous: list[Heartbeat], newest: list[Heartbeat]) -> list[int]:

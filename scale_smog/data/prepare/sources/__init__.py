@@ -64,7 +64,7 @@ def _usual_layout(name: str) -> str:
 def _matching_files(pattern: str) -> list[Path]:
     if Path(pattern).exists():
         return [Path(pattern)]
-    from braceexpand import braceexpand  # comes with webdataset, which not every machine has
+    from braceexpand import braceexpand  # for patterns only
 
     try:
         patterns = list(braceexpand(pattern))
