@@ -244,14 +244,31 @@ class NetPlan(NamedTuple):
     num_momentum_views: int = 1  # 0: there is no momentum net
 
 
+class MethodPlan(NamedTuple):
+    """What other parts must know of a method."""
+
+    nets: NetPlan
+    has_groups: bool = False  # images are put into groups, and small crops are trained
+    kept_features: Literal["none", "bank", "queue", "all images"] = "none"  # from step to step
+
+
 DEFAULT_NETS = NetPlan()
-NET_PLANS = {
-    "smog": DEFAULT_NETS,
-    "swav": NetPlan(False, "prototypes", num_online_views=2, num_momentum_views=0),
-    "deepcluster_v2": NetPlan(False, "none", num_online_views=2, num_momentum_views=0),
-    "simclr": NetPlan(True, "none", num_online_views=2, num_momentum_views=0),
-    "moco_v3": NetPlan(True, "normed mlp", num_online_views=2, num_momentum_views=2),
-    "byol": NetPlan(False, "mlp", num_online_views=2, num_momentum_views=2),
+_TWO_VIEWS = NetPlan(num_online_views=2, num_momentum_views=0)
+METHOD_PLANS = {
+    "smog": MethodPlan(DEFAULT_NETS, has_groups=True, kept_features="bank"),
+    "swav": MethodPlan(
+        _TWO_VIEWS._replace(is_projection_normed=False, predictor="prototypes"),
+        has_groups=True,
+        kept_features="queue",
+    ),
+    "deepcluster_v2": MethodPlan(
+        _TWO_VIEWS._replace(is_projection_normed=False, predictor="none"),
+        has_groups=True,
+        kept_features="all images",
+    ),
+    "simclr": MethodPlan(_TWO_VIEWS._replace(predictor="none")),
+    "moco_v3": MethodPlan(_TWO_VIEWS._replace(predictor="normed mlp", num_momentum_views=2)),
+    "byol": MethodPlan(_TWO_VIEWS._replace(is_projection_normed=False, num_momentum_views=2)),
 }
 
 
@@ -276,19 +293,19 @@ class MethodConfig(Section):
     """Initial epochs in which swav's prototypes are frozen."""
 
     @property
+    def plan(self) -> MethodPlan:
+        """Its row."""
+        return METHOD_PLANS[self.name]
+
+    @property
     def has_groups(self) -> bool:
         """Whether images are put into groups."""
-        return self.name in ("smog", "swav", "deepcluster_v2")
+        return self.plan.has_groups
 
     @property
     def has_bank(self) -> bool:
         """Whether groups are reset from a bank of the last steps' features."""
-        return self.name == "smog"
-
-    @property
-    def has_small_crops(self) -> bool:
-        """Whether small views are trained."""
-        return self.has_groups
+        return self.plan.kept_features == "bank"
 
 
 class GroupingConfig(Section):
@@ -557,23 +574,23 @@ class Recipe(Section):
     @property
     def nets(self) -> NetPlan:
         """Of the method."""
-        plan = NET_PLANS[self.method.name]
+        plan = self.method.plan.nets
         is_trained = plan.predictor == "prototypes"
         return plan._replace(num_prototypes=self.grouping.num_groups if is_trained else 0)
 
     def num_kept_features(self, batch: int) -> int:
         """Features that a rank of `batch` images a step keeps from step to step."""
-        kept = {
-            "smog": self.bank_steps * batch,
-            "swav": 2 * self.method.queue_steps * batch,
-            "deepcluster_v2": -(-self.data.num_images * batch // self.data.global_batch),
-        }
-        return kept.get(self.method.name, 0)
+        return {
+            "none": 0,
+            "bank": self.bank_steps * batch,
+            "queue": 2 * self.method.queue_steps * batch,
+            "all images": -(-self.data.num_images * batch // self.data.global_batch),
+        }[self.method.plan.kept_features]
 
     @property
     def kmeans_every(self) -> float:
         """Steps from one k-means over the kept features to the next; 0: there is none."""
-        if self.method.name == "deepcluster_v2":
+        if self.method.plan.kept_features == "all images":
             return self.data.num_images / self.data.global_batch
         is_reset = self.method.has_bank and self.grouping.kmeans
         return float(self.grouping.reset_every) if is_reset else 0.0
@@ -650,16 +667,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _images_are_told_apart(self) -> Self:
-        if self.method.name == "deepcluster_v2" and self.data.loader in ("fast", "stream"):
+        keeps_all = self.method.plan.kept_features == "all images"
+        if keeps_all and self.data.loader in ("fast", "stream"):
             raise ValueError(
-                f"method.name=deepcluster_v2 keeps a cluster of every image, and "
+                f"method.name={self.method.name} keeps a cluster of every image, and "
                 f"data.loader={self.data.loader} does not number them: take data.loader=dali"
             )
         return self
 
     @model_validator(mode="after")
     def _small_crops_are_trained(self) -> Self:
-        if self.data.num_small_crops and not self.method.has_small_crops:
+        if self.data.num_small_crops and not self.method.has_groups:
             raise ValueError(
                 f"method.name={self.method.name} trains two large views: take "
                 "data.num_small_crops=0"

@@ -78,7 +78,7 @@ def recipe_of(folder: Path, **engine: Any) -> Recipe:
             `method` (a section).
     """
     optimizer, method = engine.pop("optimizer", "lars"), engine.pop("method", {})
-    num_small_crops = int(MethodConfig.model_validate(method).has_small_crops)
+    num_small_crops = int(MethodConfig.model_validate(method).has_groups)
     return Recipe.model_validate(
         {
             "run": {"dir": str(folder), "steps": NUM_STEPS, "checkpoint_every": 0},

@@ -97,7 +97,7 @@ def test_a_step_waits_for_one_number_and_nothing_else(optimizer, clip_norm):
 def test_a_step_of_every_method_waits_for_one_number(name, monkeypatch):
     monkeypatch.setattr(ImageClusters, "find", lambda *_: None)  # once an epoch
     method = {"name": name, "queue_steps": 2, "queue_after_epochs": 0.0}
-    crops = {"num_small_crops": int(MethodConfig(name=name).has_small_crops)}
+    crops = {"num_small_crops": int(MethodConfig(name=name).has_groups)}
     data = {"path": "", "global_batch": B, "large_px": PX, "small_px": 8, **crops}
     found = count_syncs(recipe_of(method=method, data=data))
     found.pop("copy to the GPU", None)  # the images' ids: CUDA takes so few bytes at once
