@@ -35,7 +35,7 @@ from scale_smog.config import Recipe
 from scale_smog.grouping import spherical_kmeans
 from scale_smog.loop import train_step
 from scale_smog.models import build_backbone
-from scale_smog.profiling.flops import count_step, roof_s
+from scale_smog.profiling.flops import count_step, roofline_s
 from scale_smog.profiling.hardware import hardware_name, load_hardware
 from scale_smog.profiling.peaks import measure_peaks
 from scale_smog.profiling.step_profile import StepProfile, Timeline, timed
@@ -191,7 +191,7 @@ class Suite:
             ours = Ours(self.recipe(width), DEVICE)
             profile = self._profile(ours)
             cost = count_step(ours.recipe.model, ours.recipe.data, self.batch, "bf16")
-            roof = roof_s(cost.ops, *peaks, folded=True)
+            roof = roofline_s(cost.ops, *peaks, folded=True)
             rate = self.batch / profile.step_s
             mfu = cost.flops / profile.step_s / peaks[0]
             print(f"    x{width}: {rate:.0f} images/s, MFU {mfu:.1%}")

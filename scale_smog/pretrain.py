@@ -32,7 +32,7 @@ from scale_smog.loop import train
 from scale_smog.preflight.checks import require_equal_hosts
 from scale_smog.reporting import run_folder
 from scale_smog.reporting.curves import draw_run_curves
-from scale_smog.reporting.health import Floors
+from scale_smog.reporting.health import StopBelow
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.progress import Progress
 from scale_smog.reporting.starts import note_end, note_start
@@ -108,8 +108,8 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
         is_finished = state.step >= schedules.num_steps
         if not is_finished and (problem := checkpoints.prepare(state.state_dict())):
             warnings.append(f"warning: {problem}")
-        floors = Floors(recipe.run.stop_below, recipe.run.stop_patience)
-        metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch, floors)
+        stop_below = StopBelow(recipe.run.stop_below, recipe.run.stop_patience)
+        metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch, stop_below)
         note_start(recipe, state.step, device)
         changed = [f"changed since the run began: {x}" for x in changes]
         lines = [*remarks(dataset), *derived, *schedules.remarks(), *begun, *changed, *warnings]

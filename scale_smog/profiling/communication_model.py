@@ -67,7 +67,7 @@ class CommunicationModel:
         """beta x bytes of an all-reduce (Patarasuk and Yuan, JPDC 69, 2009)."""
         return 2 * (ranks - 1) / ranks * num_bytes / (self._at(link.gb_per_s) * 1e9)
 
-    def unhidden_s(self, sent_s: float, least_s: float) -> float:
+    def exposed_s(self, sent_s: float, least_s: float) -> float:
         """What is left of communication during a pass that would leave `least_s` at best."""
         return max((1 - self.overlap) * sent_s, least_s)
 
@@ -137,7 +137,7 @@ def _whole_weights_s(
     ]
     total = sum(seconds for _, seconds in sent)
     if engine == "ddp":
-        return model.unhidden_s(total, finish_s(sent) - parts["backward"])
+        return model.exposed_s(total, finish_s(sent) - parts["backward"])
     # DeepSpeed waits for its buckets, and for the new weights after the optimizer.
     weights_s = model.seconds("all_gather", 4.0 * work.num_weights, gpus)
     return total + weights_s + _norms_s(work, gpus, model)
@@ -166,7 +166,7 @@ def _split_weights_s(
         copies = model.between_nodes()
         sent_s += copies.seconds("all_reduce", gradients / shards, gpus // shards, messages)
     compute = sum(parts[name] for name in COMPUTE_PARTS)
-    return model.unhidden_s(sent_s, sent_s - compute) + _norms_s(work, shards, model)
+    return model.exposed_s(sent_s, sent_s - compute) + _norms_s(work, shards, model)
 
 
 def _norms_s(work: Workload, ranks: int, model: CommunicationModel) -> float:
@@ -195,7 +195,7 @@ def _batch_norm_s(
     seconds = online_s + momentum_s
     if shards_of(engine, gpus, model.machine.gpus_per_node).weights == 1:
         beside = (online_s - parts["momentum_forward"], momentum_s - parts["online_forward"])
-        seconds = model.unhidden_s(seconds, max(0.0, *beside))
+        seconds = model.exposed_s(seconds, max(0.0, *beside))
     seconds += work.num_repeats * online_s
     seconds += accumulate * sum(
         model.seconds("all_reduce", 8.0 * c, ranks) for c in cost.norm_channels

@@ -85,7 +85,7 @@ class StepCost:
         return [*self.momentum_forward, *self.online_forward, *self.backward]
 
 
-def roof_s(
+def roofline_s(
     ops: Sequence[Op], flops_per_s: float, bytes_per_s: float, folded: bool = False
 ) -> float:
     """The least time of operations that run one after the other.

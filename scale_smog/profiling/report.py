@@ -7,7 +7,7 @@ from typing import Any
 
 from scale_smog.config import Recipe
 from scale_smog.profiling.advice import bottleneck
-from scale_smog.profiling.flops import roof_s
+from scale_smog.profiling.flops import roofline_s
 from scale_smog.profiling.hardware import Hardware
 from scale_smog.profiling.scaling_model import (
     Measured,
@@ -40,7 +40,7 @@ def facts(
     """The figures of the ranks at hand."""
     step_s, cost = measured.step_s, work.cost
     roofs = {
-        name: roof_s(cost.ops, device.flops_per_s, device.bytes_per_s, folded)
+        name: roofline_s(cost.ops, device.flops_per_s, device.bytes_per_s, folded)
         for name, folded in (("roofline_fraction", True), ("eager_roofline_fraction", False))
     }
     return {

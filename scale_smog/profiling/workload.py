@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from scale_smog.config import Recipe
-from scale_smog.profiling.flops import Op, StepCost, count_step, roof_s
+from scale_smog.profiling.flops import Op, StepCost, count_step, roofline_s
 from scale_smog.profiling.hardware import MICRO, Hardware
 
 UPDATE_BYTES = 48  # of a weight: norms of w and g 8, g + decay x w 12, g x ratio 8, fused SGD 20
@@ -74,7 +74,7 @@ def estimate_parts(work: Workload, machine: Hardware, estimate: int) -> dict[str
     launch, fraction = at(machine.op_us) * MICRO, at(machine.roofline_fraction)
     launches = recipe.engine.accumulate * LAUNCHES_AN_OP * launch
     parts = {
-        name: max(roof_s(ops, peak, bandwidth) / fraction, len(ops) * launches)
+        name: max(roofline_s(ops, peak, bandwidth) / fraction, len(ops) * launches)
         for name, ops in (
             ("online_forward", work.cost.online_forward),
             ("momentum_forward", work.cost.momentum_forward),

@@ -37,17 +37,17 @@ def collapse_warning(counts: Tensor) -> str | None:
     )
 
 
-class Floors:
+class StopBelow:
     """Notes figures that stay too low, to end a run that is not worth its time.
 
     Args:
-        floors: figure -> least value (`run.stop_below`).
+        stop_below: figure -> least value (`run.stop_below`).
         patience: values in a row below it (`run.stop_patience`).
     """
 
-    def __init__(self, floors: Mapping[Figure, float], patience: int):
-        self._floors, self._patience = floors, patience
-        self._num_below = dict.fromkeys(floors, 0)
+    def __init__(self, stop_below: Mapping[Figure, float], patience: int):
+        self._floors, self._patience = stop_below, patience
+        self._num_below = dict.fromkeys(stop_below, 0)
         self.problem = ""  # what is to be said at the end of the run, if it should end
 
     def note(self, figures: Mapping[str, float]) -> None:

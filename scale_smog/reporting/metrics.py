@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from scale_smog import distributed
 from scale_smog.data.augment import MEAN, STD
-from scale_smog.reporting.health import Floors
+from scale_smog.reporting.health import StopBelow
 from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import write_atomically
 
@@ -28,7 +28,7 @@ class Metrics:
         step: finished steps; later lines of an interrupted run are cut.
         num_steps: of the whole run, for the ETA.
         global_batch: images of a step, for the ETA.
-        floors: that figures should not stay below.
+        stop_below: that figures should not stay below.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Metrics:
         step: int,
         num_steps: int,
         global_batch: int,
-        floors: Floors | None = None,
+        stop_below: StopBelow | None = None,
     ):
         self._is_main = distributed.is_main()
         self._global_batch = global_batch
-        self.floors = floors or Floors({}, patience=1)
+        self.stop_below = stop_below or StopBelow({}, patience=1)
         if not self._is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # of rank 0 only
@@ -65,7 +65,7 @@ class Metrics:
         """Writes one logged step everywhere, the file finite values only; `line` holds `step`."""
         if not self._is_main:
             return
-        self.floors.note(line)
+        self.stop_below.note(line)
         finite = {name: value for name, value in line.items() if math.isfinite(value)}
         with self._disk_may_be_full():
             self._lines.write(json.dumps(finite) + "\n")  # JSON knows no NaN
@@ -92,7 +92,7 @@ class Metrics:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes values that do not belong to every logged step to TensorBoard."""
         if self._is_main:
-            self.floors.note({"step": step, **values})
+            self.stop_below.note({"step": step, **values})
             with self._disk_may_be_full():
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)

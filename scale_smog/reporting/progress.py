@@ -146,7 +146,7 @@ class Progress:
     def _stop_if_low(self) -> None:
         """Ends the run, on all ranks, where a figure has been below `run.stop_below` for long."""
         if self._recipe.run.stop_below:
-            if problem := distributed.broadcast_object(self.metrics.floors.problem):
+            if problem := distributed.broadcast_object(self.metrics.stop_below.problem):
                 raise RunEnded(problem)
 
     def _report_usage(self, step: int, counts: Tensor) -> None:

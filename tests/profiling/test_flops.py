@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scale_smog.config import DataConfig, ModelConfig
 from scale_smog.models import build_backbone, build_nets
-from scale_smog.profiling.flops import OpCounter, count_step, roof_s
+from scale_smog.profiling.flops import OpCounter, count_step, roofline_s
 
 DATA = DataConfig(path="", large_px=64, small_px=32, num_small_crops=2)
 
@@ -61,8 +61,8 @@ def test_roofs_are_ordered_and_bound_by_bytes_for_resnet50_but_not_for_x4():
     for width, limit in ((1, 0.5), (4, 1.0)):
         cost = count_step(ModelConfig(width=width), DataConfig(path=""), 64, "bf16")
         arithmetic = cost.flops / flops_per_s
-        folded = roof_s(cost.ops, flops_per_s, bytes_per_s, folded=True)
-        eager = roof_s(cost.ops, flops_per_s, bytes_per_s)
+        folded = roofline_s(cost.ops, flops_per_s, bytes_per_s, folded=True)
+        eager = roofline_s(cost.ops, flops_per_s, bytes_per_s)
         assert arithmetic < folded < eager
         assert limit / 2 < arithmetic / folded < limit
 

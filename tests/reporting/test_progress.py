@@ -10,7 +10,7 @@ from small_recipe import small_recipe
 from scale_smog.checkpoint.manifest import list_checkpoints
 from scale_smog.errors import UserError
 from scale_smog.pretrain import pretrain
-from scale_smog.reporting.health import Floors
+from scale_smog.reporting.health import StopBelow
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.starts import has_ended
 
@@ -35,8 +35,8 @@ def test_a_method_without_a_bank_has_its_features_judged(tmp_path, tars):
 
 
 def test_a_run_whose_figure_stays_low_ends_and_its_newest_checkpoint_stands(tmp_path, tars):
-    floors = ["run.stop_below={rankme_bank: 1000}", "run.stop_patience=3"]
-    recipe = small_recipe(tmp_path, tars, "run.checkpoint_every=2", *floors)
+    stop_below = ["run.stop_below={rankme_bank: 1000}", "run.stop_patience=3"]
+    recipe = small_recipe(tmp_path, tars, "run.checkpoint_every=2", *stop_below)
     with pytest.raises(UserError, match=r"rankme_bank has been below 1000 for 3 values .* step 3"):
         pretrain(recipe)
     assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3]
@@ -45,19 +45,19 @@ def test_a_run_whose_figure_stays_low_ends_and_its_newest_checkpoint_stands(tmp_
 
 
 def test_a_figure_that_recovers_begins_its_patience_anew():
-    floors = Floors({"knn": 0.5}, patience=2)
+    stop_below = StopBelow({"knn": 0.5}, patience=2)
     for step, knn in enumerate((0.4, 0.6, 0.4)):
-        floors.note({"step": step, "knn": knn})
-        floors.note({"step": step, "loss": 1.0})  # without kNN: no value
-    assert not floors.problem
-    floors.note({"step": 3, "knn": 0.3})
-    assert floors.problem.startswith("run.stop_below: knn has been below 0.5 for 2 values")
+        stop_below.note({"step": step, "knn": knn})
+        stop_below.note({"step": step, "loss": 1.0})  # without kNN: no value
+    assert not stop_below.problem
+    stop_below.note({"step": 3, "knn": 0.3})
+    assert stop_below.problem.startswith("run.stop_below: knn has been below 0.5 for 2 values")
 
 
 def test_a_figure_that_is_not_a_number_is_below_every_floor():
-    floors = Floors({"rankme_features": 2}, patience=1)
-    floors.note({"step": 1, "rankme_features": math.nan})
-    assert "rankme_features has been below 2" in floors.problem
+    stop_below = StopBelow({"rankme_features": 2}, patience=1)
+    stop_below.note({"step": 1, "rankme_features": math.nan})
+    assert "rankme_features has been below 2" in stop_below.problem
 
 
 def test_only_figures_that_are_logged_can_be_a_floor(tmp_path):
