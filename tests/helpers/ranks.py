@@ -9,13 +9,14 @@ from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# What takes seconds to import: all of a run with its engines, the compiler, because DeepSpeed
-# imports it with its first engine, and what rank 0 draws with.
+# What takes long to import: all of a run with its engines, the compiler, because DeepSpeed imports
+# it with its first engine, and what rank 0 draws with.
 PRELOADED = [
     "pytest",
     "scale_smog.pretrain",
@@ -23,6 +24,8 @@ PRELOADED = [
     "scale_smog.engine.fsdp",
     "scale_smog.evaluation.program",
     "torch._inductor.compile_fx",
+    "scale_smog.engine.zero",
+    "deepspeed",
     "torch.utils.tensorboard",
     "tensorboard.backend.event_processing.event_accumulator",
     "matplotlib.figure",
@@ -40,7 +43,9 @@ def start_forkserver() -> None:
     There is one for each pytest process. What the first start of any process has preloaded stays.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+    # DeepSpeed chooses the accelerator when it is imported: as the engine has it choose for gloo.
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
+        forkserver.ensure_running()
 
 
 def run_on_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
