@@ -29,6 +29,7 @@ from scale_smog.state import build_state
 
 RATE, STOP_AT = 0.5, 5
 IN_FLOAT64, FEW_STEPS = ("ddp", "fsdp", "hsdp"), 2
+THAT_SPLIT = ("zero2", "zero3", "fsdp")  # shifted windows and merged patches too
 Exact = dict[str, runs.States]
 
 
@@ -39,7 +40,8 @@ def tiny_vit(rate: float) -> nn.Module:
 
 
 def tiny_swin(rate: float) -> nn.Module:
-    sizes = {"img_size": 12, "patch_size": 2, "embed_dim": 8, "depths": (1, 2), "window_size": 3}
+    """Of two stages, the first with a block of shifted windows."""
+    sizes = {"img_size": 12, "patch_size": 2, "embed_dim": 8, "depths": (2, 1), "window_size": 3}
     return SwinTransformer(
         **sizes, num_heads=(2, 2), strict_img_size=False, num_classes=0, drop_path_rate=rate
     )
@@ -150,16 +152,22 @@ def train_on_engines(folder: Path) -> None:
         train(folder / kind, "vit", FEW_STEPS, kind=kind, precision="fp32")
     train(folder / "checkpointed", "vit", FEW_STEPS, kind="zero3", precision="fp32",
           activation_checkpointing=True)  # fmt: skip
+    for kind in THAT_SPLIT:
+        train(folder / "swin" / kind, "swin", FEW_STEPS, kind=kind, precision="fp32")
 
 
 def test_all_engines_drop_alike(tmp_path: Path, exact: Exact) -> None:
     """In float32 a few steps: soon rounding alone puts an image into another group."""
     run_on_ranks(2, train_on_engines, tmp_path)
     assert max(worst(tmp_path / "fp64" / kind, exact["vit"]) for kind in IN_FLOAT64) <= 1e-10
-    train(tmp_path / "few", "vit", FEW_STEPS)
-    few = runs.final_state(tmp_path / "few")
-    found = {kind: worst(tmp_path / kind, few) for kind in (*ENGINES, "checkpointed")}
-    assert max(found.values()) <= 1e-5, found
+    for net, folder, runs_of_net in (
+        ("vit", tmp_path, (*ENGINES, "checkpointed")),
+        ("swin", tmp_path / "swin", THAT_SPLIT),
+    ):
+        train(folder / "few", net, FEW_STEPS)
+        few = runs.final_state(folder / "few")
+        found = {name: worst(folder / name, few) for name in runs_of_net}
+        assert max(found.values()) <= 1e-5, (net, found)
 
 
 def test_only_what_is_trained_is_dropped_and_by_the_runs_seed(tmp_path: Path) -> None:
