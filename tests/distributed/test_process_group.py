@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ports import free_port
-from ranks import run_on_ranks
+from ranks import run_on_ranks, start_forkserver
 from small_recipe import small_recipe
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -27,7 +26,7 @@ from scale_smog.distributed.process_group import (
     require_same_device,
 )
 from scale_smog.engine.fsdp import FsdpEngine
-from scale_smog.errors import UserError
+from scale_smog.errors import UserError, exits_on_user_error
 from scale_smog.models.sync_batch_norm import process_group_for
 from scale_smog.pretrain import in_main_folder
 
@@ -87,54 +86,60 @@ def test_an_impossible_environment_is_named(monkeypatch, environment, words):
         rank_environment()
 
 
-FAILING = """
-import sys
-from scale_smog import distributed
-from scale_smog.errors import UserError, exits_on_user_error
-sys.modules['scale_smog.distributed.process_group'].COMMON_FAILURE_S = float(sys.argv[2])
-with exits_on_user_error(), distributed.process_group():
-    if str(distributed.rank()) in sys.argv[1]:
-        raise UserError("a file is missing")
-    distributed.barrier()
-"""
+def meet_a_mistake(
+    console: Path, environment: dict[str, str], who: tuple[int, ...], wait_s: float
+) -> None:
+    """A rank's whole process; those of `who` miss a file."""
+    os.dup2(os.open(console, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ |= environment
+    sys.modules["scale_smog.distributed.process_group"].COMMON_FAILURE_S = wait_s
+    with exits_on_user_error(), distributed.process_group():
+        if distributed.rank() in who:
+            raise UserError("a file is missing")
+        distributed.barrier()
 
 
-@pytest.mark.parametrize(("who", "wait_s"), [("01", "60"), ("1", "2")])
-def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(who, wait_s):
+@pytest.mark.parametrize(("who", "wait_s"), [((0, 1), 60.0), ((1,), 2.0)])
+def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(tmp_path, who, wait_s):
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common["CUDA_VISIBLE_DEVICES"] = ""
+    common |= {"CUDA_VISIBLE_DEVICES": "", "LOCAL_WORLD_SIZE": "2"}
+    start_forkserver()
+    consoles = [tmp_path / str(rank) for rank in (0, 1)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILING, who, wait_s],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
-            stderr=subprocess.PIPE,
-            text=True,
+        multiprocessing.get_context("forkserver").Process(
+            target=meet_a_mistake, args=(console, common | {"RANK": str(rank)}, who, wait_s)
         )
-        for rank in (0, 1)
+        for rank, console in enumerate(consoles)
     ]
-    said = [rank.communicate(timeout=600)[1].splitlines() for rank in ranks]
-    assert ranks[1].returncode == 2 and ranks[0].returncode != 0
-    if who == "01":
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(600)
+    said = [console.read_text().splitlines() for console in consoles]
+    assert ranks[1].exitcode == 2 and ranks[0].exitcode not in (0, None)
+    if who == (0, 1):
         assert said == [["error: a file is missing"], []]
     else:
         assert len(said[1]) == 1 and said[1][0].startswith("error: rank 1 on ")
         assert said[1][0].endswith(": a file is missing")
 
 
-def threads(**environment: str) -> int:
-    """Of a lone rank's operations."""
-    script = "import torch; from scale_smog import distributed; distributed.init_process_group()"
-    script += "; print(torch.get_num_threads())"
-    inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    inherited |= {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", script]
-    return int(subprocess.check_output(command, env=inherited | environment, text=True))
+def threads(environment: dict[str, str]) -> int:
+    """Of a lone rank's operations, which had one more than there are cores."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ |= environment | {"CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)
+    distributed.init_process_group()
+    return torch.get_num_threads()
 
 
-def test_a_rank_takes_all_cores_unless_the_user_says_otherwise():
+@pytest.mark.parametrize("is_said", [False, True])
+def test_a_rank_takes_all_cores_unless_the_user_says_otherwise(is_said):
     num_cores = len(os.sched_getaffinity(0))
-    assert threads() == num_cores
-    assert threads(OMP_NUM_THREADS="1") == 1
+    environment = {"OMP_NUM_THREADS": str(num_cores + 1)} if is_said else {}
+    start_forkserver()
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        assert pool.apply(threads, (environment,)) == num_cores + is_said
 
 
 def sharing(cores: list[list[int]]) -> int:

@@ -1,9 +1,12 @@
 """A step sums up the ranks' requests to stop with its verdict: the check after it is free."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -11,12 +14,12 @@ import torch
 import torch.distributed as dist
 from engine_runs import build_state, recipe_of
 from ports import free_port
-from ranks import run_on_ranks
+from ranks import run_on_ranks, start_forkserver
 
 from scale_smog import distributed
 from scale_smog.data.batch import Batch
 from scale_smog.loop import train_step
-from scale_smog.runtime import phases
+from scale_smog.runtime import phases, preemption
 from scale_smog.runtime.preemption import Preemption
 from scale_smog.throughput import FIXED_VALUES
 
@@ -47,63 +50,83 @@ def test_all_ranks_stop_after_the_step_in_which_one_was_asked_to(tmp_path):
     assert run_on_ranks(2, stop_after_a_step, str(tmp_path), 1) == [[False, True]] * 2
 
 
-MEETING = """
-import sys, time
-from torch.distributed import PrefixStore
-from scale_smog import distributed
-from scale_smog.runtime import preemption
-preemption.MEETING_GRACE_S = 0.5
-sys.modules["scale_smog.distributed.rendezvous"].LEAVING_S = float(sys.argv[1])
-set_now = PrefixStore.set
-def set_late(store, key, value):  # time enough to end between the word and the call
-    time.sleep(0.5 * (key == "all"))
-    set_now(store, key, value)
-PrefixStore.set = set_late
-with preemption.Preemption() as asked:
-    print("waiting", flush=True)
-    with distributed.process_group(meeting=asked.ends_process()):
-        raise AssertionError("nobody came")
-"""
+def wait_for_the_others(console: Path, environment: dict[str, str], leaving_s: float) -> None:
+    """A rank's whole process: it waits, or is about to, for ranks that do not come."""
+    os.dup2(os.open(console, os.O_WRONLY | os.O_CREAT), 1)
+    # The server that it was forked from ignores what a launcher sends.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    os.environ |= environment
+    preemption.MEETING_GRACE_S = 0.5
+    sys.modules["scale_smog.distributed.rendezvous"].LEAVING_S = leaving_s
+    set_now = dist.PrefixStore.set
+
+    def set_late(store: dist.Store, key: str, value: str) -> None:
+        time.sleep(0.5 * (key == "all"))  # time enough to end between the word and the call
+        set_now(store, key, value)
+
+    dist.PrefixStore.set = set_late
+    with Preemption() as asked:
+        print("waiting", flush=True)
+        with distributed.process_group(meeting=asked.ends_process()):
+            raise AssertionError("nobody came")
 
 
-def come_to_meet(rank: int, world_size: int, port: int, leaving_s: float) -> subprocess.Popen[str]:
-    """A rank that waits for others, or is about to."""
+def come_to_meet(
+    folder: Path, rank: int, world_size: int, port: int, leaving_s: float
+) -> BaseProcess:
     names, sizes = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     environment = dict.fromkeys(names, str(rank)) | dict.fromkeys(sizes, str(world_size))
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", MEETING, str(leaving_s)]
-    return subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    start_forkserver()
+    process = multiprocessing.get_context("forkserver").Process(
+        target=wait_for_the_others, args=(folder / f"rank-{rank}.log", environment, leaving_s)
     )
+    process.start()
+    return process
 
 
-def stop_and_hear(ranks: list[subprocess.Popen[str]], signals: dict[int, int]) -> list[str]:
+def stop_and_hear(folder: Path, ranks: list[BaseProcess], signals: dict[int, int]) -> list[str]:
     """What ranks say that wait for others, when some of them get a signal."""
-    for process in ranks:
-        assert process.stdout and process.stdout.readline() == "waiting\n"
+    for rank, process in enumerate(ranks):
+        while not said_by(folder, rank):
+            assert process.is_alive()
+            time.sleep(0.02)
     for rank, number in signals.items():
-        ranks[rank].send_signal(number)
-    said = [process.communicate(timeout=300)[0] for process in ranks]  # they would wait for 600 s
-    assert {process.returncode for process in ranks} == {0}
+        pid = ranks[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+    for process in ranks:
+        process.join(300)  # they would wait for 600 s
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * len(ranks)
+    said = [said_by(folder, rank).removeprefix("waiting\n") for rank in range(len(ranks))]
     assert said[0].startswith("stopped before all ranks had met")
     return said
 
 
-def test_ranks_whose_mates_do_not_come_end_at_a_signal():
+def said_by(folder: Path, rank: int) -> str:
+    path = folder / f"rank-{rank}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def test_ranks_whose_mates_do_not_come_end_at_a_signal(tmp_path):
     # Rank 0 waits in Python, rank 1 in a call of torch's that hears no signal.
-    ranks = [come_to_meet(rank, 2, free_port(), 3.0) for rank in (0, 1)]
-    said = stop_and_hear(ranks, {0: signal.SIGTERM, 1: signal.SIGUSR1})
+    ranks = [come_to_meet(tmp_path, rank, 2, free_port(), 3.0) for rank in (0, 1)]
+    said = stop_and_hear(tmp_path, ranks, {0: signal.SIGTERM, 1: signal.SIGUSR1})
     assert not said[1]
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_rank_that_is_stopped_while_ranks_meet_stops_those_that_wait(number):
+def test_a_rank_that_is_stopped_while_ranks_meet_stops_those_that_wait(tmp_path, number):
     port = free_port()
     # The last does not come; a name server may be slow.
-    ranks = [come_to_meet(rank, 3, port, 60.0) for rank in (0, 1)]
+    ranks = [come_to_meet(tmp_path, rank, 3, port, 60.0) for rank in (0, 1)]
     store = dist.TCPStore("127.0.0.1", port, wait_for_workers=False)
     dist.PrefixStore("round-1", store).wait(["rank-0", "rank-1"])
-    said = stop_and_hear(ranks, {number: signal.SIGTERM})
+    said = stop_and_hear(tmp_path, ranks, {number: signal.SIGTERM})
     assert not said[1] and (number == 0 or "as was rank 1 on " in said[0])
 
 
