@@ -1,8 +1,10 @@
-"""Ranks of one engine, one after the other, in a process on the pretended runtime.
+"""Ranks of some engines, one after the other, in a process on the pretended runtime.
 
-    LD_PRELOAD=... python rehearsed_ranks.py ENGINE REPORTS.json
+    LD_PRELOAD=... python rehearsed_ranks.py REPORTS.json ENGINE...
 
-Beside whole ranks it steps three that have something planted, which a rehearsal must find.
+Of each engine: a rank with the paper's ResNet-50, whose step is counted; ranks with a tiny net,
+whose steps are compared; and three of these that have something planted, which a rehearsal must
+find.
 """
 
 import json
@@ -25,14 +27,15 @@ RANKS, WORLD, PER_NODE = (0, 11, 63), 64, 8
 LOSS = losses.group_contrastive_loss
 
 
-def recipe_of(engine: str) -> Recipe:
-    """The paper's ResNet-50 on few small images."""
+def recipe_of(engine: str, backbone: str) -> Recipe:
+    """A step on few small images."""
     return Recipe.model_validate(
         {
             "run": {"steps": 10},
             "data": {"path": "", "loader": "synthetic", "global_batch": 4 * WORLD, "large_px": 64},
             "grouping": {"init": "random", "kmeans": False, "num_groups": 100, "bank_steps": 4},
             "engine": {"kind": engine},
+            "model": {"backbone": backbone},
         }
     )
 
@@ -68,14 +71,22 @@ def report_of(recipe: Recipe, rank: int) -> RankReport:
         dist.destroy_process_group()
 
 
-def main() -> None:
-    recipe = recipe_of(sys.argv[1])
-    reports = {str(rank): report_of(recipe, rank) for rank in RANKS}
+def reports_of(engine: str) -> dict[str, RankReport]:
+    """The tiny net's by rank or by what is planted, and "ResNet-50"."""
+    tiny = recipe_of(engine, "resnet_tiny")
+    reports = {str(rank): report_of(tiny, rank) for rank in RANKS}
     for name, planted in PLANTED.items():
         with mock.patch.object(losses, "group_contrastive_loss", planted):
-            reports[name] = report_of(recipe, RANKS[1])
-    text = json.dumps({name: asdict(report) for name, report in reports.items()})
-    Path(sys.argv[2]).write_text(text)
+            reports[name] = report_of(tiny, RANKS[1])
+    return reports | {"ResNet-50": report_of(recipe_of(engine, "resnet50"), RANKS[1])}
+
+
+def main() -> None:
+    found = {
+        engine: {name: asdict(report) for name, report in reports_of(engine).items()}
+        for engine in sys.argv[2:]
+    }
+    Path(sys.argv[1]).write_text(json.dumps(found))
     os._exit(0)
 
 
