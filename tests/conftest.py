@@ -99,8 +99,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def s3_port() -> Iterator[int]:
     """The port of an S3 server on this machine, with an empty bucket."""
     pytest.importorskip("s3fs")
-    s3_store = pytest.importorskip("s3_store")
-    with s3_store.s3_server() as port:
+    pytest.importorskip("moto.server")
+    from s3_store import s3_server
+
+    with s3_server() as port:
         yield port
 
 

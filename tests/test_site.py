@@ -11,19 +11,23 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("mkdocs")
-pytest.importorskip("mkdocstrings")
 
 
 @pytest.fixture(scope="module")
-def pages() -> ModuleType:
+def mkdocs() -> None:
+    for name in ("mkdocs", "mkdocstrings"):
+        pytest.importorskip(name)
+
+
+@pytest.fixture(scope="module")
+def pages(mkdocs: None) -> ModuleType:
     """The hook that adds pages to docs/."""
     sys.path.insert(0, str(ROOT / "docs"))
     return import_module("site_pages")
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
+def site(mkdocs: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site."""
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
 
 from scale_smog.config import AugmentConfig, DataConfig
@@ -60,6 +59,8 @@ def test_crops_are_distributed_as_torchvisions():
     assert (left >= 0).all() and (top >= 0).all()
     assert (left + width <= 500).all() and (top + height <= 375).all()
 
+    from scipy.stats import ks_2samp  # seconds to import
+
     image = torch.empty(3, 375, 500)
     torch.manual_seed(0)
     theirs = [RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(5000)]
@@ -93,12 +94,16 @@ def test_views_of_an_image_differ_and_repeat_only_for_the_same_seed_epoch_and_st
 
 
 def test_the_blurs_sigma_is_uniform_between_a_tenth_and_two_pixels():
+    from scipy.stats import kstest
+
     sigma = params(large(blur=1.0)).sigma
     assert kstest(sigma, "uniform", args=(0.1, 1.9)).pvalue > 1e-3
 
 
 def test_crops_lie_anywhere_with_equal_odds():
     """Of a square crop in a wide image: its place among those there are."""
+    from scipy.stats import kstest
+
     view = large(scale=(0.2, 0.2))
     left, top, width, height = params(view, width=4000, height=3000).box.astype(float).T
     for place in (left / (4000 - width), top / (3000 - height)):

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 from s3_store import BUCKET, copy_to, proxy_of
-from s3fs import S3FileSystem
 
 from scale_smog.data import EpochPlan, TarDataset, load_manifest
 from scale_smog.data.remote import read_ahead
@@ -26,6 +25,8 @@ ALONE = Node.of_rank(0, 1, 1)
 @pytest.fixture
 def stored(tars, s3, monkeypatch):
     """The URL of the small dataset; tries follow one another at once, images come one by one."""
+    from s3fs import S3FileSystem
+
     copy_to(tars, URL)
     S3FileSystem.clear_instance_cache()  # on its connections aiohttp repeats a request unsaid
     s3.requests.clear()
@@ -110,6 +111,8 @@ def test_a_server_that_is_stopped_is_waited_for(tars, stored, s3, s3_port, monke
 def test_credentials_that_expire_are_looked_up_again_and_no_message_shows_them(
     tars, stored, s3, tmp_path, monkeypatch, capfd
 ):
+    from s3fs import S3FileSystem
+
     file = tmp_path / "credentials"
 
     def write(key):

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moto.server import ThreadedMotoServer
-
 from scale_smog.runtime.stores import Store
 
 BUCKET = "images"
@@ -131,6 +129,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def s3_server() -> Iterator[int]:
     """The port of a server with an empty bucket."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    from moto.server import ThreadedMotoServer  # it takes a second to import
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()

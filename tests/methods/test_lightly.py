@@ -1,5 +1,7 @@
 """Losses and codes are those of other people's code, with their gradients, in float64."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,12 @@ from scale_smog.methods.moco_v3 import symmetrised_loss
 from scale_smog.methods.simclr import nt_xent_loss
 from scale_smog.methods.swav import sinkhorn, swapped_prediction_loss
 
-lightly_loss = pytest.importorskip("lightly.loss", reason="lightly is an extra")
 BATCH, DIM, NUM_PROTOTYPES, TEMPERATURE = 12, 8, 10, 0.3
+
+
+@pytest.fixture(scope="module")
+def lightly_loss() -> Any:
+    return pytest.importorskip("lightly.loss", reason="lightly is an extra")
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -35,13 +41,13 @@ def assert_alike(ours: Tensor, theirs: Tensor, *inputs: Tensor) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
-def test_simclrs_loss_is_lightlys():
+def test_simclrs_loss_is_lightlys(lightly_loss):
     x = raw(2, BATCH, DIM, seed=0)
     theirs = lightly_loss.NTXentLoss(temperature=TEMPERATURE)(x[0], x[1])
     assert_alike(nt_xent_loss(F.normalize(x, dim=-1), TEMPERATURE), theirs, x)
 
 
-def test_byols_loss_is_lightlys():
+def test_byols_loss_is_lightlys(lightly_loss):
     """Lightly's is the negative cosine of one direction; ours 2 - 2 cos, of both."""
     x, targets = raw(2, BATCH, DIM, seed=0), unit(2, BATCH, DIM, seed=1)
     criterion = lightly_loss.NegativeCosineSimilarity()
@@ -50,7 +56,7 @@ def test_byols_loss_is_lightlys():
     assert_alike(regression_loss(F.normalize(x, dim=-1), targets), theirs, x)
 
 
-def test_moco_v3s_loss_is_lightlys_against_the_other_images_keys():
+def test_moco_v3s_loss_is_lightlys_against_the_other_images_keys(lightly_loss):
     x, keys = raw(2, BATCH, DIM, seed=0), unit(2, BATCH, DIM, seed=1)
     losses = []
     for query, key in zip(x, keys, strict=True):
@@ -66,7 +72,7 @@ def test_moco_v3s_loss_is_lightlys_against_the_other_images_keys():
 
 @pytest.mark.parametrize("num_small", [0, 3])
 @pytest.mark.parametrize("num_queued", [0, 20])
-def test_swavs_codes_and_loss_are_lightlys(num_small, num_queued):
+def test_swavs_codes_and_loss_are_lightlys(lightly_loss, num_small, num_queued):
     z = unit(2 + num_small, BATCH, DIM, seed=0).requires_grad_()
     prototypes = unit(NUM_PROTOTYPES, DIM, seed=1).requires_grad_()
     queued = unit(2, num_queued, DIM, seed=2) @ prototypes.detach().T
