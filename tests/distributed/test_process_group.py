@@ -107,7 +107,9 @@ def test_what_all_ranks_meet_is_said_once_and_what_one_meets_by_that_one(tmp_pat
     consoles = [tmp_path / str(rank) for rank in (0, 1)]
     ranks = [
         multiprocessing.get_context("forkserver").Process(
-            target=meet_a_mistake, args=(console, common | {"RANK": str(rank)}, who, wait_s)
+            target=meet_a_mistake,
+            args=(console, common | {"RANK": str(rank)}, who, wait_s),
+            daemon=True,
         )
         for rank, console in enumerate(consoles)
     ]

@@ -80,7 +80,9 @@ def come_to_meet(
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     start_forkserver()
     process = multiprocessing.get_context("forkserver").Process(
-        target=wait_for_the_others, args=(folder / f"rank-{rank}.log", environment, leaving_s)
+        target=wait_for_the_others,
+        args=(folder / f"rank-{rank}.log", environment, leaving_s),
+        daemon=True,
     )
     process.start()
     return process
