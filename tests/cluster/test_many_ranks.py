@@ -1,4 +1,4 @@
-"""A short version of many_ranks.py: four ranks on two pretended nodes; and what it leaves."""
+"""A short version of many_ranks.py: six ranks on two pretended nodes; and what it leaves."""
 
 import os
 import signal
@@ -30,12 +30,12 @@ job.wait(600)
 """
 
 
-def test_two_nodes_of_two_ranks_train_to_their_end_and_evaluate():
-    command = [sys.executable, str(PROGRAM), "--ranks", "4", "--per-node", "2"]
+def test_two_nodes_of_three_ranks_train_to_their_end_and_evaluate():
+    command = [sys.executable, str(PROGRAM), "--ranks", "6", "--per-node", "3"]
     command += ["--engine", "hsdp"]
     ended = subprocess.run(command, capture_output=True, text=True)
     last = ended.stdout.splitlines()[-1]
-    assert last == "4 ranks, hsdp: train: all reached their end", ended.stdout + ended.stderr
+    assert last == "6 ranks, hsdp: train: all reached their end", ended.stdout + ended.stderr
     assert ended.returncode == 0
 
 
