@@ -16,12 +16,20 @@ from PIL import Image
 
 from scale_smog.cli.data_tools import shard
 from scale_smog.data import TarDataset
+from scale_smog.data.prepare import index, verify
 from scale_smog.data.prepare.index import index_folder
 from scale_smog.data.prepare.sources import SourceOptions, open_source
 
 WNIDS = ("n01440764", "n01443537", "n02102040")
 # The devkit's numbers are not in the order of the ids.
 NUMBERS = {1: "n02102040", 2: "n01440764", 3: "n01443537"}
+
+
+@pytest.fixture(autouse=True)
+def sets_are_read_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of two tars starts no worker processes; test_sources.py keeps those."""
+    for module in (index, verify):
+        monkeypatch.setattr(module, "num_usable_cores", lambda: 1)
 
 
 def truth(dataset: TarDataset) -> dict[bytes, str]:
