@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,7 @@ from scale_smog.distributed import Partition
 from scale_smog.runtime import retries
 
 ROOT = Path(__file__).parent.parent.parent
-SIZES = (1, 2, 4)
+SIZES = (1, 3)  # numbers of ranks; three write unequal parts
 
 
 def pieces_of(value: float, numel: int = 1000) -> dict[str, Partition]:
@@ -262,7 +263,7 @@ def load_all_and_go_on(folder: Path, data: Path) -> list[tuple[torch.Tensor, tor
 def next_batches(data: Path, first: int, num: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Sample numbers and pixels of this rank's next batches."""
     own = data.parent / f"recipe-{distributed.rank()}-{distributed.world_size()}"
-    recipe = small_recipe(own, data, "data.global_batch=8")
+    recipe = small_recipe(own, data, "data.global_batch=12")
     dataset = TarDataset(recipe.data.path, "train")
     plan = build_plan(recipe.data, dataset, recipe.run.seed)
     views = training_views(recipe.data, recipe.augment)
@@ -466,17 +467,26 @@ def test_a_disk_that_cannot_hold_one_checkpoint_or_nothing_is_refused_at_once(sm
         Checkpoints(run, {}).prepare(pieces_of(1.0))
 
 
-def test_the_doctor_names_what_is_whole_and_why_the_others_are_not(run):
+def ask_the_doctor(folder: str, monkeypatch, capsys) -> tuple[int, str, str]:
+    """Runs launcher/check.py in this process; its exit code and what it says."""
+    monkeypatch.setattr(sys, "argv", ["check.py", "--doctor", folder])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "launcher" / "check.py"), run_name="__main__")
+    said = capsys.readouterr()
+    return int(end.value.code or 0), said.out, said.err
+
+
+def test_the_doctor_names_what_is_whole_and_why_the_others_are_not(run, monkeypatch, capsys):
     save_steps(run, 1, 2)
     flip(next((Path(run.dir) / "checkpoints" / "step-00000002").glob("shard*")), 4321)
-    program = [sys.executable, str(ROOT / "launcher" / "check.py"), "--doctor", run.dir]
-    ended = subprocess.run(program, capture_output=True, text=True)
-    second, first, verdict = ended.stdout.splitlines()
-    assert ended.returncode == 1
+    capsys.readouterr()
+    status, said, _ = ask_the_doctor(run.dir, monkeypatch, capsys)
+    second, first, verdict = said.splitlines()
+    assert status == 1
     assert second.startswith("step-00000002  NOT WHOLE") and "has changed" in second
     assert first == "step-00000001  whole" and verdict == "the run goes on from step-00000001"
-    nowhere = subprocess.run([*program[:-1], "nowhere"], capture_output=True, text=True)
-    assert nowhere.returncode == 2 and nowhere.stderr.startswith("error: no checkpoint in nowhere")
+    status, _, error = ask_the_doctor("nowhere", monkeypatch, capsys)
+    assert status == 2 and error.startswith("error: no checkpoint in nowhere")
 
 
 def test_a_failed_save_is_said_though_the_folder_cannot_be_listed(tmp_path, monkeypatch):
