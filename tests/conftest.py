@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from images import make_dataset
+from pictures import PICTURES
 from ports import free_port
 
 # Ranks and loaders of a test must not fight over the cores with many threads each.
@@ -34,8 +35,6 @@ LONGEST = (
     "test_notebook.py",
 )
 
-PICTURES = ("scale_smog.evaluation.final.draw_groups", "scale_smog.pretrain.draw_run_curves")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts the tests by their file, the longest first."""
@@ -59,7 +58,7 @@ def processes_that_have_imported_torch(indexes_of_folders: None) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures() -> Iterator[None]:
-    """Runs draw none, which takes longer than their steps; who looks at them takes `pictures`."""
+    """Runs in this process draw none; who looks at them takes `pictures`."""
     with pytest.MonkeyPatch.context() as patch:
         if "scale_smog.pretrain" in sys.modules:  # else no test here trains a run
             for name in PICTURES:

@@ -4,7 +4,7 @@ Ranks are forked from one process (forked_ranks.py), on pretended nodes; views a
 last line says the outcome, and the exit status is 0 only if it is good. Scenarios:
 
 start: what a start costs in seconds, messages to the store, files and sockets.
-train: over two resets and three checkpoints to the last evaluation, everything written.
+train: over two resets and three checkpoints to the last evaluation; all but pictures is written.
 equal: the same images as one rank, under ZeRO as DDP; then groups, bank and k-means to the bit
 (equal_ranks.py).
 kill, stop, term: a rank gets SIGKILL, SIGSTOP or SIGTERM in training; it is named, or all save; the
@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 import equal_ranks
 from forked_ranks import ForkedRanks, OutOfMemory, preload
 from images import make_dataset
+from pictures import draw_none
 from small_recipe import write_small_recipe
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Campaign:
             from scale_smog.errors import exits_on_user_error
             from scale_smog.pretrain import pretrain
 
+            draw_none()
             if before is not None:
                 before(rank)
             with exits_on_user_error():

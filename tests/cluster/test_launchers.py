@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hosts import Cluster, console, finish
+from pictures import draw_none
 from programs import OVERRIDES, PRETRAIN, RECIPE, STEPS
 from ranks import run_on_ranks
 
@@ -19,6 +20,7 @@ from scale_smog.runtime.watchdog import Watchdog
 def train_here(overrides: list[str]) -> None:
     """The whole of a run on ranks that exist already, each with one thread, as on the hosts."""
     os.environ["LOCAL_RANK"] = str(distributed.rank())
+    draw_none()
     recipe = load_recipe(RECIPE, overrides)
     with Watchdog(recipe.deadlines):
         run(recipe, torch.device("cpu"), RankLogs())
@@ -48,6 +50,6 @@ def test_two_hosts_train_as_one(cluster: Cluster, demo: Path, tmp_path: Path, la
     assert len(a) == STEPS and max(a) - min(a) > 0.1
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-6
     states = final_state(there), final_state(here)
-    # Two k-means have passed, at steps 8 and 16.
+    # Two k-means have passed, at steps 4 and 8.
     names = [name for name in states[0] if name.startswith(("groups.", "bank."))]
     assert names and all(torch.equal(states[0][name], states[1][name]) for name in names)

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))
 from images import make_dataset
+from pictures import draw_none
 from ports import free_port
 from ranks import start_forkserver
 from small_recipe import small_recipe
@@ -200,6 +201,7 @@ def _run_rank(rank: int, port: int, job: Job, strike: Strike | None) -> None:
     from scale_smog.errors import exits_on_user_error
     from scale_smog.pretrain import pretrain
 
+    draw_none()
     with exits_on_user_error():
         pretrain(small_recipe(job.folder, job.data, *job.overrides))
     end_process()
