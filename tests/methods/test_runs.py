@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from small_recipe import small_recipe
 
-from scale_smog import UserError, checkpoint
+from scale_smog import Recipe, UserError, checkpoint
 from scale_smog.evaluation.groups.program import evaluate_groups
 from scale_smog.methods import METHODS, deepcluster_v2
 from scale_smog.pretrain import pretrain
@@ -28,10 +31,23 @@ def lines_of(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory, tars) -> Callable[[str], Recipe]:
+    """Trains a method, once; the recipe of its run."""
+
+    @cache
+    def train(name: str) -> Recipe:
+        folder = tmp_path_factory.mktemp(name)
+        recipe = small_recipe(folder, tars, *STEPS, f"method.name={name}")
+        pretrain(recipe)
+        return recipe
+
+    return train
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_reports_ends_and_has_a_checkpoint(tmp_path, tars, name):
-    recipe = small_recipe(tmp_path, tars, *STEPS, f"method.name={name}")
-    pretrain(recipe)
+def test_a_run_reports_ends_and_has_a_checkpoint(run_of, name):
+    recipe = run_of(name)
     run_dir = Path(recipe.run.dir)
     logged = lines_of(run_dir)
     assert len(logged) == 6
@@ -49,20 +65,17 @@ def test_a_run_reports_ends_and_has_a_checkpoint(tmp_path, tars, name):
 
 
 @pytest.mark.parametrize("name", ["swav", "deepcluster_v2"])
-def test_groups_of_other_methods_are_judged_as_smogs_are(tmp_path, tars, name):
-    recipe = small_recipe(tmp_path, tars, *STEPS, f"method.name={name}")
-    pretrain(recipe)
-    evaluate_groups([recipe.run.dir], ())
-    results = json.loads((Path(recipe.run.dir) / "results.json").read_text())
+def test_groups_of_other_methods_are_judged_as_smogs_are(tmp_path, run_of, name):
+    run_dir = shutil.copytree(run_of(name).run.dir, tmp_path / "run")
+    evaluate_groups([str(run_dir)], ())
+    results = json.loads((run_dir / "results.json").read_text())
     assert results["groups"]["num_groups"] == 10
-    assert (Path(recipe.run.dir) / "group_entropy.png").exists()
+    assert (run_dir / "group_entropy.png").exists()
 
 
-def test_a_method_without_groups_says_so(tmp_path, tars):
-    recipe = small_recipe(tmp_path, tars, "run.steps=1", "method.name=byol")
-    pretrain(recipe)
+def test_a_method_without_groups_says_so(run_of):
     with pytest.raises(UserError, match=r"method\.name=byol has no groups"):
-        evaluate_groups([recipe.run.dir], ())
+        evaluate_groups([run_of("byol").run.dir], ())
 
 
 def test_deepcluster_begins_with_features_of_all_images_and_clusters_at_every_epoch(
