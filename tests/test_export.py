@@ -60,44 +60,52 @@ def outputs(net: torch.nn.Module, px: int) -> torch.Tensor:
         return net.eval()(images)
 
 
-NETS = [("resnet50", 64), ("swin_tiny", 224)]
+def test_weights_of_resnet50_have_timms_names_and_shapes():
+    """Its bottlenecks are compared with torchvision's in models/test_resnet.py."""
+    with torch.device("meta"):
+        nets = build_backbone("resnet50"), timm.create_model("resnet50", num_classes=0)
+    ours, theirs = ({k: x.shape for k, x in net.state_dict().items()} for net in nets)
+    assert ours == theirs
 
 
-@pytest.mark.parametrize(("backbone", "px"), NETS)
-def test_timm_and_a_hugging_face_folder_give_the_same_features(tmp_path, fake_run, backbone, px):
+def require_described(folder: Path, ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """What a Hugging Face folder says of the net, and timm of the net that it makes of it."""
+    assert json.loads((folder / "config.json").read_text())["num_features"] == ours.num_features
+    expected = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0}
+    for key, value in expected.items():  # crop_pct is of the small recipe
+        assert theirs.pretrained_cfg[key] == pytest.approx(value)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm") and "local-dir:" in card
+
+
+@pytest.mark.parametrize(
+    ("backbone", "px", "classifier"), [("resnet18", 64, "fc"), ("swin_tiny", 224, "head")]
+)
+def test_every_library_gives_the_same_features(tmp_path, fake_run, backbone, px, classifier):
     run_dir, net = fake_run(backbone)
+    expected = outputs(net, px)
+    assert expected.std() > 1e-3
+
     done = export(str(run_dir), str(tmp_path / "timm"), "timm")
     other = timm.create_model(done.architecture, num_classes=0)
     result = other.load_state_dict(load_file(done.folder / "model.safetensors"), strict=False)
     assert not result.unexpected_keys and not result.missing_keys
-    expected = outputs(net, px)
-    assert expected.std() > 1e-3 and (outputs(other, px) - expected).abs().max() <= 1e-5
+    assert (outputs(other, px) - expected).abs().max() <= 1e-5
     assert done.architecture in (done.folder / "README.md").read_text()
 
     done = export(str(run_dir), str(tmp_path / "hf"), "hf")
     other = timm.create_model(f"local-dir:{done.folder}", pretrained=True)
     assert (outputs(other, px) - expected).abs().max() <= 1e-5
-    assert json.loads((done.folder / "config.json").read_text())["num_features"] == net.num_features
-    expected_cfg = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 1.0}
-    for key, value in expected_cfg.items():  # crop_pct is of the small recipe
-        assert other.pretrained_cfg[key] == pytest.approx(value)
+    require_described(done.folder, net, other)
     side = 224 if backbone == "swin_tiny" else 24  # the small recipe's, but timm's Swin has one
     assert list(other.pretrained_cfg["input_size"]) == [3, side, side]
-    card = (done.folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: timm") and "local-dir:" in card
 
-
-@pytest.mark.parametrize(("backbone", "px"), NETS)
-def test_torchvision_misses_only_its_classifier(tmp_path, fake_run, backbone, px):
-    run_dir, net = fake_run(backbone)
-    done = export(str(run_dir), str(tmp_path / "out"), "torchvision")
+    done = export(str(run_dir), str(tmp_path / "torchvision"), "torchvision")
     other = getattr(torchvision.models, done.architecture)()
     result = other.load_state_dict(load_file(done.folder / "model.safetensors"), strict=False)
-    classifier = "head" if backbone == "swin_tiny" else "fc"
     assert not result.unexpected_keys
     assert set(result.missing_keys) == {f"{classifier}.weight", f"{classifier}.bias"}
     setattr(other, classifier, torch.nn.Identity())
-    expected = outputs(net, px)
     assert (outputs(other, px) - expected).abs().max() <= 1e-5
 
 
