@@ -1,6 +1,7 @@
 """Recipes, command lines and environments as users have them: each kind, and what comes of it."""
 
-import shlex
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_recipe import write_small_recipe
+from ranks import start_forkserver
+from small_recipe import small_recipe
 
 from scale_smog import UserError, load_recipe
 from scale_smog.evaluation.protocols import load_protocols
+from scale_smog.pretrain import pretrain
 from scale_smog.reporting import run_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -160,9 +163,18 @@ def test_hosts_that_are_not_there_are_named_before_a_launcher_starts(tmp_path, o
     assert status == 2 and said.startswith(words)
 
 
+def train_without_a_console(folder: Path, tars: Path) -> None:
+    """As a process that a shell has started with `umask 077; ... >&- 2>&- <&-`."""
+    os.umask(0o077)
+    os.closerange(0, 3)
+    sys.stdin = sys.stdout = sys.stderr = None
+    pretrain(small_recipe(folder, tars, "run.steps=2", "data.loader=synthetic"))
+
+
 def test_a_closed_console_ends_no_run(tmp_path, tars):
-    path = write_small_recipe(tmp_path, tars)
-    command = [sys.executable, "launcher/pretrain.py", path, "run.steps=2", "data.loader=synthetic"]
-    quoted = " ".join(shlex.quote(str(word)) for word in command)
-    ended = subprocess.run(["sh", "-c", f"umask 077; exec {quoted} >&- 2>&- <&-"], cwd=ROOT)
-    assert ended.returncode == 0 and (tmp_path / "run" / "results.json").exists()
+    start_forkserver()
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=train_without_a_console, args=(tmp_path, tars))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and (tmp_path / "run" / "results.json").exists()
