@@ -82,16 +82,18 @@ def test_a_restart_at_any_step_gives_the_same_pixels(tars, loader):
 
 
 SIGNALLED = """
-import os, signal, sys
+import multiprocessing, os, signal, sys
 sys.path[:0] = "tests/data", "tests/helpers"
 from test_loaders import load_one_by_one
 
 if __name__ == "__main__":
     os.setsid()
+    preloaded = ["torch", "torchvision", "scale_smog.data.loaders.torch"]
+    multiprocessing.set_forkserver_preload(preloaded)
     signals = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
     for number in signals:
         signal.signal(number, lambda *_: None)  # as a rank that will stop after its step
-    batches = load_one_by_one(sys.argv[1], "torch", range(40), workers=2)
+    batches = load_one_by_one(sys.argv[1], "torch", range(40), workers=1)
     next(batches)
     for number in signals:
         os.killpg(0, number)  # as torchrun and a terminal do
