@@ -158,5 +158,5 @@ def test_a_tar_whose_name_is_no_utf_8_is_refused_by_its_index_and_read_by_the_sh
 
 def test_the_program_runs_where_home_and_the_temporary_folder_are_not(images, tmp_path):
     places = {"HOME": "/nowhere", "TMPDIR": "/nowhere", "XDG_CACHE_HOME": "/nowhere"}
-    done = run_tool("shard", images, tmp_path / "out", "--workers=1", **places)
-    assert done.returncode == 0, done.stderr
+    status, said = run_tool("shard", images, tmp_path / "out", "--workers=1", **places)
+    assert status == 0, said

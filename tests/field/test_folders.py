@@ -9,6 +9,7 @@ from field_sets import (
     quarantine,
     refusal,
     run_tool,
+    run_tool_here,
     sharded,
     write_images,
     write_tar,
@@ -142,10 +143,11 @@ def test_any_name_may_be_a_class_or_an_image_bad_or_good(tmp_path, name):
 def test_a_bad_image_of_a_name_that_is_not_utf_8_is_said_by_the_program(tmp_path):
     write_images(tmp_path / "set", [f"{i}.jpg" for i in range(30)])
     (tmp_path / "set" / name_of_bytes(b"caf\xe9.jpg")).write_bytes(b"bad")
-    done = run_tool("shard", tmp_path / "set", tmp_path / "out", "--workers=1")
-    assert done.returncode == 0 and "put aside: caf\\xe9.jpg" in done.stderr
-    done = run_tool("shard", tmp_path / "set", tmp_path / "none", "--workers=1", "--max-bad=0")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    status, said = run_tool("shard", tmp_path / "set", tmp_path / "out", "--workers=1")
+    assert status == 0 and "put aside: caf\\xe9.jpg" in said
+    given = (tmp_path / "set", tmp_path / "none", "--workers=1", "--max-bad=0")
+    status, said = run_tool_here("shard", *given)
+    assert status == 2 and "Traceback" not in said
 
 
 # Files that are no source: (name, words of the one line)

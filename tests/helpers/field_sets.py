@@ -1,12 +1,15 @@
 """Makes what people bring, and says what came of it."""
 
 import json
+import os
+import runpy
 import subprocess
 import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from io import BytesIO
+from contextlib import redirect_stderr
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +87,26 @@ def quarantine(out: Path, split: str = "train") -> dict[str, str]:
     return {line["file"]: line["reason"] for line in map(json.loads, lines)}
 
 
-def run_tool(tool: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program of data_tools/ as a user does."""
+def run_tool(tool: str, *arguments: object, **variables: str) -> tuple[int, str]:
+    """Runs a program of data_tools/ as a user does; its exit code, and what it says on stderr."""
     command = [sys.executable, str(ROOT / "data_tools" / f"{tool}.py"), *map(str, arguments)]
-    environment = {**__import__("os").environ, **variables}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=60, errors="replace"
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+        timeout=600,  # guards against a hang, not against a busy machine
+        errors="replace",
     )
+    return ended.returncode, ended.stderr
+
+
+def run_tool_here(tool: str, *arguments: object) -> tuple[int, str]:
+    """The same in this process."""
+    said = StringIO()
+    words = [f"{tool}.py", *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        patch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "data_tools" / words[0]), run_name="__main__")
+    return int(end.value.code or 0), said.getvalue()
