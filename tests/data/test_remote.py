@@ -89,8 +89,8 @@ def test_a_cache_keeps_as_many_files_open_as_the_process_may(stored, monkeypatch
     assert opened.cache_parameters()["maxsize"] == 777
 
 
-def is_true_soon(condition, patience_s=3.0):
-    """Whether it becomes true within the time that a thread may need."""
+def is_true_soon(condition, patience_s=60.0):
+    """Whether it becomes true within the time that a thread may need on a busy machine."""
     deadline = time.monotonic() + patience_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -112,7 +112,7 @@ def test_images_come_ahead_again_after_an_evaluation_has_used_the_cache(
     def load():
         for step in range(num_steps):
             ids = plan.ids(step)
-            if not is_true_soon(lambda ids=ids: (states[ids] != ABSENT).all()):
+            if not missed and not is_true_soon(lambda ids=ids: (states[ids] != ABSENT).all()):
                 missed.append(step)
             yield [dataset.read(int(i)) for i in ids]
 
