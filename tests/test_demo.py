@@ -1,22 +1,19 @@
 """The demo: a wheel trains it, and it learns as it did when its curve was recorded."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+from ranks import start_forkserver
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-PROGRAM = """
-import json, sys
-from demo_curve import NUM_TESTED, curve, demo_recipe, faults, FILE
-found = curve(demo_recipe(sys.argv[1]), NUM_TESTED)
-print(json.dumps(faults(found, json.loads(FILE.read_text()))))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +93,13 @@ def test_a_wheel_trains_the_demo_through_the_launcher(demo) -> None:
     assert (folder / "runs" / "demo" / "results.json").exists()
 
 
+def faults_of_the_first_steps(data: Path) -> list[str]:
+    sys.path.insert(0, str(BENCHMARKS))
+    from demo_curve import FILE, NUM_TESTED, curve, demo_recipe, faults
+
+    return faults(curve(demo_recipe(data), NUM_TESTED), json.loads(FILE.read_text()))
+
+
 def test_the_demos_first_80_steps_are_the_recorded_ones(demo):
     """Loss within 0.05, usage of the groups after the first reset within a tenth.
 
@@ -103,7 +107,7 @@ def test_the_demos_first_80_steps_are_the_recorded_ones(demo):
     are found.
     """
     folder, _ = demo
-    command = [sys.executable, "-c", PROGRAM, str(folder / "demo_data")]
-    ended = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout.splitlines()[-1]) == []
+    start_forkserver()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as process:
+        found = process.submit(faults_of_the_first_steps, folder / "demo_data").result()
+    assert found == []
