@@ -122,12 +122,29 @@ def test_after_a_killed_worker_fewer_of_them_are_advised(source, tmp_path, monke
         _shard(source, tmp_path / "out")
 
 
+SLOW_SHARD_PROGRAM = """
+import sys, time
+from scale_smog.cli.main import run_command
+from scale_smog.data.prepare import shard, writer
+
+def finish_shard(job):
+    time.sleep(0.5)
+    return writer.finish_shard(job)
+
+if __name__ == "__main__":
+    shard.finish_shard = finish_shard
+    run_command("shard", sys.argv[1:])
+"""
+
+
 def test_resume_after_kill_9_waits_for_the_workers_and_gives_the_same_bytes(tmp_path, monkeypatch):
     source, out = tmp_path / "images", tmp_path / "out"
     source.mkdir()
-    for index in range(120):  # slow enough to be killed in the middle
-        (source / f"{index}.bmp").write_bytes(_encoded(_photo(index, 600, 600), "BMP"))
-    command = [sys.executable, str(ROOT / "data_tools" / "shard.py"), str(source), str(out)]
+    for index in range(120):
+        (source / f"{index}.bmp").write_bytes(_encoded(_photo(index, 24, 24), "BMP"))
+    program = tmp_path / "slow_shard.py"  # slow enough to be killed in the middle
+    program.write_text(SLOW_SHARD_PROGRAM)
+    command = [sys.executable, str(program), str(source), str(out)]
     process = subprocess.Popen([*command, "--shard-samples", "2", "--workers", "2"])
     work = out / ".sharding-train"
     while len(list(work.glob("train-*.json"))) < 2:
@@ -143,11 +160,13 @@ def test_resume_after_kill_9_waits_for_the_workers_and_gives_the_same_bytes(tmp_
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert workers and not (out / "manifest.json").exists()
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="another process is"):
-        patch.setattr(work_folders, "LOCK_PATIENCE_S", 0.1)
-        _shard(source, out, shard_samples=2)
-    for worker in workers:
-        worker.resume()  # and they end, as their parent is gone
+    try:
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="another process is"):
+            patch.setattr(work_folders, "LOCK_PATIENCE_S", 0.1)
+            _shard(source, out, shard_samples=2)
+    finally:
+        for worker in workers:
+            worker.resume()  # and they end, as their parent is gone
     finished = [out / f"{path.stem}.tar" for path in work.glob("train-*.json")]
     assert len(finished) < 60
     times = [path.stat().st_mtime_ns for path in finished]
