@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from scale_smog.config import NonNegative, Positive, Recipe, Section, Share
+from scale_smog.config import NonNegative, Positive, Recipe, Section
 from scale_smog.errors import UserError
 from scale_smog.recipe import apply_override, validate
 
@@ -50,7 +50,7 @@ class FinetuneConfig(Section):
 
     setting: Literal["simclr", "swav"] = "simclr"
     """Whose values to take for what is not given. Paper: Table 4, by SimCLR's protocol."""
-    share: Annotated[Share, Field(gt=0)] = 0.01
+    share: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Of the labels. Paper: Table 4."""
     list: str = ""
     """File of image names, one a line, such as SimCLR's published subsets; empty: a draw of

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scale_smog.models import MomentumNet, OnlineNet, process_group_for, synchro
 from scale_smog.models.siamese import build_nets_around
 from scale_smog.reporting.metrics import Metrics
 from scale_smog.reporting.progress import Progress
+from scale_smog.runtime import phases
 from scale_smog.schedules import Schedules, due
 from scale_smog.state import TrainState
 
@@ -154,12 +156,13 @@ class Silence(Metrics):
 
 
 def run(recipe: Recipe, state: TrainState, num_steps: int = NUM_STEPS) -> None:
-    """Trains to `num_steps`, which the loop ends with a checkpoint in `run.dir`."""
+    """Trains to `num_steps`, or to a stop; the loop ends with a checkpoint in `run.dir`."""
     schedules = schedules_of(recipe, num_steps)
     loader = batches(state.step, recipe.data.num_small_crops)
     checkpoints = checkpoint.Checkpoints(recipe.run, {})
     progress = Progress(recipe, Silence(), num_steps, state.engine.device)
-    train(recipe.run, state, loader, schedules, progress, checkpoints, lambda step: None)
+    with suppress(phases.StopRequested):
+        train(recipe.run, state, loader, schedules, progress, checkpoints, lambda step: None)
 
 
 def final_state(folder: Path) -> States:
