@@ -166,6 +166,11 @@ def test_gradients_are_clipped_as_torch_clips_them(length):
         torch.testing.assert_close(value.grad, other.grad)
 
 
+def test_a_rank_that_holds_no_row_of_any_weight_clips_and_moves_nothing():
+    assert clip_gradients([], 1.0, [3.0, 4.0]) == pytest.approx([0.6, 0.8])
+    ema_update([], [], 0.1)
+
+
 LAYOUTS = torch.contiguous_format, torch.channels_last
 
 
