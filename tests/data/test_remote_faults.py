@@ -26,10 +26,7 @@ ALONE = Node.of_rank(0, 1, 1)
 @pytest.fixture
 def stored(tars, s3, monkeypatch):
     """The URL of the small dataset; tries follow one another at once, images come one by one."""
-    from s3fs import S3FileSystem
-
     copy_to(tars, URL)
-    S3FileSystem.clear_instance_cache()  # on its connections aiohttp repeats a request unsaid
     s3.requests.clear()
     monkeypatch.setattr(stores, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(stores, "LONGEST_DELAY_S", 0.05)
