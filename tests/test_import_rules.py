@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "scale_smog"
-# A part imports parts of stop_below above its own only.
+# A part imports parts of floors above its own only.
 FLOORS = [
     {"errors", "config", "counter_rng"},
     {"distributed", "recipe", "schedules"},

@@ -46,19 +46,19 @@ class StopBelow:
     """
 
     def __init__(self, stop_below: Mapping[Figure, float], patience: int):
-        self._floors, self._patience = stop_below, patience
+        self._least, self._patience = stop_below, patience
         self._num_below = dict.fromkeys(stop_below, 0)
         self.problem = ""  # what is to be said at the end of the run, if it should end
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Takes note of newly logged figures; `step` is among them."""
-        for name, floor in self._floors.items():
+        for name, least in self._least.items():
             if name in figures:
-                is_below = not figures[name] >= floor  # nor is a figure that is not a number
+                is_below = not figures[name] >= least  # nor is a figure that is not a number
                 self._num_below[name] = self._num_below[name] + 1 if is_below else 0
                 if self._num_below[name] == self._patience:
                     self.problem = (
-                        f"run.stop_below: {name} has been below {floor:g} for {self._patience} "
+                        f"run.stop_below: {name} has been below {least:g} for {self._patience} "
                         f"values in a row, {figures[name]:.4g} at step {figures['step']}; the "
                         "newest checkpoint stands, and run.start_from begins another run with it"
                     )

@@ -59,8 +59,7 @@ def test_a_stopped_rank_is_named_within_the_deadline(tmp_path, tars, phase):
     warned = job.console().find("warning: no heartbeat from rank 1 on ")
     assert -1 < warned < said.start()
     ended = (tmp_path / "rank-0.log").stat().st_mtime
-    # A busy machine may be late; without the watchdog a rank would wait for half an hour.
-    assert ended - (job.struck_at() or 0.0) <= 5 * WARNED_DEADLINE_S
+    assert ended - (job.struck_at() or 0.0) <= WARNED_DEADLINE_S
 
 
 def hang_in_the_loader(rank: int) -> None:
