@@ -18,6 +18,7 @@ import torch
 from ports import free_port
 from small_recipe import small_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from scale_smog.data import TarDataset
 from scale_smog.errors import UserError
@@ -63,6 +64,15 @@ class Run:
             return [(step, step / 128) for step in range(4, self._step + 1, 4)]
         lines = (self.dir / "metrics.jsonl").read_text().splitlines()
         return [(line["step"], line[name]) for line in map(json.loads, lines)]
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_the_order_of_their_names(monkeypatch) -> None:
+    """TensorBoard counts a process's files and sorts them by name: of one second "10" before "9".
+
+    Only here does a run start twice within a second and a process.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 @pytest.fixture
