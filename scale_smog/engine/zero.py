@@ -115,6 +115,8 @@ class Zero3Engine(ZeroEngine):
     def _prepare(self, micro_batch: int) -> tuple[nn.Module, nn.Module]:
         online, _ = super()._prepare(micro_batch)
         self.net_group = dist.group.WORLD
+        forget = self._forget_order
+        self._first_passes = self.online.register_forward_pre_hook(forget, prepend=True)
         if not list(self.momentum.parameters()):  # the method has none
             return online, self.momentum
         settings = self._settings(micro_batch)
@@ -122,6 +124,17 @@ class Zero3Engine(ZeroEngine):
             model=self.momentum, config=settings, dist_init_required=False
         )
         return online, momentum
+
+    def _forget_order(self, *_: object) -> None:
+        """Of the layers in the pass before, until the first step is done.
+
+        By the first order that it notes, DeepSpeed decides once which weights stay gathered from a
+        forward pass to its backward pass. Micro-batches begin with passes that have none: every
+        later backward pass would gather its weights anew, layer by layer.
+        """
+        coordinator = self._deepspeed.optimizer.parameter_offload.get_param_coordinator()
+        if coordinator.is_record_trace():
+            coordinator._invalidate_trace()
 
     def embed(self, view: Tensor, of: NetName = "online") -> Tensor:
         """As of all engines."""
@@ -155,6 +168,7 @@ class Zero3Engine(ZeroEngine):
 
     def _step(self) -> None:
         super()._step()
+        self._first_passes.remove()
         # DeepSpeed looks for itself, and leaves out the step on all ranks.
         self._is_applied = self._is_applied and self._deepspeed.was_step_applied()
 

@@ -149,14 +149,15 @@ def _split_weights_s(
     """Of engines that split them: they are gathered for every pass, gradients are scattered."""
     gradients, weights = work.num_weights * _grad_bytes(work, engine), work.num_weights * 4.0
     config, nets = work.recipe.engine, work.recipe.nets
-    num_sizes = nets.num_online_views + (1 if work.recipe.data.num_small_crops else 0)
-    # For each pass forward and backward, and the momentum net's, of each micro-batch.
-    num_passes = (config.num_online_forwards + 1) * num_sizes + nets.num_momentum_views
-    num_gathers = config.accumulate * num_passes
     shards = shards_of(engine, gpus, model.machine.gpus_per_node).weights
-    messages = work.cost.num_units
-    if engine == "zero3":
+    if engine == "zero3":  # weights stay from a pass forward to its pass backward
+        num_passes = 1 + nets.num_momentum_views
         messages = math.ceil(work.num_weights / PREFETCH_BUCKET_NUMEL)
+    else:
+        num_sizes = nets.num_online_views + (1 if work.recipe.data.num_small_crops else 0)
+        num_passes = (config.num_online_forwards + 1) * num_sizes + nets.num_momentum_views
+        messages = work.cost.num_units
+    num_gathers = config.accumulate * num_passes
     sent_s = num_gathers * model.seconds("all_gather", weights, shards, messages)
     sent_s += model.seconds("reduce_scatter", gradients, shards, messages)
     # A part is copied into the message and the whole out of it; gradients likewise.

@@ -33,6 +33,26 @@ def test_micro_batches_equal_one_large_batch_but_for_the_batch_norm_on_every_eng
         assert max(runs.difference(state, exact).values()) < 1e-6, engine
 
 
+def train_and_note_what_stays_gathered(folder) -> list[bool]:
+    """Of the online net's weights, after each pass that has a pass backward."""
+    recipe = runs.recipe_of(folder, kind="zero3", accumulate=2)
+    state = runs.build_state(recipe)
+    kept = []
+
+    def note(net: nn.Module, *_: object) -> None:
+        if torch.is_grad_enabled():
+            kept.append(all(p.numel() for p in net.parameters()))
+
+    state.engine.online.register_forward_hook(note)
+    runs.run(recipe, state, NUM_STEPS)
+    return kept
+
+
+def test_weights_that_zero3_gathers_stay_for_the_backward_pass(tmp_path):
+    [kept] = run_on_ranks(1, train_and_note_what_stays_gathered, tmp_path)
+    assert kept == [False] * 2 + [True] * 4  # in its first step DeepSpeed learns the passes' order
+
+
 def without_batch_statistics(net: nn.Module) -> nn.Module:
     for name, child in net.named_children():
         is_norm = isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d)

@@ -77,4 +77,6 @@ def test_split_weights_wait_for_a_message_a_unit_under_fsdp_and_a_bucket_under_z
         exposed_s(work, parts, 64, engine, "local", slow, 1)["weights"] - math.log2(8)  # norms
         for engine in ("fsdp", "zero3")
     )
-    assert fsdp / zero3 == pytest.approx(num_units, rel=0.01)
+    # Three gathers and a reduce-scatter; DeepSpeed keeps weights for the pass backward.
+    assert fsdp / num_units == pytest.approx(4 * math.log2(8), rel=0.01)
+    assert zero3 == pytest.approx(3 * math.log2(8), rel=0.01)
