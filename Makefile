@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-# Two ranks, unless there is one GPU or one core only.
-RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ "$$n" -gt 0 ] || n=$$(nproc); \
+# Two ranks, unless there is one GPU or one core only (nproc heeds OMP_NUM_THREADS).
+RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
+	[ "$$n" -gt 0 ] || n=$$(env -u OMP_NUM_THREADS nproc); \
 	[ "$$n" -ge 2 ] && echo 2 || echo 1)
 FREE_PORT = $$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 SEED ?= 0

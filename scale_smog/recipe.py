@@ -202,7 +202,9 @@ def _parse_yaml(text: str, name: str) -> Any:
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line on the first thing that is wrong, naming the key and what to write instead."""
-    first = error.errors()[0]
+    # A mistyped key says more than the checks that miss it.
+    unknown = [x for x in error.errors() if x["type"] == "extra_forbidden"]
+    first = [*unknown, *error.errors()][0]
     path = [str(part) for part in first["loc"] if not str(part).endswith("]")]
     key = ".".join(path[:2])
     if first["type"] == "extra_forbidden":

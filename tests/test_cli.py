@@ -43,6 +43,17 @@ def test_every_command_has_a_help(name, capsys) -> None:
     assert status == 0 and text.startswith(f"usage: smog {name}")
 
 
+@pytest.mark.parametrize("name", ["recipes", "explain"])
+def test_a_reader_who_has_read_enough_gets_no_traceback(name) -> None:
+    code = f"from scale_smog.cli.main import main; main([{name!r}])"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        assert started.stdout and started.stderr
+        started.stdout.close()
+        assert started.stderr.read() == b""
+    assert started.returncode == 128 + signal.SIGPIPE
+
+
 @pytest.mark.parametrize("folder", ["launcher", "data_tools"])
 def test_a_file_and_its_command_are_one_program(folder, capsys) -> None:
     for path in sorted((ROOT / folder).glob("*.py")):

@@ -26,6 +26,13 @@ def test_every_recipe_loads_and_says_what_to_expect(path: Path) -> None:
     assert header.startswith("#") and "xpected" in header
 
 
+def test_a_mistyped_section_is_named_before_what_it_leaves_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("rnu: {steps: 3}\ndata: {path: x, global_batch: 4}\n")
+    with pytest.raises(UserError, match="unknown key 'rnu': did you mean 'run'"):
+        load_recipe(path)
+
+
 def test_defaults_are_the_papers_resnet50(minimal: Path) -> None:
     recipe = load_recipe(minimal)
     assert (recipe.model.backbone, recipe.model.dim, recipe.model.ema) == ("resnet50", 128, 0.999)

@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
@@ -11,6 +13,7 @@ from typing import NoReturn
 from scale_smog.errors import exits_on_user_error
 
 DATA_TOOLS = {"shard", "index", "verify", "stats", "make_demo"}  # modules of that folder
+TEXTS = {"recipes", "explain"}  # that print and do nothing else
 COMMANDS = {
     "pretrain": "train a recipe, alone or under deepspeed, torchrun and srun",
     "demo": "make the built-in images and train on them",
@@ -56,13 +59,24 @@ def run_command(name: str, words: Sequence[str], prog: str | None = None) -> NoR
     parser = argparse.ArgumentParser(prog=prog, **_description(command))
     command.add_arguments(parser)
     arguments = parser.parse_intermixed_args(_without_local_rank(words))
-    with exits_on_user_error():
+    with exits_on_user_error(), _read_in_part() if name in TEXTS else nullcontext():
         status = command.run(arguments)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from scale_smog import distributed
 
         distributed.end_process(status)
     raise SystemExit(status)
+
+
+@contextmanager
+def _read_in_part() -> Iterator[None]:
+    """`| head` ends a text as it ends other programs: without a traceback."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _command(name: str) -> ModuleType:

@@ -249,6 +249,18 @@ def test_a_store_that_cannot_be_asked_begins_nothing_anew(run, s3, impatient):
         bring_back(run)
 
 
+@pytest.mark.parametrize("protocol", ["file://", ""])
+def test_a_folder_of_another_disk_is_a_place_once_it_is_there(run, tmp_path, protocol):
+    run = run.model_copy(update={"mirror": f"{protocol}{tmp_path}/mounted/run"})
+    with pytest.raises(UserError, match="no such folder: make it, or mount what holds it"):
+        bring_back(run)
+    Path(f"{tmp_path}/mounted/run").mkdir(parents=True)
+    bring_back(run)
+    assert save(run, 10, 20, 30) is None and copies(run) == {"step-00000020", "step-00000030"}
+    lose_machine(run)
+    assert newest(run) == 30
+
+
 def test_a_stop_is_heard_while_a_run_waits_for_its_last_copy(monkeypatch):
     class Slow:
         def wait_for_mirror(self, seconds: float) -> str:

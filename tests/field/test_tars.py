@@ -349,10 +349,12 @@ def test_tars_of_several_splits_never_become_one_and_a_pattern_tells_them_apart(
         assert TarDataset(tars, "val").num_samples == 2 and verify_folder(tars) == []
 
 
-def test_of_our_own_tars_without_a_manifest_each_split_takes_its_own(tars, tmp_path):
+def test_of_our_own_tars_without_a_manifest_each_split_takes_its_own(tars, tmp_path, capsys):
     write_tar(tars / "train-000000.tar", samples("0101"))
     write_tar(tars / "val-000000.tar", samples("00"))
     assert sharded(tars, tmp_path / "out").num_samples == 4
+    said = capsys.readouterr().err
+    assert f"{tars}: not of the split train, and left out: val-000000.tar\n" in said
     about = SourceOptions(split="val")
     val = sharded(tars, tmp_path / "out-val", split="val", source_options=about)
     assert labels_by_class(val) == {"0": 2}

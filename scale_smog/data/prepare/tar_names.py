@@ -1,10 +1,11 @@
 """Which of a folder's tars are of a split, as far as their names tell it."""
 
 import re
+import sys
 from collections.abc import Sequence
 
 from scale_smog.data.image_folder import split_kind
-from scale_smog.errors import UserError
+from scale_smog.errors import UserError, first_few
 
 OWN_NAME = re.compile(r"(\w+)-\d+\.tar")  # {split}-000000.tar, as shards are named
 
@@ -12,7 +13,8 @@ OWN_NAME = re.compile(r"(\w+)-\d+\.tar")  # {split}-000000.tar, as shards are na
 def tars_of_split(folder: object, names: Sequence[str], split: str) -> list[str]:
     """The tars of a split among those of a folder: all, unless their names mean several splits.
 
-    Of tars that are all named as `{split}-000000.tar` those of `split` are taken.
+    Of tars that are all named as `{split}-000000.tar` those of `split` are taken, and the others
+    named on stderr.
 
     Args:
         folder: of the tars, for the error's line.
@@ -28,6 +30,8 @@ def tars_of_split(folder: object, names: Sequence[str], split: str) -> list[str]
     matches = [OWN_NAME.fullmatch(name) for name in names]
     own = [match[0] for match in matches if match and match[1] == split]
     if own and all(matches):
+        left = first_few([name for name in names if name not in own])
+        print(f"{folder}: not of the split {split}, and left out: {left}", file=sys.stderr)
         return own
     kind = split if split in beginnings else next(iter(beginnings))
     raise UserError(
