@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -142,22 +143,26 @@ def _usage(recipe: Recipe, kind: str, architecture: str, folder: str) -> str:
             f'# once uploaded: hub_net("USER/{folder}")'
         )
     read = "from safetensors.torch import load_file\n"
-    load = f'net.load_state_dict(load_file("{folder}/{WEIGHTS_FILE}"), strict=False)'
+    load = f'net.load_state_dict(load_file("{folder}/{WEIGHTS_FILE}"))\nnet.eval()'
     if kind == "torchvision" and architecture:
-        make = f"import torchvision\n{read}net = torchvision.models.{architecture}()\n{load}"
-        return f"{make}  # misses the classifier only"
+        classifier = "head" if architecture.startswith("swin") else "fc"
+        return (
+            f"import torch, torchvision\n{read}net = torchvision.models.{architecture}()\n"
+            f"net.{classifier} = torch.nn.Identity()\n{load}"
+        )
     if kind == "hf" and architecture:
         return (
-            f'import timm\nnet = timm.create_model("local-dir:{folder}", pretrained=True)\n'
+            f'import timm\nnet = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
             f'# once uploaded: timm.create_model("hf-hub:USER/{folder}", pretrained=True)'
         )
     if architecture:
-        make = f'import timm\n{read}net = timm.create_model("{architecture}", num_classes=0)\n'
-        return make + load.replace(", strict=False", "")
+        return (
+            f'import timm\n{read}net = timm.create_model("{architecture}", num_classes=0)\n{load}'
+        )
     # Neither library has this net, stem or width.
     arguments = f'"{model.backbone}", width={model.width}, small_images={model.small_images}'
     make = f"from scale_smog.models import build_backbone\n{read}net = build_backbone({arguments})"
-    return f"{make}\n{load.replace(', strict=False', '')}"
+    return f"{make}\n{load}"
 
 
 def to_torchvision_swin(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -231,6 +236,10 @@ def _write_onnx(path: Path, backbone: nn.Module, px: int) -> None:
     )
 
 
+def _numbers(pixel_values: np.ndarray) -> str:
+    return ", ".join(f"{value / 255:.3f}" for value in pixel_values.tolist())
+
+
 def _card(recipe: Recipe, name: str, num_features: int, usage: str, kind: str, library: str) -> str:
     """The model card: what it is, how to load it, how it was trained."""
     model, method, data = recipe.model, recipe.method, recipe.data
@@ -245,13 +254,16 @@ def _card(recipe: Recipe, name: str, num_features: int, usage: str, kind: str, l
         (head if kind == "hf" else "")
         + f"""# {model.backbone}, trained {"further " if start else ""}without labels
 
-The backbone of {name}: images [B, 3, H, W], ImageNet mean and deviation, to features
-[B, {num_features}]. It has no classifier. Trained with scale_smog by
-{METHODS[method.name].title}.
+The backbone of {name}: images [B, 3, H, W] to features [B, {num_features}]. It has no
+classifier. Trained with scale_smog by {METHODS[method.name].title}.
 
 ```python
 {usage}
 ```
+
+It was evaluated on {recipe.evaluation.crop_share:g} of the shorter side, a centre square that was
+resized to {recipe.evaluation.image_px} px (bicubic), RGB from 0 to 1, less the mean and divided by
+the deviation of ImageNet: ({_numbers(MEAN)}) and ({_numbers(STD)}).
 
 | setting | value |
 |---|---|
