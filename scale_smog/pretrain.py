@@ -112,7 +112,8 @@ def run(recipe: Recipe, device: torch.device, logs: RankLogs) -> None:
         metrics = Metrics(run_dir, state.step, schedules.num_steps, data.global_batch, stop_below)
         note_start(recipe, state.step, device)
         changed = [f"changed since the run began: {x}" for x in changes]
-        lines = [*remarks(dataset), *derived, *schedules.remarks(), *begun, *changed, *warnings]
+        lines = [*remarks(dataset), *precision_remarks(recipe, device), *derived]
+        lines += [*schedules.remarks(), *begun, *changed, *warnings]
         for line in lines:
             metrics.say(line)
 
@@ -279,6 +280,13 @@ def build_online_probe(recipe: Recipe, state: TrainState, dataset: Images) -> On
         return None
     num_features: int = state.engine.online.backbone.num_features  # pyright: ignore[reportAssignmentType]
     return OnlineProbe(num_features, dataset.num_classes, state.engine.device)
+
+
+def precision_remarks(recipe: Recipe, device: torch.device) -> list[str]:
+    """A line where fp32 is faster."""
+    if recipe.engine.precision != "bf16" or distributed.computes_in_bf16(device.type):
+        return []
+    return ["this processor has no instructions for bf16: engine.precision=fp32 is faster on it"]
 
 
 def describe(recipe: Recipe, state: TrainState) -> str:

@@ -15,6 +15,7 @@ SOONEST_RESET, FEWEST_RESETS = 20, 15  # steps; of a run
 HEAD_WIDTH = 2048  # the paper's: heads of 512 learnt less
 SHORT_RUN, SHORT_EMA, LONG_EMA = 1000, 0.9, 0.99  # steps; a momentum net that keeps up
 WARMUP_SHARE = 0.05  # of the run
+LOOKS = 10  # checkpoints, and evaluations, of a run
 
 
 def fit_to_data(
@@ -62,7 +63,11 @@ def _derived(recipe: Recipe, num_images: int) -> list[tuple[str, Any, str]]:
     reset_every = max(SOONEST_RESET, bank_steps)
     reset_every = max(1, min(reset_every, num_steps // FEWEST_RESETS))
     ema = SHORT_EMA if num_steps < SHORT_RUN else LONG_EMA
-    rows: list[tuple[str, Any, str]] = []
+    every = max(1, num_steps // LOOKS)
+    rows: list[tuple[str, Any, str]] = [
+        ("run.evaluate_every", every, f"{LOOKS} times a run"),
+        ("run.checkpoint_every", every, f"{LOOKS} times a run"),
+    ]
     if nets.num_momentum_views:
         rows.append(("model.ema", ema, f"{num_steps} steps"))
     rows.append(("model.head_width", HEAD_WIDTH, "the paper's, for small sets too"))

@@ -98,9 +98,10 @@ def test_a_dry_run_imports_only_what_it_needs(tmp_path) -> None:
 def test_a_dry_run_needs_no_dataset(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     status, text = smog("pretrain", "r50", "--dry-run", capsys=capsys)
-    assert status == 0 and "there is no imagenet here" in text
+    assert status == 0 and "data.path=imagenet is not there" in text
     assert re.search(r"^steps +250227 \(400.00 epochs\)", text, re.MULTILINE)
     _, text = smog("pretrain", "cifar10_r18", "data.num_images=5000", "--dry-run", capsys=capsys)
+    assert "\nsmall data: grouping.num_groups=200 (5000 images)\n" in text
     assert "num_groups: 200" in text and re.search(r"^images +5000 ", text, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 

@@ -205,6 +205,13 @@ def test_two_runs_never_share_a_folder_and_one_that_was_killed_leaves_it(
     other.communicate()
 
 
+def test_all_settings_that_keep_a_run_from_going_on_are_named_at_once(tmp_path, tars, finished):
+    changed = ("grouping.num_groups=9", "run.seed=4", "run.log_every=2")
+    words = r"run\.seed=0, not 4; grouping\.num_groups=10, not 9: give another run\.dir, or"
+    with pytest.raises(UserError, match=words + r" run\.seed=0 grouping\.num_groups=10$"):
+        pretrain(small_recipe(tmp_path, tars, *EVERY_STEP, *changed))
+
+
 def is_locked(run_dir: Path) -> bool:
     """Whether another process than this one would have to wait."""
     program = (

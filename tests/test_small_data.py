@@ -33,6 +33,11 @@ def test_what_the_recipe_gives_stays_and_the_rest_follows_from_it():
     assert not any("num_groups" in line for line in lines)
 
 
+def test_a_short_run_is_evaluated_and_saved_ten_times():
+    run = fit_to_data(recipe_of(run={"steps": 585, "small_data": True}), 3000)[0].run
+    assert run.evaluate_every == run.checkpoint_every == 58
+
+
 def test_a_long_run_has_a_slow_momentum_net_and_the_papers_number_of_groups():
     recipe, _ = fit_to_data(recipe_of(run={"epochs": 100.0, "small_data": True}), 200_000)
     assert recipe.model.ema == 0.99 and recipe.grouping.num_groups == 3000

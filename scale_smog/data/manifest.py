@@ -5,6 +5,7 @@ sidecar (`.npy`) beside each, and `{split}-quarantine.jsonl`. One `manifest.json
 splits. It is written last, so a folder that has one is complete.
 """
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -154,6 +155,13 @@ def split_sha256(manifest: DatasetManifest, split: str) -> str:
     return hashlib.sha256(described.model_dump_json().encode()).hexdigest()
 
 
+def nearest_folder(missing: Path) -> str:
+    """Suggests what lies where a folder does not, under nearly its name; "" if nothing does."""
+    names = [path.name for path in missing.absolute().parent.glob("*") if path.is_dir()]
+    near = difflib.get_close_matches(missing.name, names, n=1)
+    return f" (did you mean {missing.with_name(near[0])}?)" if near else ""
+
+
 def _stored_manifest(store: Store) -> bytes:
     try:
         return store.read(MANIFEST_NAME)
@@ -169,7 +177,8 @@ def _stored_manifest(store: Store) -> bytes:
 def _manifest_bytes(folder: Path) -> bytes:
     if not folder.is_dir():
         raise UserError(
-            f"no dataset folder {folder}: data.path=FOLDER names one that data_tools/shard.py made"
+            f"no dataset folder {folder}{nearest_folder(folder)}: data.path=FOLDER names images, "
+            "or tars that data_tools/shard.py made"
         )
     try:
         return (folder / MANIFEST_NAME).read_bytes()

@@ -16,6 +16,7 @@ from scale_smog.distributed.partition import Partition
 from scale_smog.distributed.process_group import (
     background_group,
     collective_timeout,
+    computes_in_bf16,
     destroy_process_group,
     end_process,
     init_process_group,
@@ -40,6 +41,7 @@ __all__ = [
     "call_on_all_ranks",
     "call_on_main",
     "collective_timeout",
+    "computes_in_bf16",
     "destroy_process_group",
     "differentiable_all_gather",
     "differentiable_all_reduce",

@@ -1,6 +1,7 @@
 """Starts and leaves the process group, and says which rank this is."""
 
 import os
+import platform
 import re
 import resource
 import socket
@@ -64,6 +65,12 @@ def init_process_group(timeout_s: float = 1800, rendezvous_timeout_s: float = 60
     if not has_gpu and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(_cores()) // num_sharing_ranks()))
     return device
+
+
+def computes_in_bf16(device_type: str) -> bool:
+    """Whether bf16 is no slower than fp32: not on x86 processors without instructions for it."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return device_type != "cpu" or not is_x86 or torch.cpu._is_avx512_bf16_supported()
 
 
 def require_same_device(store: dist.Store, has_gpu: bool, world_size: int) -> None:

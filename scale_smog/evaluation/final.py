@@ -21,6 +21,8 @@ from scale_smog.runtime import run_layout
 from scale_smog.runtime.phases import stoppable
 from scale_smog.state import TrainState
 
+HELP = "docs/learning.md, 'When it collapses'"
+
 
 def conclude(
     recipe: Recipe,
@@ -97,4 +99,13 @@ def _table(run_dir: Path, results: dict[str, dict[str, float]]) -> str:
         ("checkpoint", str(checkpoint.list_checkpoints(run_dir)[-1])),
         ("training curves", str(run_dir / run_layout.CURVES_FILE)),
     ]
-    return "\n".join(["", *(f"  {name:<24}{value}" for name, value in rows)])
+    lines = ["", *(f"  {name:<24}{value}" for name, value in rows), *verdict(knn)]
+    return "\n".join(lines)
+
+
+def verdict(knn: dict[str, float]) -> list[str]:
+    """A line on a net that has learnt nothing, where baselines show it."""
+    baselines = [knn[name] for name in ("raw_pixels", "random") if name in knn]
+    if not baselines or knn["trained"] > max(baselines):
+        return []
+    return ["", f"kNN no better than a baseline's: {HELP}"]

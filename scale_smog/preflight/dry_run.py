@@ -6,6 +6,7 @@ from pathlib import Path
 from scale_smog import distributed
 from scale_smog.config import DataConfig, Recipe
 from scale_smog.data import EpochPlan
+from scale_smog.data.manifest import nearest_folder
 from scale_smog.data.remote.space import use_cache
 from scale_smog.data.workers import describe_workers, num_usable_cores, workers_of_rank
 from scale_smog.profiling.memory import MemoryPlan, plan_memory
@@ -30,14 +31,15 @@ def dry_run(recipe: Recipe) -> str:
 
         build_initial_nets(recipe.model, recipe.nets)
     num_images, source = _count_images(recipe.data)
-    recipe, _ = fit_to_data(recipe, num_images)
+    recipe, derived = fit_to_data(recipe, num_images)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rows = [
         ("images", f"{num_images}{source}"),
         *_length_rows(recipe, num_images, world_size),
         *_memory_rows(plan_memory(recipe, world_size, _ranks_per_node(world_size))),
     ]
-    return dump_recipe(recipe) + "\n" + "\n".join(f"{name:<24}{value}" for name, value in rows)
+    lines = [*derived, *([""] if derived else []), *(f"{name:<24}{x}" for name, x in rows)]
+    return dump_recipe(recipe) + "\n" + "\n".join(lines)
 
 
 def _ranks_per_node(world_size: int) -> int:
@@ -50,7 +52,8 @@ def _ranks_per_node(world_size: int) -> int:
 def _count_images(data: DataConfig) -> tuple[int, str]:
     """Training images, and a word on where that number is from."""
     if not is_url(data.path) and not Path(data.path).exists():
-        return data.num_images, f" (data.num_images: there is no {data.path} here)"
+        near = nearest_folder(Path(data.path))
+        return data.num_images, f" (data.num_images; data.path={data.path} is not there{near})"
     from scale_smog.data.datasets import num_images
 
     use_cache(data.cache_dir, data.cache_gib)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from scale_smog import distributed
 from scale_smog.config import Recipe
 
 # The share of a step from which on a part is worth a word.
@@ -82,6 +83,8 @@ def _clustering(recipe: Recipe) -> str:
 
 def _computing(recipe: Recipe, on_gpu: bool, memory_share: float) -> str:
     if not on_gpu:
+        if recipe.engine.precision == "bf16" and not distributed.computes_in_bf16("cpu"):
+            return "try engine.precision=fp32, this processor has no instructions for bf16"
         return "a GPU is the setting to try; on a CPU, a smaller net or smaller views"
     if recipe.engine.precision != "bf16":
         return "try engine.precision=bf16"

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from scale_smog import distributed
 from scale_smog.config import Recipe
-from scale_smog.errors import UserError
+from scale_smog.errors import UserError, first_few
 from scale_smog.recipe import dump_recipe, load_recipe
 from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import locked, write_atomically
@@ -163,17 +163,21 @@ def _lock(file: TextIO) -> bool:
 
 
 def _allowed_changes(old: Recipe, new: Recipe) -> list[str]:
-    changes = []
+    changes, refused = [], []
     for key, before, after in differences(old.model_dump(), new.model_dump()):
         section = key.split(".")[0]
         grows = key in LENGTHS and before is not None and after is not None and after > before
         if section not in FREE_SECTIONS and key not in FREE_KEYS and not grows:
-            other = "another run.dir and run.mirror" if new.run.mirror else "another run.dir"
-            raise UserError(
-                f"run folder {new.run.dir} holds a run with {key}={before}, not {after}: "
-                f"give {other}, or {key}={before}"
-            )
-        changes.append(f"{key}: {before} -> {after}")
+            refused.append((f"{key}={before}", after))
+        else:
+            changes.append(f"{key}: {before} -> {after}")
+    if refused:
+        other = "another run.dir and run.mirror" if new.run.mirror else "another run.dir"
+        held = first_few([f"{was}, not {after}" for was, after in refused], "; ")
+        raise UserError(
+            f"run folder {new.run.dir} holds a run with {held}: "
+            f"give {other}, or {first_few([was for was, _ in refused], ' ')}"
+        )
     return changes
 
 

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Self
@@ -21,6 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # end a run with
 # A terminal sends Ctrl-C to ranks and launcher, and the launcher sends it on: within this time it
 # is one; later, somebody who does not want to wait for the checkpoint.
 SIGINT_GRACE_S = 5.0
+HEARD = b"\nstopping as soon as what is under way can be saved; Ctrl-C again, later, ends at once\n"
 # For ranks that have nearly met, and then stop with a checkpoint; launchers kill after 30 s.
 MEETING_GRACE_S = 15.0
 
@@ -81,6 +82,9 @@ class Preemption:
             wakeup.close()  # ends the thread
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if not phases.is_stop_requested and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):
+                os.write(2, HEARD)  # not print, which the signal may have interrupted
         phases.is_stop_requested = True
         if number == signal.SIGINT:
             first = self._interrupted_at = self._interrupted_at or time.monotonic()

@@ -271,6 +271,7 @@ def test_damaged_images_are_left_out_and_named_each_time(pictures):
         assert dataset.num_samples == 62 and "c/00.jpg" not in dataset.names
         (note,) = dataset.notes
         assert f"1 of 63 images are damaged, such as {path}: " in note and "left out" in note
+        assert note in describe(pictures)
     for i in range(1, 5):
         (pictures / "d" / f"{2 * i - 1:02d}.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"5 of 63 images are damaged, such as .*00\.jpg"):

@@ -64,7 +64,9 @@ def test_an_id_out_of_range_is_an_index_error(folder, sample_id):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no dataset folder .*nowhere"):
+    (tmp_path / "somewhere").mkdir()
+    words = r"no dataset folder .*/nowhere \(did you mean .*/somewhere\?\): data.path=FOLDER names"
+    with pytest.raises(UserError, match=words):
         load_manifest(tmp_path / "nowhere")
 
 

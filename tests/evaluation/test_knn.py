@@ -9,7 +9,14 @@ from ranks import run_on_ranks
 
 from scale_smog.evaluation import knn_accuracy, knn_predict
 from scale_smog.evaluation.features import raw_pixels
+from scale_smog.evaluation.final import verdict
 from scale_smog.evaluation.knn import knn_votes
+
+
+def test_a_net_that_is_no_better_than_a_baseline_is_said_to_be():
+    assert not verdict({"trained": 0.5}) and not verdict({})
+    assert not verdict({"trained": 0.5, "raw_pixels": 0.4, "random": 0.3})
+    assert "When it collapses" in verdict({"trained": 0.3, "raw_pixels": 0.2, "random": 0.3})[1]
 
 
 def clouds(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

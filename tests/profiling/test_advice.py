@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
 
 from scale_smog.config import Recipe
+from scale_smog.pretrain import precision_remarks
 from scale_smog.profiling.advice import bottleneck
 from scale_smog.profiling.step_profile import PARTS
 
@@ -31,6 +33,18 @@ def test_the_costliest_part_gets_a_setting_that_exists(part, seconds, key):
     assert key in sentence and sentence.count(".\n") == 0 and sentence.endswith(".")
     for section, name in re.findall(r"\b([a-z]+)\.([a-z_]+)=", sentence):
         assert name in type(getattr(recipe_of(), section)).model_fields
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_processor_without_bf16_is_advised_to_take_fp32(monkeypatch, has_bf16):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    recipe = recipe_of()
+    assert recipe.engine.precision == "bf16"
+    sentence = bottleneck(recipe, CALM, on_gpu=False, memory_share=0.0)
+    assert ("engine.precision=fp32" in sentence) == (not has_bf16)
+    assert bool(precision_remarks(recipe, torch.device("cpu"))) == (not has_bf16)
+    assert not precision_remarks(recipe, torch.device("cuda"))
 
 
 def test_advice_that_is_followed_already_is_not_repeated():

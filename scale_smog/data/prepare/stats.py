@@ -8,7 +8,7 @@ from PIL import Image
 
 from scale_smog.config import AugmentConfig, DataConfig
 from scale_smog.data.augment import MEAN, STD, training_views
-from scale_smog.data.datasets import Images, is_tars, list_splits, open_split
+from scale_smog.data.datasets import Images, is_tars, list_splits, open_split, remarks
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.loaders.torch import TorchLoader
 from scale_smog.data.manifest import load_manifest
@@ -31,6 +31,7 @@ def describe(out: str | Path) -> str:
         dataset = open_split(out, name)
         lines += [f"split {name}: {dataset.num_samples:,} images{_files(out, name)}"]
         lines += _class_lines(dataset) + _side_lines(dataset)
+        lines += [f"  {remark}" for remark in remarks(dataset)]
     return "\n".join(lines)
 
 
