@@ -15,6 +15,7 @@ from scale_smog.data.batch import Batch
 from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.pixels import empty_views, make_views, one_thread
+from scale_smog.data.workers import start_forkserver
 from scale_smog.errors import UserError
 from scale_smog.runtime.preemption import stop_signals_blocked
 
@@ -54,6 +55,9 @@ class TorchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         with stop_signals_blocked():
+            if self._batches.num_workers:
+                # Which imports what workers need, once for all; torchvision takes the longest.
+                start_forkserver(__name__, "torchvision")
             batches = iter(self._batches)
         for views, label, sample_id in with_plain_errors(batches):
             views = [self._to_device(view) for view in views]

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from scale_smog import distributed
 from scale_smog.data import EpochPlan
 from scale_smog.data.loaders.torch import with_plain_errors
+from scale_smog.data.workers import start_forkserver
 
 
 class _StepBatches(Dataset):
@@ -43,6 +44,8 @@ def training_batches(
     """
 
     def batches(steps: range) -> Iterable[list[Any]]:
+        if workers:
+            start_forkserver(__name__, "torchvision")
         loader = DataLoader(
             _StepBatches(plan, load),
             batch_size=None,
