@@ -30,14 +30,14 @@ def fit_to_data(
 
     Returns:
         The recipe that is trained, with the number of images, and a line on each value that was
-        derived.
+        derived or cannot be meant.
 
     Raises:
         UserError: what the recipe gives does not fit what is derived.
     """
     recipe = recipe.with_values("data", num_images=num_images)  # what is planned with
     if not recipe.run.small_data:
-        return recipe, []
+        return recipe, _doubts(recipe)
     given = recipe.model_dump(exclude_unset=True)
     tree = {section: dict(values) for section, values in given.items()}
     lines = []
@@ -48,7 +48,17 @@ def fit_to_data(
                 value, reason = getattr(getattr(begun, section), name), "as the run began"
             tree[section][name] = value
             lines.append(f"small data: {key}={value} ({reason})")
-    return validate(Recipe, tree), lines
+    fitted = validate(Recipe, tree)
+    return fitted, lines + _doubts(fitted)
+
+
+def _doubts(recipe: Recipe) -> list[str]:
+    """A line where there are fewer images than groups of them."""
+    num_groups, num_images = recipe.grouping.num_groups, recipe.data.num_images
+    if not recipe.method.has_groups or num_groups <= num_images:
+        return []
+    words = f"grouping.num_groups={num_groups} for {num_images} images"
+    return [f"warning: {words}: a group should have many; run.small_data=true derives how many"]
 
 
 def _derived(recipe: Recipe, num_images: int) -> list[tuple[str, Any, str]]:

@@ -78,6 +78,13 @@ def test_without_small_data_nothing_changes_but_the_number_of_images():
     assert fitted.model_copy(update={"data": recipe.data}) == recipe
 
 
+def test_more_groups_than_images_are_doubted_and_nothing_else():
+    plain = recipe_of(run={"steps": 600})
+    assert fit_to_data(plain, 3000)[1] == []
+    [line] = fit_to_data(plain, 2999)[1]
+    assert line.startswith("warning: grouping.num_groups=3000 for 2999 images")
+
+
 def test_a_run_says_what_it_derived_and_keeps_it(tmp_path, tars, capsys):
     pretrain(small_recipe(tmp_path, tars, "run.small_data=true", "run.steps=2", "model.dim=8"))
     assert "small data: grouping.bank_steps=3 (2.5 features a group)" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Features of images as files: npy or parquet, and TensorBoard's projector."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def write_features(
     """Embeds image sets with a checkpoint's backbone: `<set>-features` and labels, row by row.
 
     npy: [N, F] float32 and [N] int64, -1 where an image has no label. parquet: columns `sample`
-    (a file's name, or the sample's id in tars), `label` and `feature`.
+    (a file's name, or the sample's id in tars), `label` and `feature`. `<set>-names.json` has the
+    `samples` in the order of the rows, and the `classes` that labels count.
 
     Raises:
         UserError: no such images; on every rank.
@@ -65,16 +67,18 @@ def _sets(config: FeaturesConfig, data_path: str) -> dict[str, Images]:
 def _write(kind: str, out: Path, name: str, z: Tensor, dataset: Images) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        samples = [printable(name) for name in getattr(dataset, "names", map(str, range(len(z))))]
+        names = {"classes": list(dataset.classes), "samples": samples}
+        (out / f"{name}-names.json").write_text(json.dumps(names), encoding="utf-8")
         if kind == "npy":
             np.save(out / f"{name}-features.npy", z.numpy())
             np.save(out / f"{name}-labels.npy", dataset.labels)
             return
         pyarrow, parquet = _import_pyarrow()
-        names = [printable(name) for name in getattr(dataset, "names", map(str, range(len(z))))]
         values = pyarrow.array(z.flatten().numpy())
         table = pyarrow.table(
             {
-                "sample": names,
+                "sample": samples,
                 "label": dataset.labels,
                 "feature": pyarrow.FixedSizeListArray.from_arrays(values, z.shape[1]),
             }

@@ -43,7 +43,10 @@ def test_split(path: str, purpose: str = "an evaluation") -> str:
     """
     names = [name for name in ("test", "val") if has_split(path, name)]
     if not names:
-        raise CannotEvaluate(f"{path} has no split 'test' or 'val' to evaluate on")
+        raise CannotEvaluate(
+            f"{path} has no split 'test' or 'val' to evaluate on: name a folder with train/ and "
+            "test/ in it, which may be links"
+        )
     for name in names:
         if has_labels(path, name):
             return name

@@ -78,6 +78,8 @@ def predictions(
     return {
         "predictions": [x.as_dict() for x in weak],
         "strong_scaling": [x.as_dict() for x in strong],
+        "weak_images_a_gpu": batch,
+        "strong_global_batch": recipe.data.global_batch,
         "predicted_for": target.name,
         "predicted_from": "measured parts" if measured else "the roof of its operations",
     }
@@ -129,15 +131,19 @@ def _prediction_lines(facts: dict[str, Any]) -> list[str]:
     title = f"PREDICTED for {facts['predicted_for']}, from {facts['predicted_from']}"
     lines = [
         f"{title}: images/s, low to high, and efficiency",
-        f"  {'GPUs':>5}  {'images a GPU':<16}",
+        f"  weak scaling: always {facts['weak_images_a_gpu']} images a GPU; strong scaling: always "
+        f"the recipe's global batch of {facts['strong_global_batch']}",
+        f"  {'GPUs':>5}  {'scaling':<8}{'global batch':>13}{'images/s':>12}",
     ]
-    for kind, key in (("same", "predictions"), ("fewer", "strong_scaling")):
+    for kind, key in (("weak", "predictions"), ("strong", "strong_scaling")):
         for row in facts[key]:
+            of_all = row["gpus"] * facts["weak_images_a_gpu"]
+            global_batch = of_all if kind == "weak" else facts["strong_global_batch"]
             own = row["engine"] == facts["engine"] and row["batch_norm"] == facts["batch_norm"]
             if own and row["gpus"] in SHOWN:
                 low, nominal, high = row["images_per_s"]
                 lines.append(
-                    f"  {row['gpus']:>5}  {kind:<16}{nominal:>12,.0f}   "
+                    f"  {row['gpus']:>5}  {kind:<8}{global_batch:>13,}{nominal:>12,.0f}   "
                     f"({low:,.0f} to {high:,.0f}){row['efficiency']:>8.0%}"
                 )
     return lines

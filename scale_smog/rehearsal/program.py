@@ -143,11 +143,14 @@ def _text(recipe: Recipe, ranks: int, machine: Hardware, rows: list[Row]) -> str
             "",
             f"  {'engine':<7}{'peak MiB':>9}{'plan MiB':>9}{'launches':>9}{'collectives':>12}"
             f"{'sent MiB':>9}{'waits':>6}{'host ms':>8}{'GPU ms':>7}"
-            f"{'ranks ms':>9}  limited by",
+            f"{'comm ms':>9}  limited by",
             *(format_row(row, recipe.engine.kind) for row in rows),
             "",
             *_details(next(row for row in rows if row.engine == recipe.engine.kind)),
             "Peak: of torch's allocator; the libraries' workspaces and NCCL's buffers come on top.",
+            "Of a step. launches: kernels and copies that the host starts, which takes host ms; "
+            "waits: for the GPU, by the host; comm ms: messages that no computation hides. The "
+            "longest limits the step; its seconds are predicted by smog throughput.",
         ]
     )
 

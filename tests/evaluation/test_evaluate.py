@@ -247,6 +247,10 @@ def test_features_are_written_in_the_order_of_their_labels(run_dir, image_folder
     table = parquet.read_table(tmp_path / "out" / "train-features.parquet")
     assert np.allclose(np.stack(table["feature"].to_numpy()), features, atol=1e-6)
     assert table["sample"][0].as_py().endswith(".jpg") and table["label"].to_pylist() == [*labels]
+    names = json.loads((tmp_path / "out" / "train-names.json").read_text())
+    assert names["samples"] == table["sample"].to_pylist()
+    of_folders = [Path(name).parent.name for name in names["samples"]]
+    assert of_folders == [names["classes"][label] for label in labels]
 
 
 def test_an_interrupted_linear_evaluation_goes_on(run_dir, monkeypatch, capsys):
