@@ -39,6 +39,7 @@ def conclude(
     run_dir = Path(recipe.run.dir)
     results = distributed.broadcast_object(run_folder.read_results(run_dir))
     if results.get("run", {}).get("step") != state.step:
+        metrics.say("trained; evaluating what it has learnt")
         results: dict[str, dict[str, float]] = {"run": {"step": state.step}}
         method = state.method
         if isinstance(method, GroupMethod):

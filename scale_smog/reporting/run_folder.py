@@ -101,8 +101,8 @@ def _claim(recipe: Recipe, sha256: str, lock: ExitStack) -> list[str]:
         facts |= _dataset_facts(folder)
         if dataset_sha256(folder) != sha256:
             raise UserError(
-                f"{folder} was trained on another dataset than data.path={shown(recipe.data.path)}:"
-                " give another run.dir"
+                f"{folder} was trained on another dataset than data.path={shown(recipe.data.path)} "
+                "(tars of a folder have another order): give another run.dir"
             )
         if not recipe.run.start_sha256:  # a run that goes on does not read what it began with
             recipe = recipe.with_values("run", start_sha256=kept.run.start_sha256)
