@@ -22,6 +22,7 @@ from scale_smog.methods import METHODS
 from scale_smog.models.backbones import ENTRY_POINTS
 from scale_smog.models.hub import STATE_FILE, WEIGHTS_FILE, save_for_hub
 from scale_smog.models.timm_nets import save_for_timm
+from scale_smog.models.weights import stem_facts
 from scale_smog.recipe import load_recipe
 from scale_smog.runtime import run_layout
 from scale_smog.runtime.files import write_atomically
@@ -95,11 +96,12 @@ def export(
         for name in (WEIGHTS_FILE, ONNX_FILE, STATE_FILE):  # of an export before
             (target / name).unlink(missing_ok=True)
         if kind == "hf":
-            _write_for_hub(target, weights, architecture, recipe, net)
+            _write_for_hub(target, weights, architecture, recipe, net, stem_facts(backbone))
         elif kind == "onnx":
             _write_onnx(target / ONNX_FILE, backbone, recipe.evaluation.image_px)
         else:
-            save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
+            metadata = {"format": "pt"} | stem_facts(backbone)
+            save_file(weights, target / WEIGHTS_FILE, metadata=metadata)
         if with_state:
             save_file(_state(folder), target / STATE_FILE, metadata={"format": "pt"})
         name = f"{run_dir.name}, {folder.name}, {net} net"
@@ -194,12 +196,17 @@ def _state(folder: Path) -> dict[str, Tensor]:
 
 
 def _write_for_hub(
-    folder: Path, weights: dict[str, Tensor], architecture: str, recipe: Recipe, net: NetName
+    folder: Path,
+    weights: dict[str, Tensor],
+    architecture: str,
+    recipe: Recipe,
+    net: NetName,
+    facts: dict[str, str],
 ) -> None:
     """What timm loads by its name; of a net that timm does not have, what `hub_net` loads."""
     model, px = recipe.model, recipe.evaluation.image_px
     if not architecture:
-        save_for_hub(folder, weights, model.backbone, model.width, model.small_images)
+        save_for_hub(folder, weights, model.backbone, model.width, model.small_images, facts)
         return
     preprocessing = {
         "input_size": (3, px, px),

@@ -77,7 +77,9 @@ def build_initial_nets(model: ModelConfig, plan: NetPlan) -> tuple[OnlineNet, Mo
     """
     nets = build_nets(model, plan)
     if model.weights:
-        weights = distributed.call_on_main(lambda: read_weights(model.weights))
+        weights = distributed.call_on_main(
+            lambda: read_weights(model.weights, net=nets[0].backbone)
+        )
         for net in nets[: 2 if plan.num_momentum_views else 1]:
             set_weights(net.backbone, weights, model.weights)
     return nets

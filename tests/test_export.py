@@ -129,6 +129,19 @@ def test_a_net_that_no_library_has_comes_with_a_line_that_loads_it(
     assert torch.equal(outputs(as_the_card_says(done), 64), outputs(net, 64))
 
 
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_a_stem_that_shapes_do_not_tell_is_told_by_the_file(tmp_path, fake_run, kind):
+    run_dir, net = fake_run("resnet_tiny", small_images=True)
+    export(str(run_dir), str(tmp_path / "out"), kind)
+    same, other = (build_backbone("resnet_tiny", small_images=x).eval() for x in (True, False))
+    load_weights(same, tmp_path / "out")
+    assert torch.equal(outputs(same, 24), outputs(net, 24))
+    with pytest.raises(
+        UserError, match=r"out/\S+ holds another net: its first stride is 1, not 2; change small"
+    ):
+        load_weights(other, tmp_path / "out")
+
+
 @pytest.fixture
 def their_net(tmp_path, monkeypatch) -> str:
     """The name of a backbone that an installed package offers and timm does not know."""

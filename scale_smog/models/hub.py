@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scale_smog.errors import UserError
@@ -75,14 +76,29 @@ def push(folder: Path, repository: str) -> str:
 
 
 def save_for_hub(
-    folder: Path, weights: dict[str, Tensor], name: str, width: int, small_images: bool
+    folder: Path,
+    weights: dict[str, Tensor],
+    name: str,
+    width: int,
+    small_images: bool,
+    facts: dict[str, str],
 ) -> None:
-    """Writes a net that timm does not have; `hub_net(USER/NAME)` builds and loads it."""
+    """Writes a net that timm does not have; `hub_net(USER/NAME)` builds and loads it.
+
+    Args:
+        folder: to write.
+        weights: of the backbone.
+        name: of the backbone.
+        width: factor on all channels.
+        small_images: a stem for images of about 32 px.
+        facts: for the metadata of the file of weights.
+    """
     from scale_smog.models.hub_net import HubNet
 
     net = HubNet(name, width, small_images)
     net.backbone.load_state_dict(weights)
     net.save_pretrained(folder)
+    save_file(net.state_dict(), folder / WEIGHTS_FILE, metadata={"format": "pt"} | facts)
 
 
 def hub_net(name: str) -> nn.Module:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scale_smog.errors import UserError
 from scale_smog.models.hub import HUB, WEIGHTS_FILE, fetch
+from scale_smog.models.resnet import ResNet
 from scale_smog.models.timm_nets import classifier_names, with_resized_positions
 
 Weights = dict[str, Tensor]
@@ -63,19 +64,19 @@ def without_classifier(weights: Weights, net: nn.Module) -> Weights:
     }
 
 
-def read_weights(path: str | Path, setting: str = "model.weights") -> Weights:
+def read_weights(
+    path: str | Path, setting: str = "model.weights", net: nn.Module | None = None
+) -> Weights:
     """A file of timm or torchvision, safetensors or torch's own, under our names; all of it.
 
     Also an exported folder, or one of the hub by its name hf-hub:USER/NAME. Files of `torch.save`
-    are read without running code from them. Errors name the `setting` that gave the path.
+    are read without running code from them. Errors name the `setting` that gave the path. A `net`
+    that is given must have the stem that an exported file tells of.
 
     Raises:
-        UserError: there is no such file, or it holds no weights.
+        UserError: there is no such file, or it holds no weights, or those of another stem.
     """
-    given = str(path)
-    path = fetch(given, WEIGHTS_FILE) if given.startswith(HUB) else Path(path)
-    if (path / WEIGHTS_FILE).is_file():  # a folder that was exported
-        path = path / WEIGHTS_FILE
+    path = _weights_file(path)
     if not path.is_file():
         raise UserError(f"{setting}={path}: no such file")
     try:
@@ -90,6 +91,8 @@ def read_weights(path: str | Path, setting: str = "model.weights") -> Weights:
         raise UserError(
             f"{setting}={path} does not hold plain weights: {type(error).__name__}"
         ) from None
+    if net is not None and path.suffix == ".safetensors":
+        _require_same_stem(net, path)
     for key in ("state_dict", "model"):  # as training programs of both libraries save them
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
@@ -103,13 +106,36 @@ def read_weights(path: str | Path, setting: str = "model.weights") -> Weights:
     return weights
 
 
+def _weights_file(path: str | Path) -> Path:
+    given = str(path)
+    path = fetch(given, WEIGHTS_FILE) if given.startswith(HUB) else Path(path)
+    in_folder = path / WEIGHTS_FILE  # that was exported
+    return in_folder if in_folder.is_file() else path
+
+
+def stem_facts(net: nn.Module) -> dict[str, str]:
+    """What shapes do not tell of a ResNet and a file of its weights should: the first stride."""
+    return {"stem_stride": str(net.conv1.stride[0])} if isinstance(net, ResNet) else {}
+
+
+def _require_same_stem(net: nn.Module, file: Path) -> None:
+    with safe_open(file, "pt") as opened:
+        kept = opened.metadata() or {}
+    for key, value in stem_facts(net).items():
+        if kept.get(key, value) != value:
+            raise UserError(
+                f"{file} holds another net: its first stride is {kept[key]}, not {value}; change "
+                "small_images"
+            )
+
+
 def load_weights(net: nn.Module, path: str | Path) -> None:
     """Puts a file's weights into a backbone, in place; the file's classifier is left out.
 
     Raises:
         UserError: the file cannot be read, or holds another net; the first difference is named.
     """
-    set_weights(net, read_weights(path), path)
+    set_weights(net, read_weights(path, net=net), path)
 
 
 def set_weights(net: nn.Module, read: Weights, path: str | Path) -> None:
