@@ -68,8 +68,8 @@ class RunConfig(Section):
     dir: Place = ""
     """Folder of the run; empty: runs/<name of the recipe>."""
     mirror: str = ""
-    """Place in a store, such as s3://bucket/run, for copies of the checkpoints; a run whose run.dir
-    has none as new resumes from the newest copy."""
+    """Place in a store, such as s3://bucket/run, or a folder that is there, for copies of the
+    checkpoints; a run whose run.dir has none as new resumes from the newest copy."""
     steps: Positive | None = None
     """Length of the run in optimizer steps; give either this or run.epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -78,8 +78,8 @@ class RunConfig(Section):
     seed: NonNegative = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
     small_data: bool = False
-    """Derive what the recipe leaves open (groups, bank, resets, learning rate) from the number of
-    images: for datasets much smaller than ImageNet."""
+    """Derive what the recipe leaves open (groups, bank, resets, learning rate, times of evaluations
+    and checkpoints) from the number of images: for datasets much smaller than ImageNet."""
     log_every: Positive = 10
     """Steps from one line of metrics to the next."""
     checkpoint_every: NonNegative = 1000
@@ -644,7 +644,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _figures_that_end_the_run_are_logged(self) -> Self:
         missing = {
-            "knn": not self.run.evaluate_every and "run.evaluate_every",
+            "knn": not (self.run.evaluate_every or self.run.small_data) and "run.evaluate_every",
             "online_knn": not self.evaluation.online and "evaluation.online",
             "online_linear": not self.evaluation.online and "evaluation.online",
             "groups_in_use": not self.method.has_groups and "a method with groups",

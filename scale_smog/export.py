@@ -103,7 +103,8 @@ def export(
             metadata = {"format": "pt"} | stem_facts(backbone)
             save_file(weights, target / WEIGHTS_FILE, metadata=metadata)
         if with_state:
-            save_file(_state(folder), target / STATE_FILE, metadata={"format": "pt"})
+            metadata = {"format": "pt"} | stem_facts(backbone)
+            save_file(_state(folder), target / STATE_FILE, metadata=metadata)
         name = f"{run_dir.name}, {folder.name}, {net} net"
         library = "timm" if architecture else "scale_smog"
         card = _card(recipe, name, num_features, usage, kind, library)
@@ -155,7 +156,7 @@ def _usage(recipe: Recipe, kind: str, architecture: str, folder: str) -> str:
     if kind == "hf" and architecture:
         return (
             f'import timm\nnet = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
-            f'# once uploaded: timm.create_model("hf-hub:USER/{folder}", pretrained=True)'
+            f'# once uploaded: timm.create_model("hf-hub:USER/{folder}", pretrained=True).eval()'
         )
     if architecture:
         return (

@@ -192,7 +192,8 @@ def begin_from_start(recipe: Recipe, state: TrainState) -> tuple[Recipe, list[st
         UserError: there is no such start, or it is another net.
     """
     run, own = recipe.run, state.state_dict()
-    start = read_start(run.start_from, run.start_sha256)
+    backbone = state.engine.online.backbone
+    start = read_start(run.start_from, run.start_sha256, backbone)
     values, lines = fitting(start, own, run.start_parts, run.start_from)
     state.load_state_dict({name: x.values for name, x in own.items()} | values, step=0)
     if "groups.centroids" in values:

@@ -6,7 +6,7 @@ images and steps they hardly learn; docs/learning.md has the measurements behind
 
 from typing import Any
 
-from scale_smog.config import Recipe
+from scale_smog.config import Recipe, RunConfig
 from scale_smog.recipe import validate
 
 IMAGES_A_GROUP, MOST_GROUPS = 25, 3000  # the paper's 3,000 from 75,000 images on
@@ -73,11 +73,10 @@ def _derived(recipe: Recipe, num_images: int) -> list[tuple[str, Any, str]]:
     reset_every = max(SOONEST_RESET, bank_steps)
     reset_every = max(1, min(reset_every, num_steps // FEWEST_RESETS))
     ema = SHORT_EMA if num_steps < SHORT_RUN else LONG_EMA
-    every = max(1, num_steps // LOOKS)
-    rows: list[tuple[str, Any, str]] = [
-        ("run.evaluate_every", every, f"{LOOKS} times a run"),
-        ("run.checkpoint_every", every, f"{LOOKS} times a run"),
-    ]
+    every, usual = max(1, num_steps // LOOKS), RunConfig.model_fields["checkpoint_every"].default
+    rows: list[tuple[str, Any, str]] = [("run.evaluate_every", every, f"{LOOKS} times a run")]
+    if every < usual and not recipe.run.keep_checkpoint_every:
+        rows.append(("run.checkpoint_every", every, f"{LOOKS} times a run"))
     if nets.num_momentum_views:
         rows.append(("model.ema", ema, f"{num_steps} steps"))
     rows.append(("model.head_width", HEAD_WIDTH, "the paper's, for small sets too"))

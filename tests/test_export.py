@@ -16,6 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from scale_smog import distributed
 from scale_smog.checkpoint import nets
+from scale_smog.checkpoint.start_from import read_start
 from scale_smog.config import Recipe
 from scale_smog.errors import UserError
 from scale_smog.export import Exported, _card, export, to_torchvision_swin
@@ -132,14 +133,19 @@ def test_a_net_that_no_library_has_comes_with_a_line_that_loads_it(
 @pytest.mark.parametrize("kind", ["timm", "hf"])
 def test_a_stem_that_shapes_do_not_tell_is_told_by_the_file(tmp_path, fake_run, kind):
     run_dir, net = fake_run("resnet_tiny", small_images=True)
-    export(str(run_dir), str(tmp_path / "out"), kind)
+    out = tmp_path / "out"
+    export(str(run_dir), str(out), kind, with_state=True)
     same, other = (build_backbone("resnet_tiny", small_images=x).eval() for x in (True, False))
-    load_weights(same, tmp_path / "out")
-    assert torch.equal(outputs(same, 24), outputs(net, 24))
-    with pytest.raises(
-        UserError, match=r"out/\S+ holds another net: its first stride is 1, not 2; change small"
-    ):
-        load_weights(other, tmp_path / "out")
+    load_weights(same, out)
+    assert torch.equal(outputs(same, 24), outputs(net, 24)) and read_start(str(out), net=same)
+    words = r"out/\S+ holds another net: its first stride is 1, not 2; change small_images"
+    with pytest.raises(UserError, match=words):
+        load_weights(other, out)
+    with pytest.raises(UserError, match=words):
+        read_start(str(out), net=other)
+    (out / "training_state.safetensors").unlink()
+    with pytest.raises(UserError, match=words):
+        read_start(str(out), net=other)
 
 
 @pytest.fixture

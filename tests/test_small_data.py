@@ -38,6 +38,16 @@ def test_a_short_run_is_evaluated_and_saved_ten_times():
     assert run.evaluate_every == run.checkpoint_every == 58
 
 
+def test_a_long_run_is_saved_no_less_often_than_without():
+    long = {"epochs": 200.0, "small_data": True}
+    for own in ({}, {"keep_checkpoint_every": 5000}):
+        run = fit_to_data(recipe_of(run=long | own), 200_000)[0].run
+        assert run.evaluate_every == 15_625 and run.checkpoint_every == 1000
+    short = long | {"epochs": 1.0, "keep_checkpoint_every": 500}
+    assert fit_to_data(recipe_of(run=short), 200_000)[0].run.checkpoint_every == 1000
+    assert fit_to_data(recipe_of(run=long | {"stop_below": {"knn": 0.2}}), 200_000)
+
+
 def test_a_long_run_has_a_slow_momentum_net_and_the_papers_number_of_groups():
     recipe, _ = fit_to_data(recipe_of(run={"epochs": 100.0, "small_data": True}), 200_000)
     assert recipe.model.ema == 0.99 and recipe.grouping.num_groups == 3000

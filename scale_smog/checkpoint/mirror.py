@@ -75,6 +75,7 @@ class Mirror:
 
     def __init__(self, run: RunConfig):
         self._store, self._run = Store(run.mirror), run
+        self._device: int | None = None  # of the folder, where the store is one
         self._changed = threading.Condition()
         self._next: Path | None = None  # to be copied: the newest one only
         self._current: Path | None = None
@@ -116,6 +117,7 @@ class Mirror:
             OSError: the store cannot be read.
             UserError: it is another run's, or none of its copies is whole.
         """
+        self._require_folder()
         own, damages = list_checkpoints(run_dir), []
         steps = _whole_steps(self._names())
         if steps and not self._is_same_run(run_dir) and own:
@@ -139,8 +141,24 @@ class Mirror:
         Raises:
             OSError: the store does not take it.
         """
+        self._require_folder()
         self._store.write(".probe", b"")
         self._store.remove(".probe")
+
+    def _require_folder(self) -> None:
+        """Of a folder of this machine: that it is there, and is what it was.
+
+        Raises:
+            OSError: else copies would fill the disk below what is to be mounted there.
+        """
+        if (folder := self._store.folder) is None:
+            return
+        if not folder.is_dir():
+            raise OSError(None, "no such folder: make it, or mount what holds it")
+        device = folder.stat().st_dev
+        if self._device not in (None, device):
+            raise OSError(None, "another disk is there now")
+        self._device = device
 
     def _is_same_run(self, run_dir: Path) -> bool:
         """Whether it is known to hold copies of the folder's run.
@@ -207,6 +225,7 @@ class Mirror:
                     self._next = self._next or folder
 
     def _copy(self, folder: Path) -> None:
+        self._require_folder()
         manifest = read_manifest(folder)
         if _whole_steps(self._names()):  # else there is nothing to lose
             self._is_same_run(folder.parent.parent)

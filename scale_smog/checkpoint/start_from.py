@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from scale_smog import distributed
 from scale_smog.checkpoint.loading import load
@@ -15,7 +15,7 @@ from scale_smog.checkpoint.nets import find_checkpoint
 from scale_smog.distributed import Partition
 from scale_smog.errors import UserError
 from scale_smog.models.hub import HUB, STATE_FILE, NotOnHub, fetch
-from scale_smog.models.weights import backbone_sha256, read_weights
+from scale_smog.models.weights import backbone_sha256, read_weights, require_same_stem
 from scale_smog.runtime import run_layout
 
 PARTS = ("online", "momentum", "groups")  # of a checkpoint, and of an export with everything
@@ -39,7 +39,7 @@ class Start(NamedTuple):
         return backbone_sha256(of_backbone)
 
 
-def read_start(source: str, sha256: str = "") -> Start:
+def read_start(source: str, sha256: str = "", net: nn.Module | None = None) -> Start:
     """Reads a run, a checkpoint, an exported folder, a file of weights or hf-hub:USER/NAME.
 
     A collective: rank 0 reads, and sends the others what no thousand of them should read or fetch.
@@ -47,11 +47,12 @@ def read_start(source: str, sha256: str = "") -> Start:
     Args:
         source: which.
         sha256: that it should have; "": any.
+        net: the backbone that it is for, whose stem exported files tell.
 
     Raises:
-        UserError: it is none of these, or has another hash.
+        UserError: it is none of these, or has another hash or stem.
     """
-    start = distributed.call_on_main(lambda: _read(source))
+    start = distributed.call_on_main(lambda: _read(source, net))
     if sha256 not in ("", start.sha256):
         raise UserError(
             f"run.start_from={source} holds other weights than run.start_sha256 says: "
@@ -60,19 +61,25 @@ def read_start(source: str, sha256: str = "") -> Start:
     return start
 
 
-def _read(source: str) -> Start:
+def _read(source: str, net: nn.Module | None) -> Start:
     path = Path(source).absolute()
     if source.startswith(HUB):
         with suppress(NotOnHub):  # most have the backbone only
-            return Start(load_file(fetch(source, STATE_FILE)), None)
+            return _read_state(fetch(source, STATE_FILE), net)
     elif is_checkpoint(path):
         folder, run_dir = find_checkpoint(path)
         tensors = {k: v for part in PARTS for k, v in load(folder, part)[0].items()}
         return Start(tensors, run_dir)
     elif (path / STATE_FILE).is_file():
-        return Start(load_file(path / STATE_FILE), None)
-    weights = read_weights(source, "run.start_from")
+        return _read_state(path / STATE_FILE, net)
+    weights = read_weights(source, "run.start_from", net)
     return Start({f"online.backbone.{name}": value for name, value in weights.items()}, None)
+
+
+def _read_state(file: Path, net: nn.Module | None) -> Start:
+    if net is not None:
+        require_same_stem(net, file)
+    return Start(load_file(file), None)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -8,6 +8,7 @@ splits. It is written last, so a folder that has one is complete.
 import difflib
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,14 @@ def split_sha256(manifest: DatasetManifest, split: str) -> str:
 
 def nearest_folder(missing: Path) -> str:
     """Suggests what lies where a folder does not, under nearly its name; "" if nothing does."""
-    names = [path.name for path in missing.absolute().parent.glob("*") if path.is_dir()]
-    near = difflib.get_close_matches(missing.name, names, n=1)
-    return f" (did you mean {missing.with_name(near[0])}?)" if near else ""
+    try:
+        names = os.listdir(missing.absolute().parent)
+    except OSError:
+        return ""
+    for near in difflib.get_close_matches(missing.name, names):
+        if os.path.isdir(missing.with_name(near)):
+            return f" (did you mean {missing.with_name(near)}?)"
+    return ""
 
 
 def _stored_manifest(store: Store) -> bytes:

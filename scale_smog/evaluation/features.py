@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from scale_smog import distributed
 from scale_smog.config import DataConfig, EvaluationConfig, ModelConfig
@@ -96,14 +95,11 @@ def _embed(
 ) -> Tensor:
     """[S, B, F] of this rank's batches, which are never held twice."""
     features, step = torch.empty(0, device=device), -1
-    is_hidden = None if distributed.is_main() else True  # None: on a terminal
-    with tqdm(total=len(ids), desc="features", unit="img", leave=False, disable=is_hidden) as bar:
-        for step, batch in enumerate(build_evaluation_loader(data, config, dataset, ids, device)):
-            found = encoder(batch.large[0]).float()  # [B, F]
-            if step == 0:
-                num_steps = -(-len(ids) // (distributed.world_size() * len(found)))
-                features = found.new_empty(num_steps, *found.shape)
-            features[step] = found
-            bar.update(distributed.world_size() * len(found))
+    for step, batch in enumerate(build_evaluation_loader(data, config, dataset, ids, device)):
+        found = encoder(batch.large[0]).float()  # [B, F]
+        if step == 0:
+            num_steps = -(-len(ids) // (distributed.world_size() * len(found)))
+            features = found.new_empty(num_steps, *found.shape)
+        features[step] = found
     assert step + 1 == len(features)
     return features

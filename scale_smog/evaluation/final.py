@@ -107,6 +107,6 @@ def _table(run_dir: Path, results: dict[str, dict[str, float]]) -> str:
 def verdict(knn: dict[str, float]) -> list[str]:
     """A line on a net that has learnt nothing, where baselines show it."""
     baselines = [knn[name] for name in ("raw_pixels", "random") if name in knn]
-    if not baselines or knn["trained"] > max(baselines):
+    if not baselines or knn["trained"] > max(baselines) or knn["trained"] == 1:
         return []
     return ["", f"kNN no better than a baseline's: {HELP}"]

@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scale_smog.errors import UserError
@@ -98,7 +98,8 @@ def save_for_hub(
     net = HubNet(name, width, small_images)
     net.backbone.load_state_dict(weights)
     net.save_pretrained(folder)
-    save_file(net.state_dict(), folder / WEIGHTS_FILE, metadata={"format": "pt"} | facts)
+    saved = load_file(folder / WEIGHTS_FILE)
+    save_file(saved, folder / WEIGHTS_FILE, metadata={"format": "pt"} | facts)
 
 
 def hub_net(name: str) -> nn.Module:

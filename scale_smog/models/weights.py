@@ -92,7 +92,7 @@ def read_weights(
             f"{setting}={path} does not hold plain weights: {type(error).__name__}"
         ) from None
     if net is not None and path.suffix == ".safetensors":
-        _require_same_stem(net, path)
+        require_same_stem(net, path)
     for key in ("state_dict", "model"):  # as training programs of both libraries save them
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
@@ -118,7 +118,12 @@ def stem_facts(net: nn.Module) -> dict[str, str]:
     return {"stem_stride": str(net.conv1.stride[0])} if isinstance(net, ResNet) else {}
 
 
-def _require_same_stem(net: nn.Module, file: Path) -> None:
+def require_same_stem(net: nn.Module, file: Path) -> None:
+    """Compares a backbone with what a safetensors file tells of its own.
+
+    Raises:
+        UserError: the file's has another first stride.
+    """
     with safe_open(file, "pt") as opened:
         kept = opened.metadata() or {}
     for key, value in stem_facts(net).items():

@@ -62,6 +62,12 @@ class Store:
     def __str__(self) -> str:
         return shown(self.url)
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it is on this machine, if it is."""
+        path = self.url.removeprefix("file://")
+        return None if is_url(path) else Path(path)
+
     def __getstate__(self) -> str:
         return self.url
 
@@ -228,14 +234,11 @@ def _open(url: str, is_own: bool) -> tuple[Any, str]:
 
     Raises:
         UserError: fsspec does not know the protocol, or its library is not installed.
-        FileNotFoundError: a folder of this machine is not there: what holds it may not be mounted.
     """
     from fsspec.core import url_to_fs  # takes a while, and a run from a disk never needs it
 
     protocol = url.partition("://")[0] if is_url(url) else "file"
     options: dict[str, Any] = {"use_listings_cache": False}
-    if protocol == "file":  # has folders, which other stores only seem to have
-        options["auto_mkdir"] = True
     if protocol in ("s3", "s3a"):  # tries of its own would be silent
         config = {"retries": {"total_max_attempts": 1}, "max_pool_connections": NUM_CONNECTIONS}
         options["config_kwargs"] = config
@@ -246,8 +249,10 @@ def _open(url: str, is_own: bool) -> tuple[Any, str]:
         raise UserError(f"{shown(url)} needs {library} ({error}): pip install {library}") from None
     except ValueError as error:
         raise UserError(f"{shown(url)}: {error}") from None
-    if protocol == "file" and not system.isdir(root):
-        raise FileNotFoundError(None, "no such folder: make it, or mount what holds it")
+    if protocol == "file":
+        from scale_smog.runtime.disk import Disk
+
+        return Disk(root.rstrip("/")), root.rstrip("/")
     if protocol in ("s3", "s3a"):
         system.retries = 1
     return system, root.rstrip("/")

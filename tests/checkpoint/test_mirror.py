@@ -256,9 +256,17 @@ def test_a_folder_of_another_disk_is_a_place_once_it_is_there(run, tmp_path, pro
         bring_back(run)
     Path(f"{tmp_path}/mounted/run").mkdir(parents=True)
     bring_back(run)
+    place = Path(f"{tmp_path}/mounted/run")
     assert save(run, 10, 20, 30) is None and copies(run) == {"step-00000020", "step-00000030"}
+    assert {path.name for path in place.iterdir()} == copies(run)
     lose_machine(run)
     assert newest(run) == 30
+    mirror = Mirror(run)
+    mirror.require_writable()
+    place.rename(tmp_path / "unmounted")
+    with pytest.raises(OSError, match="no such folder"):
+        mirror._copy(list_checkpoints(Path(run.dir))[-1])
+    assert not place.exists()
 
 
 def test_a_stop_is_heard_while_a_run_waits_for_its_last_copy(monkeypatch):

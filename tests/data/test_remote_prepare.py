@@ -52,6 +52,16 @@ def test_a_store_gets_the_files_that_a_folder_gets(pictures, tmp_path, url):
     assert (tmp_path / "grid.png").stat().st_size
 
 
+def test_a_folder_named_by_a_url_is_made_and_gets_the_same_files(pictures, tmp_path):
+    shard(pictures, tmp_path / "local")
+    shard(pictures, f"file://{tmp_path}/new/tars")
+    local, named = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (tmp_path / "local", tmp_path / "new" / "tars")
+    )
+    assert named == local
+
+
 def test_an_interrupted_run_goes_on_and_the_manifest_comes_last(pictures, url, s3, monkeypatch):
     monkeypatch.setattr(stores, "PATIENCE_S", 0.0)
     uploads = []

@@ -16,6 +16,7 @@ from scale_smog.evaluation.knn import knn_votes
 def test_a_net_that_is_no_better_than_a_baseline_is_said_to_be():
     assert not verdict({"trained": 0.5}) and not verdict({})
     assert not verdict({"trained": 0.5, "raw_pixels": 0.4, "random": 0.3})
+    assert not verdict({"trained": 1.0, "raw_pixels": 1.0})
     assert "When it collapses" in verdict({"trained": 0.3, "raw_pixels": 0.2, "random": 0.3})[1]
 
 
