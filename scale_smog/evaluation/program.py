@@ -145,8 +145,7 @@ def evaluate(
         splits = evaluator.open_splits(task)
         task = _prepared(task, splits)
         if distributed.is_main():
-            sizes = " and ".join(f"{x.num_samples:,} {name}" for name, x in splits.items())
-            print(f"{name} of {task.checkpoint}, {sizes} images", flush=True)
+            print(f"{name} of {task.checkpoint}, images of {', '.join(splits)}", flush=True)
         results, counts = evaluator.evaluate(task, splits), evaluator.image_counts(task, splits)
         task.finish(results, {"image_counts": asdict(counts)})
         if distributed.is_main():
