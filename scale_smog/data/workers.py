@@ -102,7 +102,7 @@ def run_in_processes(
     context = multiprocessing.get_context("forkserver")
     kept = KeptOpen(lock) if lock else None
     with ProcessPoolExecutor(
-        workers, context, initializer=_exit_with_parent, initargs=(kept,)
+        workers, context, initializer=exit_with_parent, initargs=(kept,)
     ) as pool:
         futures = {pool.submit(function, job): index for index, job in enumerate(jobs)}
         try:
@@ -117,12 +117,18 @@ def run_in_processes(
             pool.shutdown(cancel_futures=True)
 
 
-def _exit_with_parent(kept: KeptOpen | None) -> None:
-    """Ends this worker when its parent is killed, so that a resumed run has the folder alone."""
+def exit_with_parent(kept: object) -> None:
+    """Ends this worker when its parent is killed: a resumed run has folder and memory alone.
+
+    torch's own workers watch the process that they were forked from, which they keep alive.
+
+    Args:
+        kept: is open for as long as the process lives.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers only"
 
-    def watch(_kept: KeptOpen | None = kept) -> None:  # open for as long as the process lives
+    def watch(_kept: object = kept) -> None:
         parent.join()
         os._exit(1)
 

@@ -15,7 +15,7 @@ from scale_smog.data.batch import Batch
 from scale_smog.data.datasets import Images
 from scale_smog.data.loaders.batch_source import BatchSource
 from scale_smog.data.pixels import empty_views, make_views, one_thread
-from scale_smog.data.workers import start_forkserver
+from scale_smog.data.workers import exit_with_parent, start_forkserver
 from scale_smog.errors import UserError
 from scale_smog.runtime.preemption import stop_signals_blocked
 
@@ -51,6 +51,7 @@ class TorchLoader:
             pin_memory=on_gpu,
             # Forking a process that already talks to a GPU or to other ranks is unsafe.
             multiprocessing_context="forkserver" if workers else None,
+            worker_init_fn=exit_with_parent,
         )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from scale_smog import distributed
 from scale_smog.data import EpochPlan
 from scale_smog.data.loaders.torch import with_plain_errors
-from scale_smog.data.workers import start_forkserver
+from scale_smog.data.workers import exit_with_parent, start_forkserver
 
 
 class _StepBatches(Dataset):
@@ -52,6 +52,7 @@ def training_batches(
             sampler=steps,
             num_workers=workers,
             multiprocessing_context="forkserver" if workers else None,
+            worker_init_fn=exit_with_parent,
         )
         return with_plain_errors(iter(loader))
 
