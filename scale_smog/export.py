@@ -96,7 +96,7 @@ def export(
         for name in (WEIGHTS_FILE, ONNX_FILE, STATE_FILE):  # of an export before
             (target / name).unlink(missing_ok=True)
         if kind == "hf":
-            _write_for_hub(target, weights, architecture, recipe, net, stem_facts(backbone))
+            _write_for_hub(target, weights, architecture, recipe, net)
         elif kind == "onnx":
             _write_onnx(target / ONNX_FILE, backbone, recipe.evaluation.image_px)
         else:
@@ -197,17 +197,12 @@ def _state(folder: Path) -> dict[str, Tensor]:
 
 
 def _write_for_hub(
-    folder: Path,
-    weights: dict[str, Tensor],
-    architecture: str,
-    recipe: Recipe,
-    net: NetName,
-    facts: dict[str, str],
+    folder: Path, weights: dict[str, Tensor], architecture: str, recipe: Recipe, net: NetName
 ) -> None:
     """What timm loads by its name; of a net that timm does not have, what `hub_net` loads."""
     model, px = recipe.model, recipe.evaluation.image_px
     if not architecture:
-        save_for_hub(folder, weights, model.backbone, model.width, model.small_images, facts)
+        save_for_hub(folder, weights, model.backbone, model.width, model.small_images)
         return
     preprocessing = {
         "input_size": (3, px, px),

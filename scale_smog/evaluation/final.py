@@ -21,8 +21,6 @@ from scale_smog.runtime import run_layout
 from scale_smog.runtime.phases import stoppable
 from scale_smog.state import TrainState
 
-HELP = "docs/learning.md, 'When it collapses'"
-
 
 def conclude(
     recipe: Recipe,
@@ -109,4 +107,4 @@ def verdict(knn: dict[str, float]) -> list[str]:
     baselines = [knn[name] for name in ("raw_pixels", "random") if name in knn]
     if not baselines or knn["trained"] > max(baselines) or knn["trained"] == 1:
         return []
-    return ["", f"kNN no better than a baseline's: {HELP}"]
+    return ["", "kNN no better than a baseline's: docs/learning.md, 'When it collapses'"]

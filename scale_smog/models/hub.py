@@ -76,30 +76,18 @@ def push(folder: Path, repository: str) -> str:
 
 
 def save_for_hub(
-    folder: Path,
-    weights: dict[str, Tensor],
-    name: str,
-    width: int,
-    small_images: bool,
-    facts: dict[str, str],
+    folder: Path, weights: dict[str, Tensor], name: str, width: int, small_images: bool
 ) -> None:
-    """Writes a net that timm does not have; `hub_net(USER/NAME)` builds and loads it.
-
-    Args:
-        folder: to write.
-        weights: of the backbone.
-        name: of the backbone.
-        width: factor on all channels.
-        small_images: a stem for images of about 32 px.
-        facts: for the metadata of the file of weights.
-    """
+    """Writes a net that timm does not have; `hub_net(USER/NAME)` builds and loads it."""
     from scale_smog.models.hub_net import HubNet
+    from scale_smog.models.weights import stem_facts  # which imports this module
 
     net = HubNet(name, width, small_images)
     net.backbone.load_state_dict(weights)
     net.save_pretrained(folder)
     saved = load_file(folder / WEIGHTS_FILE)
-    save_file(saved, folder / WEIGHTS_FILE, metadata={"format": "pt"} | facts)
+    metadata = {"format": "pt"} | stem_facts(net.backbone)
+    save_file(saved, folder / WEIGHTS_FILE, metadata=metadata)
 
 
 def hub_net(name: str) -> nn.Module:

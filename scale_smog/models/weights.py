@@ -76,7 +76,10 @@ def read_weights(
     Raises:
         UserError: there is no such file, or it holds no weights, or those of another stem.
     """
-    path = _weights_file(path)
+    given = str(path)
+    path = fetch(given, WEIGHTS_FILE) if given.startswith(HUB) else Path(path)
+    if (path / WEIGHTS_FILE).is_file():  # a folder that was exported
+        path = path / WEIGHTS_FILE
     if not path.is_file():
         raise UserError(f"{setting}={path}: no such file")
     try:
@@ -104,13 +107,6 @@ def read_weights(
     if "features.0.0.weight" in weights and any("relative_position" in name for name in weights):
         weights = from_torchvision_swin(weights)
     return weights
-
-
-def _weights_file(path: str | Path) -> Path:
-    given = str(path)
-    path = fetch(given, WEIGHTS_FILE) if given.startswith(HUB) else Path(path)
-    in_folder = path / WEIGHTS_FILE  # that was exported
-    return in_folder if in_folder.is_file() else path
 
 
 def stem_facts(net: nn.Module) -> dict[str, str]:
